@@ -1,0 +1,1 @@
+//! Layers as block devices: FUSE files, loop devices, EROFS mounts, hand-over to the kernel.

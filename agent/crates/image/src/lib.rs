@@ -1,0 +1,9 @@
+//! Image formats, pure: decoders, tar, stream index, layer layout, merge, EROFS writer.
+//!
+//! Everything here is a function of bytes: no network, no mounts, no clock. What reads outside bytes
+//! states its limits and never panics.
+#![warn(clippy::indexing_slicing)]
+
+pub mod records;
+
+pub use oci_spec::image::Digest;

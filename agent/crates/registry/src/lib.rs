@@ -1,0 +1,1 @@
+//! Registry client: references, authentication, manifests, referrers, ranged blob reads.

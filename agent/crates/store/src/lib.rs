@@ -1,0 +1,1 @@
+//! Layer store: one sparse file per layer, verified blocks, state that survives a crash.

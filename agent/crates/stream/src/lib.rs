@@ -1,0 +1,1 @@
+//! Brings verified bytes from the registry into the layer store, most urgent first.
