@@ -4,6 +4,7 @@
 //! states its limits and never panics.
 #![warn(clippy::indexing_slicing)]
 
+pub mod entry;
 pub mod records;
 
 pub use oci_spec::image::Digest;
