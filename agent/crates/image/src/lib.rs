@@ -4,7 +4,10 @@
 //! states its limits and never panics.
 #![warn(clippy::indexing_slicing)]
 
+pub mod decode;
 pub mod entry;
+pub mod index;
 pub mod records;
+pub mod tar;
 
 pub use oci_spec::image::Digest;

@@ -71,7 +71,7 @@ pub struct SpanRecord {
     pub compressed_offset: U64,
     /// Tar offset of the first byte that comes out.
     pub tar_offset: U64,
-    /// Where the window's zstd frame stands in the index blob (absolute), if `window_len` is not zero.
+    /// Where the window's zstd frame stands in the index blob's window section, if `window_len` is not zero.
     pub window_offset: U64,
     /// Bytes of that frame.
     pub window_len: U32,
