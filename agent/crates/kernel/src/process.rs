@@ -1,0 +1,50 @@
+//! Processes: descriptors for them, orphans, and dying with the parent.
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+
+/// A descriptor that becomes readable when `pid` ends (Linux 5.3). `ESRCH`: no such process.
+pub fn pidfd_open(pid: Pid) -> Result<OwnedFd, Errno> {
+    // SAFETY: the call takes two numbers.
+    let result = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
+    let fd = RawFd::try_from(Errno::result(result)?).map_err(|_range| Errno::EBADF)?;
+    // SAFETY: the kernel just returned this descriptor to us and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Sends a signal through a pidfd: cannot hit a process that took the number over.
+pub fn pidfd_send_signal(pidfd: &OwnedFd, signal: Signal) -> Result<(), Errno> {
+    let info: *const libc::siginfo_t = std::ptr::null();
+    // SAFETY: the descriptor is open; a null siginfo means the one that kill(2) sends.
+    let result = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal as i32, info, 0) };
+    Errno::result(result).map(drop)
+}
+
+/// Orphaned descendants become children of this process instead of init's (Linux 3.4).
+pub fn become_subreaper() -> Result<(), Errno> {
+    nix::sys::prctl::set_child_subreaper(true)
+}
+
+/// This process gets `signal` when the thread that made it ends. May be called between fork and exec.
+pub fn die_with_parent(signal: Signal) -> Result<(), Errno> {
+    nix::sys::prctl::set_pdeathsig(Some(signal))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pidfd_kills_its_process_and_no_other() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("sleep runs");
+        let pid = Pid::from_raw(i32::try_from(child.id()).expect("pid"));
+        let pidfd = pidfd_open(pid).expect("pidfd");
+        pidfd_send_signal(&pidfd, Signal::SIGKILL).expect("sent");
+        assert!(!child.wait().expect("waited").success());
+        assert_eq!(pidfd_send_signal(&pidfd, Signal::SIGKILL), Err(Errno::ESRCH));
+        assert_eq!(pidfd_open(pid).map(drop), Err(Errno::ESRCH));
+    }
+}
