@@ -168,8 +168,8 @@ fn signed(value: u64) -> Result<i64, FileError> {
 
 /// Space of the file system that holds `path`.
 pub fn space(path: &Path) -> Result<Space, FileError> {
-    let found = nix::sys::statvfs::statvfs(path)
-        .map_err(|source| FileError::Space { path: path.into(), source })?;
+    let found =
+        nix::sys::statvfs::statvfs(path).map_err(|source| FileError::Space { path: path.into(), source })?;
     #[allow(clippy::useless_conversion, reason = "the C types differ between architectures")]
     let (unit, blocks, free) =
         (u64::from(found.fragment_size()), u64::from(found.blocks()), u64::from(found.blocks_available()));

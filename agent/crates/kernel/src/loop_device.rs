@@ -202,7 +202,8 @@ impl LoopDevice {
             }
             Err(source) => return Err(LoopError::Open { path, source }),
         };
-        let kind = node.metadata().map_err(|source| LoopError::Open { path: path.clone(), source })?.file_type();
+        let kind =
+            node.metadata().map_err(|source| LoopError::Open { path: path.clone(), source })?.file_type();
         if !kind.is_block_device() {
             let source = io::Error::from_raw_os_error(libc::ENOTBLK);
             return Err(LoopError::Open { path, source });
@@ -279,7 +280,9 @@ impl LoopDevice {
         self.request("LOOP_SET_FD", LOOP_SET_FD, backing.as_raw_fd() as libc::c_ulong)?;
         let configured = self
             .request("LOOP_SET_BLOCK_SIZE", LOOP_SET_BLOCK_SIZE, options.block_size_bytes.into())
-            .and_then(|()| self.request("LOOP_SET_STATUS64", LOOP_SET_STATUS64, (&raw const info) as libc::c_ulong))
+            .and_then(|()| {
+                self.request("LOOP_SET_STATUS64", LOOP_SET_STATUS64, (&raw const info) as libc::c_ulong)
+            })
             .and_then(|()| if options.direct_io { self.set_direct_io(true) } else { Ok(()) });
         if let Err(error) = configured {
             // The first failure is the one worth telling; a device that cannot even be freed tells the same story.
@@ -334,9 +337,11 @@ fn control_request(
 ) -> Result<u32, LoopError> {
     // SAFETY: the descriptor is borrowed and open; both requests take a number by value, not a pointer.
     let result = unsafe { libc::ioctl(control.as_raw_fd(), request as _, argument) };
-    Errno::result(result)
-        .map(i32::cast_unsigned)
-        .map_err(|source| LoopError::Request { request: name, path: PathBuf::from(CONTROL), source })
+    Errno::result(result).map(i32::cast_unsigned).map_err(|source| LoopError::Request {
+        request: name,
+        path: PathBuf::from(CONTROL),
+        source,
+    })
 }
 
 /// The loop devices in use and what backs them, by number.

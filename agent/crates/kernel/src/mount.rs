@@ -132,7 +132,13 @@ pub struct OverlayMount {
 /// Mounts an EROFS image.
 pub fn mount_erofs(mount: &ErofsMount, target: &Path) -> Result<(), MountError> {
     let restrictions = Restrictions { read_only: true, ..mount.restrictions };
-    let mut plan = Plan { kind: "erofs", name: c"erofs", source: mount.device.clone(), options: Vec::new(), restrictions };
+    let mut plan = Plan {
+        kind: "erofs",
+        name: c"erofs",
+        source: mount.device.clone(),
+        options: Vec::new(),
+        restrictions,
+    };
     for device in &mount.extra_devices {
         plan.push(c"device", device.as_os_str().as_bytes());
     }
@@ -178,7 +184,8 @@ pub fn unmount(target: &Path, options: UnmountOptions) -> Result<(), MountError>
 
 /// Bind-mounts `source` on `target` with `restrictions`.
 pub fn mount_bind(source: &Path, target: &Path, restrictions: Restrictions) -> Result<(), MountError> {
-    let fail = |source| MountError::Mount { kind: "bind", target: target.into(), messages: String::new(), source };
+    let fail =
+        |source| MountError::Mount { kind: "bind", target: target.into(), messages: String::new(), source };
     let none: Option<&Path> = None;
     nix::mount::mount(Some(source), target, none, MsFlags::MS_BIND, none).map_err(fail)?;
     if restrictions == Restrictions::default() {
@@ -198,7 +205,11 @@ fn is_plain(path: &[u8]) -> bool {
 
 impl OverlayMount {
     /// One option per lower directory.
-    fn plan(&self, key: &'static CStr, by_descriptor: impl Fn(&[u8]) -> bool) -> Result<(Plan, Vec<File>), MountError> {
+    fn plan(
+        &self,
+        key: &'static CStr,
+        by_descriptor: impl Fn(&[u8]) -> bool,
+    ) -> Result<(Plan, Vec<File>), MountError> {
         let mut held = Vec::new();
         let mut plan = self.empty_plan();
         for path in &self.lower {
@@ -226,7 +237,13 @@ impl OverlayMount {
 
     fn empty_plan(&self) -> Plan {
         let restrictions = self.restrictions;
-        Plan { kind: "overlay", name: c"overlay", source: "overlay".into(), options: Vec::new(), restrictions }
+        Plan {
+            kind: "overlay",
+            name: c"overlay",
+            source: "overlay".into(),
+            options: Vec::new(),
+            restrictions,
+        }
     }
 
     fn finish(
@@ -247,7 +264,11 @@ impl OverlayMount {
 }
 
 /// The path, or `/proc/self/fd/N` of a descriptor that lives in `held`.
-fn name_for(path: &Path, by_descriptor: impl Fn(&[u8]) -> bool, held: &mut Vec<File>) -> Result<Vec<u8>, MountError> {
+fn name_for(
+    path: &Path,
+    by_descriptor: impl Fn(&[u8]) -> bool,
+    held: &mut Vec<File>,
+) -> Result<Vec<u8>, MountError> {
     let bytes = path.as_os_str().as_bytes();
     if !by_descriptor(bytes) {
         return Ok(bytes.to_vec());
