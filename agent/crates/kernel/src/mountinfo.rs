@@ -134,6 +134,6 @@ mod tests {
     #[test]
     fn the_own_mounts_parse() {
         let all = mounts().expect("proc is mounted");
-        assert!(all.iter().any(|mount| mount.target == "/"));
+        assert!(all.iter().any(|mount| mount.target.as_os_str() == "/"));
     }
 }
