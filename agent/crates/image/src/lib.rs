@@ -6,7 +6,9 @@
 
 pub mod decode;
 pub mod entry;
+pub mod erofs;
 pub mod index;
+pub mod merge;
 pub mod records;
 pub mod tar;
 
