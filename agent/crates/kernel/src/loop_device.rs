@@ -72,6 +72,15 @@ pub enum LoopError {
     /// Other processes took every free device that was offered.
     #[error("no free loop device after {ATTACH_ATTEMPTS} attempts")]
     NoneFree,
+    /// The read-ahead of a device cannot be set.
+    #[error("cannot write {}", path.display())]
+    ReadAhead {
+        /// The attribute in sysfs.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// `/sys/block` cannot be read.
     #[error("cannot list loop devices")]
     List(#[source] io::Error),
@@ -221,6 +230,12 @@ impl LoopDevice {
         &self.path
     }
 
+    /// Sets how far the kernel reads ahead, in KiB.
+    pub fn set_read_ahead_kib(&self, kib: u32) -> Result<(), LoopError> {
+        let path = PathBuf::from(format!("/sys/block/loop{}/queue/read_ahead_kb", self.number));
+        std::fs::write(&path, kib.to_string()).map_err(|source| LoopError::ReadAhead { path, source })
+    }
+
     /// Exchanges the file under the device, in use, for one of the same size and contents (`LOOP_CHANGE_FD`).
     ///
     /// The kernel wants both files regular, and refuses a different size with `EINVAL`.
@@ -284,14 +299,11 @@ impl LoopDevice {
                 self.request("LOOP_SET_STATUS64", LOOP_SET_STATUS64, (&raw const info) as libc::c_ulong)
             })
             .and_then(|()| if options.direct_io { self.set_direct_io(true) } else { Ok(()) });
-        if let Err(error) = configured {
-            // The first failure is the one worth telling; a device that cannot even be freed tells the same story.
-            if self.detach().is_err() {
-                return Err(error);
-            }
-            return Err(error);
+        match configured {
+            Ok(()) => Ok(()),
+            // Half a configuration must not stay behind; if it cannot even be taken back, that is the worse news.
+            Err(error) => self.detach().and(Err(error)),
         }
-        Ok(())
     }
 
     fn request(&self, name: &'static str, request: u32, argument: libc::c_ulong) -> Result<(), LoopError> {

@@ -15,6 +15,7 @@ use nix::mount::{MntFlags, MsFlags};
 use thiserror::Error;
 
 use crate::fsopen::{self, Context};
+use crate::mountinfo::{MountInfoError, mounts};
 
 /// `mount(2)` copies one page of options, the NUL included.
 const MAX_OPTIONS: usize = 4095;
@@ -172,6 +173,11 @@ pub struct UnmountOptions {
     pub lazy: bool,
     /// Abort what is in flight (network and FUSE file systems).
     pub force: bool,
+}
+
+/// Whether a mount stands exactly at `path` (absolute, without symbolic links).
+pub fn is_mount_point(path: &Path) -> Result<bool, MountInfoError> {
+    Ok(mounts()?.iter().any(|mount| mount.target == path))
 }
 
 /// Unmounts what is on top at `target`; a symbolic link there is not followed.

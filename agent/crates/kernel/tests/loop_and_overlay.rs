@@ -27,6 +27,7 @@ fn a_device_reads_its_file_and_the_file_is_exchanged_in_use() {
     let own = listed.iter().find(|entry| entry.number == device.number()).expect("is listed");
     assert_eq!(own.backing_file, first.path());
     assert_eq!(fs::read(device.path()).expect("read"), vec![1; 16 * 4096]);
+    device.set_read_ahead_kib(64).expect("set");
     let refused = device.change_backing(open(&short).as_fd());
     assert!(matches!(refused, Err(LoopError::Request { .. })), "another size must be refused");
     device.change_backing(open(&second).as_fd()).expect("exchanged");
@@ -72,6 +73,7 @@ fn an_overlay_of_many_long_and_odd_paths_mounts() {
         unmount(&tmpfs, UnmountOptions::default()).expect("unmounted");
         panic!("{error}: {:?}", std::error::Error::source(error));
     }
+    assert!(mount::is_mount_point(&target).expect("parsed"));
     let seen = fs::read_dir(&target).expect("read").count();
     fs::write(target.join("new"), "y").expect("written");
     let kinds: Vec<_> =
