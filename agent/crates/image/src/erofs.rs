@@ -15,6 +15,8 @@ use zerocopy::{Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::merge::{Child, Inode, Kind, Tree};
 use crate::records::BLOCK_SIZE;
 
+pub mod reader;
+
 const MAGIC: u32 = 0xE0F5_E1E2;
 const SUPER_OFFSET: u64 = 1024;
 const SLOT: u64 = 128;
@@ -26,6 +28,8 @@ const DIRENT: usize = 12;
 const LAYOUT_PLAIN: u16 = 0;
 const LAYOUT_INLINE: u16 = 2;
 const NAME_MAX: usize = 255;
+/// The kernel's `PATH_MAX` without the NUL.
+const TARGET_MAX: usize = 4095;
 
 /// Why a tree cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +46,18 @@ pub enum ErofsError {
     /// More than 16 TiB, or more devices than a table holds.
     #[error("the image's layers do not fit EROFS: {0}")]
     TooLarge(&'static str),
+    /// An index says that a file's content is where its layer has none: it would read metadata or another layer.
+    #[error("layer {layer}: {size} bytes at store offset {store_offset} are outside its {blocks} blocks, or not at a block")]
+    OutsideLayer {
+        /// Number of the layer, from 0.
+        layer: usize,
+        /// Where the content is said to be, in bytes.
+        store_offset: u64,
+        /// How long, in bytes.
+        size: u64,
+        /// Blocks of the layer's file.
+        blocks: u64,
+    },
     /// The image could not be written.
     #[error("cannot write the EROFS image")]
     Write(#[from] io::Error),
@@ -139,6 +155,7 @@ pub fn write(tree: &Tree, layer_blocks: &[u64], form: Form, out: &mut impl Write
     let devices = layer_blocks.iter().filter(|blocks| **blocks > 0).count();
     let slots = if form == Form::Devices { devices } else { 0 };
     let plan = Plan::new(tree, SUPER_OFFSET + SLOT + slots as u64 * SLOT)?;
+    plan.check_contents(tree, layer_blocks)?;
     let bases = plan.layer_bases(layer_blocks)?;
     let mut writer = Writer { tree, plan: &plan, bases: &bases, out, at: 0 };
     writer.super_block(layer_blocks, slots)?;
@@ -192,6 +209,9 @@ impl Plan {
         let head = INODE + xattr_bytes(tree.xattrs(inode.xattrs))?;
         let (size, has_data) = match &inode.kind {
             Kind::Directory { children, .. } => (directory_size(&sorted_names(children)), true),
+            Kind::Symlink(target) if target.len() > TARGET_MAX => {
+                return Err(limit(target, "a symbolic link's target has at most 4095 bytes"));
+            }
             Kind::Symlink(target) => (target.len() as u64, true),
             Kind::File { size, .. } => (*size, false),
             _ => (0, false),
@@ -216,6 +236,22 @@ impl Plan {
             *slot = place;
         }
         self.order.push(number);
+        Ok(())
+    }
+
+    /// Store offsets come from indexes; what they say must stay inside the layer.
+    fn check_contents(&self, tree: &Tree, layer_blocks: &[u64]) -> Result<(), ErofsError> {
+        for number in &self.order {
+            let Some(Inode { kind: Kind::File { size, layer, store_offset }, .. }) = tree.inode(*number) else {
+                continue;
+            };
+            let layer = usize::from(*layer);
+            let blocks = layer_blocks.get(layer).copied().unwrap_or(0);
+            let fits = store_offset.checked_add(*size).is_some_and(|end| end.div_ceil(BLOCK_SIZE) <= blocks);
+            if *size > 0 && (!fits || !store_offset.is_multiple_of(BLOCK_SIZE)) {
+                return Err(ErofsError::OutsideLayer { layer, store_offset: *store_offset, size: *size, blocks });
+            }
+        }
         Ok(())
     }
 

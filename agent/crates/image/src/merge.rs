@@ -195,6 +195,10 @@ impl Tree {
         let kind = match entry.kind.clone() {
             EntryKind::File { size, store_offset } => Kind::File { size, layer: self.layer, store_offset },
             EntryKind::Directory | EntryKind::HardLink { .. } => {
+                // Counted in the tree, not in the path: symbolic links can lead from one deep place to the next.
+                if self.depth(dir) >= MAX_DEPTH {
+                    return Err(self.path_error(&entry.path, "it is too deep"));
+                }
                 Kind::Directory { parent: dir, children: BTreeMap::new() }
             }
             EntryKind::Symlink { target } => Kind::Symlink(target.into_boxed_slice()),
@@ -375,6 +379,16 @@ impl Tree {
             Some(Kind::Directory { parent, .. }) => *parent,
             _ => ROOT,
         }
+    }
+
+    /// Directories above `dir`; bounded by [`MAX_DEPTH`], which `add` upholds.
+    fn depth(&self, mut dir: u32) -> usize {
+        let mut depth = 0;
+        while dir != ROOT {
+            dir = self.parent(dir);
+            depth += 1;
+        }
+        depth
     }
 
     fn is_directory(&self, number: u32) -> bool {
