@@ -1,0 +1,43 @@
+//! A layer that is written in order while it arrives, for the first pull of an image without an index.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use sluice_image::index::ContentSink;
+
+use crate::{OnFile, StoreError};
+
+/// A temporary file that becomes a layer's file. Dropped without `commit_ingest` it leaves nothing.
+#[derive(Debug)]
+pub struct Ingest {
+    file: tempfile::NamedTempFile,
+}
+
+impl Ingest {
+    pub(crate) fn begin(temporary: &Path) -> Result<Self, StoreError> {
+        let file = tempfile::NamedTempFile::new_in(temporary).on("create a file in", temporary)?;
+        Ok(Self { file })
+    }
+
+    fn file(&self) -> &File {
+        self.file.as_file()
+    }
+
+    pub(crate) fn finish(self, target: &Path, size: u64) -> Result<(), StoreError> {
+        self.file().set_len(size).on("set the length of", target)?;
+        self.file.persist(target).map_err(|error| error.error).on("move to", target)?;
+        Ok(())
+    }
+}
+
+impl ContentSink for Ingest {
+    fn write(&mut self, store_offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.file().write_all_at(bytes, store_offset)
+    }
+
+    fn rewind(&mut self, store_offset: u64) -> io::Result<()> {
+        self.file().set_len(store_offset)
+    }
+}
