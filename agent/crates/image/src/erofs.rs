@@ -47,7 +47,9 @@ pub enum ErofsError {
     #[error("the image's layers do not fit EROFS: {0}")]
     TooLarge(&'static str),
     /// An index says that a file's content is where its layer has none: it would read metadata or another layer.
-    #[error("layer {layer}: {size} bytes at store offset {store_offset} are outside its {blocks} blocks, or not at a block")]
+    #[error(
+        "layer {layer}: {size} bytes at store offset {store_offset} are outside its {blocks} blocks, or not at a block"
+    )]
     OutsideLayer {
         /// Number of the layer, from 0.
         layer: usize,
@@ -151,7 +153,12 @@ struct Place {
 }
 
 /// Writes `tree`. `layer_blocks` gives, per layer in the order they were applied, the blocks of its local file.
-pub fn write(tree: &Tree, layer_blocks: &[u64], form: Form, out: &mut impl Write) -> Result<Written, ErofsError> {
+pub fn write(
+    tree: &Tree,
+    layer_blocks: &[u64],
+    form: Form,
+    out: &mut impl Write,
+) -> Result<Written, ErofsError> {
     let devices = layer_blocks.iter().filter(|blocks| **blocks > 0).count();
     let slots = if form == Form::Devices { devices } else { 0 };
     let plan = Plan::new(tree, SUPER_OFFSET + SLOT + slots as u64 * SLOT)?;
@@ -189,7 +196,9 @@ impl Plan {
         plan.place(tree, 0, &mut offset)?;
         // Breadth first: the entries of a directory stand together, where a listing with attributes reads them.
         while let Some(dir) = left.pop_front() {
-            let Some(Inode { kind: Kind::Directory { children, .. }, .. }) = tree.inode(dir) else { continue };
+            let Some(Inode { kind: Kind::Directory { children, .. }, .. }) = tree.inode(dir) else {
+                continue;
+            };
             for (name, child) in children {
                 if name.len() > NAME_MAX {
                     return Err(limit(name, "a file name has at most 255 bytes"));
@@ -227,8 +236,8 @@ impl Plan {
         }
         let mut place = Place { offset: start, data_block: 0, size, inline };
         if has_data {
-            place.data_block =
-                u32::try_from(self.data_blocks).map_err(|_| ErofsError::TooLarge("too many directories"))?;
+            place.data_block = u32::try_from(self.data_blocks)
+                .map_err(|_range| ErofsError::TooLarge("too many directories"))?;
             self.data_blocks += if inline { size / BLOCK_SIZE } else { size.div_ceil(BLOCK_SIZE) };
         }
         *offset = start + head + if inline { tail } else { 0 };
@@ -242,14 +251,20 @@ impl Plan {
     /// Store offsets come from indexes; what they say must stay inside the layer.
     fn check_contents(&self, tree: &Tree, layer_blocks: &[u64]) -> Result<(), ErofsError> {
         for number in &self.order {
-            let Some(Inode { kind: Kind::File { size, layer, store_offset }, .. }) = tree.inode(*number) else {
+            let Some(Inode { kind: Kind::File { size, layer, store_offset }, .. }) = tree.inode(*number)
+            else {
                 continue;
             };
             let layer = usize::from(*layer);
             let blocks = layer_blocks.get(layer).copied().unwrap_or(0);
             let fits = store_offset.checked_add(*size).is_some_and(|end| end.div_ceil(BLOCK_SIZE) <= blocks);
             if *size > 0 && (!fits || !store_offset.is_multiple_of(BLOCK_SIZE)) {
-                return Err(ErofsError::OutsideLayer { layer, store_offset: *store_offset, size: *size, blocks });
+                return Err(ErofsError::OutsideLayer {
+                    layer,
+                    store_offset: *store_offset,
+                    size: *size,
+                    blocks,
+                });
             }
         }
         Ok(())
@@ -272,11 +287,11 @@ impl Plan {
         let mut next = self.total_blocks();
         let mut bases = Vec::with_capacity(layer_blocks.len());
         for blocks in layer_blocks {
-            let base = u32::try_from(next).map_err(|_| ErofsError::TooLarge("more than 16 TiB"))?;
+            let base = u32::try_from(next).map_err(|_range| ErofsError::TooLarge("more than 16 TiB"))?;
             bases.push((*blocks > 0).then_some(base));
             next = next.checked_add(*blocks).ok_or(ErofsError::TooLarge("more than 16 TiB"))?;
         }
-        u32::try_from(next).map_err(|_| ErofsError::TooLarge("more than 16 TiB"))?;
+        u32::try_from(next).map_err(|_range| ErofsError::TooLarge("more than 16 TiB"))?;
         Ok(bases)
     }
 }
@@ -292,7 +307,8 @@ struct Writer<'a, W> {
 impl<W: Write> Writer<'_, W> {
     fn super_block(&mut self, layer_blocks: &[u64], slots: usize) -> Result<(), ErofsError> {
         self.pad_to(SUPER_OFFSET)?;
-        let block = |value: u64| u32::try_from(value).map_err(|_| ErofsError::TooLarge("more than 16 TiB"));
+        let block =
+            |value: u64| u32::try_from(value).map_err(|_range| ErofsError::TooLarge("more than 16 TiB"));
         let super_block = SuperBlock {
             magic: MAGIC.into(),
             checksum: 0.into(),
@@ -310,7 +326,9 @@ impl<W: Write> Writer<'_, W> {
             volume_name: [0; 16],
             feature_incompat: if slots > 0 { INCOMPAT_DEVICE_TABLE } else { 0 }.into(),
             compression: 0.into(),
-            extra_devices: u16::try_from(slots).map_err(|_| ErofsError::TooLarge("too many layers"))?.into(),
+            extra_devices: u16::try_from(slots)
+                .map_err(|_range| ErofsError::TooLarge("too many layers"))?
+                .into(),
             device_slot: (if slots > 0 { ((SUPER_OFFSET + SLOT) / SLOT) as u16 } else { 0 }).into(),
             dir_block_bits: 0,
             xattr_prefixes: 0,
@@ -357,14 +375,17 @@ impl<W: Write> Writer<'_, W> {
         let data = (self.plan.data_start as u32).wrapping_add(place.data_block);
         let (kind_bits, address, links) = match &inode.kind {
             Kind::Directory { children, .. } => {
-                let is_dir = |number| matches!(self.tree.inode(number).map(|inode| &inode.kind), Some(Kind::Directory { .. }));
+                let is_dir = |number| {
+                    matches!(self.tree.inode(number).map(|inode| &inode.kind), Some(Kind::Directory { .. }))
+                };
                 let subdirs = children.values().filter(|child| is_dir(child.inode)).count() as u32;
                 (0o040_000, data, 2 + subdirs)
             }
             Kind::Symlink(_) => (0o120_000, data, inode.links),
             Kind::File { size, layer, store_offset } => {
                 let base = self.bases.get(usize::from(*layer)).copied().flatten().unwrap_or(0);
-                let address = if *size == 0 { 0 } else { base.wrapping_add((store_offset / BLOCK_SIZE) as u32) };
+                let address =
+                    if *size == 0 { 0 } else { base.wrapping_add((store_offset / BLOCK_SIZE) as u32) };
                 (0o100_000, address, inode.links)
             }
             Kind::CharDevice(major, minor) => (0o020_000, encode_device(*major, *minor), inode.links),

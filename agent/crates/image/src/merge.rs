@@ -310,7 +310,9 @@ impl Tree {
         };
         debug_assert_eq!(layer, self.layer);
         self.add(dir, name, entry)?;
-        self.child(dir, name).map(|child| child.inode).ok_or_else(|| self.path_error(of, "its parent is lost"))
+        self.child(dir, name)
+            .map(|child| child.inode)
+            .ok_or_else(|| self.path_error(of, "its parent is lost"))
     }
 
     /// Removes what lower layers put under the directory `dir`; says whether nothing is left.
@@ -345,13 +347,15 @@ impl Tree {
 
     fn link(&mut self, dir: u32, name: &[u8], inode: u32) {
         let layer = self.layer;
-        if let Some(Inode { kind: Kind::Directory { children, .. }, .. }) = self.inodes.get_mut(dir as usize) {
+        if let Some(Inode { kind: Kind::Directory { children, .. }, .. }) = self.inodes.get_mut(dir as usize)
+        {
             children.insert(name.into(), Child { inode, layer });
         }
     }
 
     fn unlink(&mut self, dir: u32, name: &[u8]) {
-        let Some(Inode { kind: Kind::Directory { children, .. }, .. }) = self.inodes.get_mut(dir as usize) else {
+        let Some(Inode { kind: Kind::Directory { children, .. }, .. }) = self.inodes.get_mut(dir as usize)
+        else {
             return;
         };
         let Some(child) = children.remove(name) else { return };
@@ -510,7 +514,10 @@ mod tests {
             (vec![file("a/x"), file("a/.wh.x")], vec!["/a/x=1", "/a/y=0", "/b=0", "/c/deep/z=0"]),
             (vec![file("a/new"), file("a/.wh..wh..opq")], vec!["/a/new=1", "/b=0", "/c/deep/z=0"]),
             (vec![file("a/.wh..wh..opq"), file("a/new")], vec!["/a/new=1", "/b=0", "/c/deep/z=0"]),
-            (vec![file(".wh.c"), file(".wh.nothing"), file(".wh..wh.plnk")], vec!["/a/x=0", "/a/y=0", "/b=0"]),
+            (
+                vec![file(".wh.c"), file(".wh.nothing"), file(".wh..wh.plnk")],
+                vec!["/a/x=0", "/a/y=0", "/b=0"],
+            ),
             (vec![file("c/deep/new"), file(".wh.c")], vec!["/a/x=0", "/a/y=0", "/b=0", "/c/deep/new=1"]),
         ] {
             let merged = merge(vec![lower(), upper]).expect("merge");
@@ -521,7 +528,8 @@ mod tests {
 
     #[test]
     fn kinds_replace_each_other() {
-        let merged = merge(vec![vec![dir("a"), file("a/x"), file("b")], vec![file("a"), dir("b"), file("b/y")]]);
+        let merged =
+            merge(vec![vec![dir("a"), file("a/x"), file("b")], vec![file("a"), dir("b"), file("b/y")]]);
         assert_eq!(merged.expect("merge"), ["/a=1", "/b/y=1", "/b=d"]);
         let merged = merge(vec![vec![file("a/x")], vec![dir("a")], vec![], vec![]]);
         assert_eq!(merged.expect("merge"), ["/a/x=0", "/a=d"]);
@@ -529,7 +537,8 @@ mod tests {
 
     #[test]
     fn parents_are_followed_inside_the_root() {
-        let merged = merge(vec![vec![dir("usr"), dir("usr/lib"), symlink("lib", "usr/lib")], vec![file("lib/x")]]);
+        let merged =
+            merge(vec![vec![dir("usr"), dir("usr/lib"), symlink("lib", "usr/lib")], vec![file("lib/x")]]);
         assert_eq!(merged.expect("merge"), ["/lib=l", "/usr/lib/x=1", "/usr/lib=d", "/usr=d"]);
         let merged = merge(vec![vec![dir("a"), symlink("up", "../../../a")], vec![file("up/x")]]);
         assert_eq!(merged.expect("merge"), ["/a/x=1", "/a=d", "/up=l"]);

@@ -98,8 +98,11 @@ pub struct Reader<R> {
     layers: Vec<(u64, usize)>,
 }
 
-/// What the walk does after a name.
+/// Told every name: path and inode number.
 type Visit<'v> = &'v mut dyn FnMut(&[u8], u64);
+
+/// A directory being walked: what is left of it (name, inode number, whether a directory), bytes of its path.
+type Level = (std::vec::IntoIter<(Vec<u8>, u64, bool)>, usize);
 
 impl<R: ReadAt> Reader<R> {
     /// Opens an image; `layer_offsets` is [`super::Written::layer_offsets`].
@@ -245,11 +248,7 @@ impl<R: ReadAt> Reader<R> {
         Ok(found)
     }
 
-    fn level(
-        &self,
-        nid: u64,
-        length: usize,
-    ) -> Result<(std::vec::IntoIter<(Vec<u8>, u64, bool)>, usize), ReadError> {
+    fn level(&self, nid: u64, path_length: usize) -> Result<Level, ReadError> {
         let mut all = Vec::new();
         let found = self.attributes(nid)?;
         for number in 0..directory_blocks(&found) {
@@ -257,7 +256,7 @@ impl<R: ReadAt> Reader<R> {
                 all.push((name.to_vec(), child, kind == 2));
             })?;
         }
-        Ok((all.into_iter(), length))
+        Ok((all.into_iter(), path_length))
     }
 
     /// The `number`th block of an inode's data, shorter at its end.
