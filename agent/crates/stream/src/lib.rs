@@ -1,1 +1,114 @@
 //! Brings verified bytes from the registry into the layer store, most urgent first.
+//!
+//! A read that misses becomes chunks, chunks become spans, and a run of spans becomes one ranged GET whose bytes are decoded as
+//! they arrive; each chunk that falls out is compared with its digest, stored, and wakes whoever waits. One fetch serves
+//! everybody. It knows nothing of files or mounts.
+
+mod first_pull;
+mod layer;
+mod run;
+mod scheduler;
+mod source;
+
+pub use first_pull::{FirstPull, first_pull};
+pub use layer::{LayerParts, StreamedLayer};
+pub use scheduler::{Counters, Lane, Scheduler};
+pub use source::{BlobSource, MemorySource, SourceError};
+
+use sluice_image::index::IndexError;
+use sluice_store::StoreError;
+
+/// Why bytes could not be had.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum StreamError {
+    /// The source failed.
+    #[error("layer {layer}: cannot fetch bytes {start}..{end} of the blob: {source}")]
+    Fetch {
+        /// Digest of the layer.
+        layer: String,
+        /// First compressed byte.
+        start: u64,
+        /// Byte after the last.
+        end: u64,
+        /// What the source said.
+        #[source]
+        source: SourceError,
+    },
+    /// What came is not what the index says.
+    #[error("layer {layer}: bytes at offset {offset} are not what its index says ({what}); the registry or the index is corrupt")]
+    Corrupt {
+        /// Digest of the layer.
+        layer: String,
+        /// Store offset.
+        offset: u64,
+        /// What differs.
+        what: String,
+    },
+    /// The whole layer is not what the image's configuration says.
+    #[error("layer {layer}: its contents have diffID {actual}, the image says {expected}; the stream index lied")]
+    DiffId {
+        /// Digest of the layer.
+        layer: String,
+        /// From the configuration.
+        expected: String,
+        /// Of the contents.
+        actual: String,
+    },
+    /// The index cannot be used.
+    #[error("layer {layer}: {message}")]
+    Index {
+        /// Digest of the layer.
+        layer: String,
+        /// What is wrong.
+        message: String,
+    },
+    /// The store failed.
+    #[error("layer {layer}: {message}")]
+    Store {
+        /// Digest of the layer.
+        layer: String,
+        /// What failed.
+        message: String,
+    },
+    /// The disk is full and so is the memory that stands in for it.
+    #[error("layer {layer}: the disk is full; free space for the layer store")]
+    DiskFull {
+        /// Digest of the layer.
+        layer: String,
+    },
+}
+
+impl StreamError {
+    pub(crate) fn store(layer: &str, error: &StoreError) -> Self {
+        Self::Store { layer: layer.to_owned(), message: with_causes(error) }
+    }
+
+    pub(crate) fn io(layer: &str, error: &std::io::Error) -> Self {
+        Self::Store { layer: layer.to_owned(), message: error.to_string() }
+    }
+
+    pub(crate) fn index(layer: &str, error: &IndexError) -> Self {
+        Self::Index { layer: layer.to_owned(), message: with_causes(error) }
+    }
+
+    /// Whether trying again may help.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Fetch { source, .. } => source.transient,
+            Self::DiskFull { .. } => true,
+            _ => false,
+        }
+    }
+}
+
+/// An error and its causes in one line: these errors are cloned for every waiter, their causes cannot be.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,106 @@
+//! Layers as loop devices, and images as EROFS mounts on them.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use sluice_kernel::mount::{Restrictions, UnmountOptions};
+use sluice_kernel::{ErofsMount, LoopDevice, LoopOptions, mount_erofs, unmount};
+
+use crate::BlockFsError;
+
+/// Read-ahead of layer devices, in KiB. EROFS reads files through the page cache of its inodes; this serves its metadata.
+const READ_AHEAD_KIB: u32 = 128;
+
+/// A read-only block device on a file. The kernel frees it when neither this nor a mount uses it.
+#[derive(Debug)]
+pub struct Device {
+    device: LoopDevice,
+}
+
+impl Device {
+    /// Attaches the file at `path`.
+    pub fn attach(path: &Path) -> Result<Self, BlockFsError> {
+        let file = open(path)?;
+        let options = LoopOptions::default();
+        let device = match LoopDevice::attach(file.as_fd(), options) {
+            Ok(device) => device,
+            // Some file systems have no direct I/O (tmpfs before 6.6): their files are in memory anyway.
+            Err(error) => {
+                tracing::debug!(%error, path = %path.display(), "no direct I/O");
+                LoopDevice::attach(file.as_fd(), LoopOptions { direct_io: false, ..options })?
+            }
+        };
+        if let Err(error) = device.set_read_ahead_kib(READ_AHEAD_KIB) {
+            tracing::debug!(%error, "read-ahead keeps its default");
+        }
+        Ok(Self { device })
+    }
+
+    /// Takes over a device that is attached already.
+    pub fn adopt(number: u32) -> Result<Self, BlockFsError> {
+        Ok(Self { device: LoopDevice::open(number)? })
+    }
+
+    /// `/dev/loopN`.
+    pub fn path(&self) -> &Path {
+        self.device.path()
+    }
+
+    /// Switches the device, in use, to another file of the same size and content.
+    pub fn hand_over(&self, path: &Path) -> Result<(), BlockFsError> {
+        Ok(self.device.change_backing(open(path)?.as_fd())?)
+    }
+}
+
+fn open(path: &Path) -> Result<File, BlockFsError> {
+    File::open(path).map_err(|source| BlockFsError::Open { path: path.to_path_buf(), source })
+}
+
+/// An image's EROFS mount. It stays when this is dropped: see [`ImageMount::unmount`].
+#[derive(Debug)]
+pub struct ImageMount {
+    dir: PathBuf,
+    layers: Vec<Arc<Device>>,
+}
+
+impl ImageMount {
+    /// Mounts the metadata image `metadata` with its layers' devices on `dir`, which is created. Blocks the thread.
+    pub fn mount(metadata: &Path, layers: Vec<Arc<Device>>, dir: &Path) -> Result<Self, BlockFsError> {
+        let failed = |source| BlockFsError::Open { path: dir.to_path_buf(), source };
+        std::fs::create_dir_all(dir).map_err(failed)?;
+        let device = Device::attach(metadata)?;
+        let erofs = ErofsMount {
+            device: device.path().to_path_buf(),
+            extra_devices: layers.iter().map(|layer| layer.path().to_path_buf()).collect(),
+            restrictions: Restrictions::default(),
+        };
+        mount_erofs(&erofs, dir)?;
+        Ok(Self { dir: dir.to_path_buf(), layers })
+    }
+
+    /// A mount that an earlier agent made.
+    pub fn adopt(dir: &Path, layers: Vec<Arc<Device>>) -> Self {
+        Self { dir: dir.to_path_buf(), layers }
+    }
+
+    /// Where it is.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Its layers' devices.
+    pub fn layers(&self) -> &[Arc<Device>] {
+        &self.layers
+    }
+
+    /// Takes the mount out of the tree; who uses it still (a container's overlayfs) keeps it alive until done.
+    pub fn unmount(self) -> Result<(), BlockFsError> {
+        unmount(&self.dir, UnmountOptions { lazy: true, force: false })?;
+        if let Err(error) = std::fs::remove_dir(&self.dir) {
+            tracing::debug!(%error, dir = %self.dir.display(), "the mount point stays");
+        }
+        Ok(())
+    }
+}
