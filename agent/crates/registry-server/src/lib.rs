@@ -1,1 +1,213 @@
 //! Embedded OCI registry over OCI layouts, with a shaped link and faults for trials.
+//!
+//! `root` is one OCI layout (served under every repository name) or a directory of them (repository = relative path). The
+//! protocol is the OCI distribution specification 1.1: ranges, referrers, pushes.
+
+mod layout;
+mod link;
+mod serve;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+/// Why the registry cannot be served.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// The address.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The directory.
+    #[error("cannot use {} as a directory of OCI layouts", path.display())]
+    Root {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// The link that all clients share.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Link {
+    /// Bits per second; none: as fast as it goes.
+    pub rate_bits_per_second: Option<u64>,
+    /// Round-trip time; setting a connection up costs one.
+    pub round_trip: Duration,
+}
+
+/// What goes wrong, for trials. `POST /_sluice/faults` changes it while the server runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Faults {
+    /// Connections are closed as soon as they are made.
+    pub refuse: bool,
+    /// Only requests whose path contains this are affected by what follows.
+    pub path: String,
+    /// Answer with this status.
+    pub status: Option<u16>,
+    /// With `status` 429 or 503: `Retry-After` in seconds.
+    pub retry_after: Option<u64>,
+    /// Answer 200 with the whole blob to ranges.
+    pub ignore_ranges: bool,
+    /// Break the body off after so many bytes.
+    pub truncate_at: Option<u64>,
+    /// Invert a bit of the byte in the middle of the body.
+    pub flip: bool,
+    /// Never finish the body.
+    pub stall: bool,
+    /// How many requests are affected; none: all.
+    pub times: Option<u64>,
+}
+
+/// How a server is started.
+#[derive(Debug, Clone)]
+pub struct ServerConfig {
+    /// An OCI layout or a directory of them.
+    pub root: PathBuf,
+    /// Where to listen; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// The link.
+    pub link: Link,
+    /// What goes wrong from the start.
+    pub faults: Faults,
+    /// Whether the referrers API is there.
+    pub referrers_api: bool,
+}
+
+/// Counts since the start, or since `POST /_sluice/reset`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Requests of all kinds.
+    pub requests: u64,
+    /// Bytes of bodies sent.
+    pub bytes_sent: u64,
+    /// Of these, of blobs.
+    pub blob_bytes_sent: u64,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    requests: AtomicU64,
+    bytes: AtomicU64,
+    blob_bytes: AtomicU64,
+}
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) layouts: layout::Layouts,
+    pub(crate) counters: Counters,
+    pub(crate) faults: RwLock<Faults>,
+    pub(crate) referrers_api: bool,
+}
+
+impl Shared {
+    /// The faults that affect a request for `path`, counted.
+    pub(crate) fn faults_for(&self, path: &str) -> Option<Faults> {
+        let mut faults = self.faults.write().unwrap_or_else(PoisonError::into_inner);
+        if *faults == Faults::default() || !path.contains(&faults.path) {
+            return None;
+        }
+        match &mut faults.times {
+            Some(0) => return None,
+            Some(times) => *times -= 1,
+            None => {}
+        }
+        Some(faults.clone())
+    }
+}
+
+/// A running registry. Dropped, it stops.
+#[derive(Debug)]
+pub struct Server {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    stop: watch::Sender<bool>,
+}
+
+impl Server {
+    /// Starts to serve.
+    pub async fn start(config: ServerConfig) -> Result<Self, ServeError> {
+        let layouts = layout::Layouts::open(&config.root)
+            .map_err(|source| ServeError::Root { path: config.root.clone(), source })?;
+        let failed = |source| ServeError::Listen { address: config.listen, source };
+        let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        let shared = Arc::new(Shared {
+            layouts,
+            counters: Counters::default(),
+            faults: RwLock::new(config.faults),
+            referrers_api: config.referrers_api,
+        });
+        let (stop, stopped) = watch::channel(false);
+        tokio::spawn(link::accept(listener, config.link, Arc::clone(&shared), stopped));
+        Ok(Self { address, shared, stop })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Changes what goes wrong.
+    pub fn set_faults(&self, faults: Faults) {
+        *self.shared.faults.write().unwrap_or_else(PoisonError::into_inner) = faults;
+    }
+
+    /// What was sent so far.
+    pub fn stats(&self) -> Stats {
+        self.shared.counters.read()
+    }
+
+    /// Stops and closes all connections.
+    pub fn stop(&self) {
+        self.stop.send_replace(true);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Counters {
+    pub(crate) fn request(&self) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn sent(&self, bytes: u64, blob: bool) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        if blob {
+            self.blob_bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn read(&self) -> Stats {
+        Stats {
+            requests: self.requests.load(Ordering::Relaxed),
+            bytes_sent: self.bytes.load(Ordering::Relaxed),
+            blob_bytes_sent: self.blob_bytes.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(crate) fn reset(&self) {
+        for counter in [&self.requests, &self.bytes, &self.blob_bytes] {
+            counter.store(0, Ordering::Relaxed);
+        }
+    }
+}
