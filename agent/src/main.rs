@@ -1,2 +1,58 @@
 //! The `sluice` binary: command line, daemon, and the wiring of the crates.
-fn main() {}
+
+mod api;
+mod cli;
+mod client;
+mod commands;
+mod config;
+mod daemon;
+mod node;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+use crate::config::Config;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_log(&cli);
+    match run(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            tracing::debug!(?error, "command failed");
+            anstream_error(&error);
+            ExitCode::from(125)
+        }
+    }
+}
+
+/// One line per failure, causes included, on standard error.
+#[allow(clippy::print_stderr, reason = "the command's own last word")]
+fn anstream_error(error: &anyhow::Error) {
+    eprintln!("sluice: {error:#}");
+}
+
+/// The log goes to standard error: warnings by default, and what `SLUICE_LOG` or `--verbose` asks for.
+fn start_log(cli: &Cli) {
+    let daemon = matches!(cli.command, Command::Daemon { .. });
+    let level = match (cli.global.verbose, daemon) {
+        (0, false) => "warn",
+        (0, true) | (1, _) => "info",
+        _ => "debug",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("SLUICE_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(format!("warn,sluice={level},sluice_stream={level},sluice_store={level},sluice_blockfs={level},sluice_registry={level}")));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(daemon).init();
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let config = Arc::new(Config::resolve(&cli.global)?);
+    let code = runtime.block_on(commands::execute(cli, config));
+    // A read that still waits for a registry must not keep the command from ending.
+    runtime.shutdown_background();
+    code
+}

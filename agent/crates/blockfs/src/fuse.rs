@@ -81,13 +81,12 @@ impl BlockFs {
         }
     }
 
-    /// Unmounts; lazily if something still has a file open.
+    /// Takes the mount out of the tree. Loop devices that still read a file of it fail once the process ends.
     pub fn unmount(mut self) -> Result<(), BlockFsError> {
-        let failed = |source| BlockFsError::Fuse { path: self.dir.clone(), source };
-        match self.session.take() {
-            Some(session) => session.umount_and_join().map_err(failed),
-            None => Ok(()),
-        }
+        // Joining the session would wait for the last open file; its threads end with the process.
+        std::mem::forget(self.session.take());
+        sluice_kernel::unmount(&self.dir, sluice_kernel::mount::UnmountOptions { lazy: true, force: false })?;
+        Ok(())
     }
 }
 

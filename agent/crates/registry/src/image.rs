@@ -44,17 +44,46 @@ pub struct ResolvedImage {
     pub layers: Vec<Layer>,
 }
 
+impl ResolvedImage {
+    /// From documents whose digests were checked.
+    pub fn from_parts(
+        reference: Reference,
+        manifest_digest: String,
+        manifest: Bytes,
+        config: Bytes,
+    ) -> Result<Self, RegistryError> {
+        let bad = |reason: String| RegistryError::Image { reference: reference.to_string(), reason };
+        let media_type = media_type_of(&manifest, &reference)?;
+        let parsed: ImageManifest = parse(&manifest, &reference)?;
+        let diff_ids = ImageConfiguration::from_reader(config.as_ref())
+            .map_err(|error| bad(format!("its configuration is not valid: {error}")))?
+            .rootfs()
+            .diff_ids()
+            .clone();
+        if diff_ids.len() != parsed.layers().len() {
+            return Err(bad("its manifest and its configuration have different numbers of layers".to_owned()));
+        }
+        let layers = parsed.layers().iter().zip(diff_ids).map(|(layer, diff_id)| Layer {
+            digest: layer.digest().to_string(),
+            size: layer.size(),
+            media_type: layer.media_type().to_string(),
+            diff_id,
+        });
+        let layers = layers.collect();
+        Ok(Self { reference, manifest_digest, media_type, manifest, config, layers })
+    }
+}
+
 impl Client {
     /// Finds out what `reference` is now, for this machine's platform.
     pub async fn resolve(&self, reference: &Reference) -> Result<ResolvedImage, RegistryError> {
         let name = reference.digest().or(reference.tag()).unwrap_or("latest").to_owned();
         let (mut bytes, mut digest) = self.manifest(reference, &name).await?;
-        let mut media_type = media_type_of(&bytes, reference)?;
+        let media_type = media_type_of(&bytes, reference)?;
         if media_type.contains("image.index") || media_type.contains("manifest.list") {
             let index: ImageIndex = parse(&bytes, reference)?;
             let chosen = choose(&index, reference)?;
             (bytes, digest) = self.manifest(reference, &chosen).await?;
-            media_type = media_type_of(&bytes, reference)?;
         }
         let manifest: ImageManifest = parse(&bytes, reference)?;
         let bad = |reason: String| RegistryError::Image { reference: reference.to_string(), reason };
@@ -64,29 +93,7 @@ impl Client {
         let config_blob = self.blob(reference, &manifest.config().digest().to_string(), manifest.config().size());
         let config = config_blob.read_all(0..manifest.config().size(), false).await?;
         verify(&config, manifest.config().digest(), &format!("the configuration of {reference}"))?;
-        let diff_ids = ImageConfiguration::from_reader(config.as_ref())
-            .map_err(|error| bad(format!("its configuration is not valid: {error}")))?
-            .rootfs()
-            .diff_ids()
-            .clone();
-        if diff_ids.len() != manifest.layers().len() {
-            return Err(bad("its manifest and its configuration have different numbers of layers".to_owned()));
-        }
-        let layers = manifest.layers().iter().zip(diff_ids).map(|(layer, diff_id)| Layer {
-            digest: layer.digest().to_string(),
-            size: layer.size(),
-            media_type: layer.media_type().to_string(),
-            diff_id,
-        });
-        let layers = layers.collect();
-        Ok(ResolvedImage {
-            reference: reference.clone(),
-            manifest_digest: digest,
-            media_type,
-            manifest: bytes,
-            config,
-            layers,
-        })
+        ResolvedImage::from_parts(reference.clone(), digest, bytes, config)
     }
 
     /// A manifest's bytes and digest, checked if it was asked for by digest.

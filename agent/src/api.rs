@@ -1,0 +1,147 @@
+//! What the command line and the daemon say to each other: JSON over HTTP on the daemon's unix socket.
+//!
+//! Long operations answer with one JSON [`Event`] per line, the last being `done` or `failed`.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Who uses an image: it stays mounted until they release it, die or unmount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Holder {
+    /// A process, by pid (released when it ends).
+    Process(u32),
+    /// A mount point (released when nothing is mounted there any more).
+    MountPoint(PathBuf),
+}
+
+/// `POST /v1/acquire`: make an image's root file system available.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct AcquireRequest {
+    pub(crate) reference: String,
+    /// False: pull and unpack everything first.
+    pub(crate) stream: bool,
+    pub(crate) holder: Holder,
+}
+
+/// `POST /v1/pull`, `/v1/remove`, `/v1/status`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct ImageRequest {
+    pub(crate) reference: Option<String>,
+}
+
+/// `POST /v1/release`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct ReleaseRequest {
+    pub(crate) holder: Holder,
+}
+
+/// How an image's files are served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Served {
+    /// From the registry while it is read.
+    Streamed,
+    /// All layers are on this node.
+    Local,
+    /// Pulled and unpacked to directories.
+    Unpacked,
+}
+
+/// An image that is ready to be used.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Acquired {
+    pub(crate) reference: String,
+    pub(crate) manifest_digest: String,
+    /// The image configuration, as in the registry.
+    pub(crate) config: String,
+    /// Lower directories of the root file system, topmost first.
+    pub(crate) lower_dirs: Vec<PathBuf>,
+    pub(crate) served: Served,
+    /// Why the image was not streamed, if it was to be.
+    pub(crate) fell_back: Option<String>,
+}
+
+/// One line of a long operation's answer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub(crate) enum Event {
+    /// Something the user should know.
+    Note { text: String },
+    /// How far an operation is.
+    Progress { bytes_done: u64, bytes_total: u64 },
+    /// The end, well: what the request asked for.
+    Done { result: serde_json::Value },
+    /// The end, badly.
+    Failed { message: String },
+}
+
+/// `POST /v1/status`: the node and its images.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Status {
+    pub(crate) pid: u32,
+    pub(crate) version: String,
+    pub(crate) resident_bytes: u64,
+    pub(crate) resident_peak_bytes: u64,
+    pub(crate) disk_bytes: u64,
+    pub(crate) disk_full: bool,
+    pub(crate) reads: ReadCounters,
+    pub(crate) images: Vec<ImageStatus>,
+}
+
+/// Where reads of the daemon were answered from, since its start.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(crate) struct ReadCounters {
+    pub(crate) from_disk: u64,
+    pub(crate) from_registry: u64,
+    pub(crate) waiting: u64,
+    pub(crate) bytes_demand: u64,
+    pub(crate) bytes_prefetch: u64,
+    pub(crate) bytes_fill: u64,
+}
+
+/// One image of the node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct ImageStatus {
+    pub(crate) reference: String,
+    pub(crate) manifest_digest: String,
+    pub(crate) state: String,
+    pub(crate) users: usize,
+    /// Bytes of content in the layer store, shared layers included.
+    pub(crate) bytes_local: u64,
+    pub(crate) bytes_total: u64,
+    pub(crate) layers: Vec<LayerStatus>,
+}
+
+/// One layer of an image.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct LayerStatus {
+    pub(crate) digest: String,
+    pub(crate) state: String,
+    pub(crate) bytes_local: u64,
+    pub(crate) bytes_total: u64,
+}
+
+/// What `pull` brought.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct PullReport {
+    pub(crate) reference: String,
+    pub(crate) manifest_digest: String,
+    pub(crate) bytes_local: u64,
+}
+
+/// What `gc` freed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct GcReport {
+    pub(crate) layers_removed: usize,
+    pub(crate) bytes_freed: u64,
+}
+
+/// What `fsck` found.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct FsckReport {
+    pub(crate) layers: usize,
+    pub(crate) chunks_checked: u64,
+    pub(crate) problems: Vec<String>,
+}

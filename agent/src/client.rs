@@ -1,0 +1,173 @@
+//! The command line's side of the daemon's socket; starts a daemon when none runs.
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use futures::StreamExt;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::api::Event;
+use crate::cli::Global;
+use crate::config::Config;
+use crate::daemon;
+
+/// A way to the node's daemon, or to one inside this process with `--standalone`.
+#[derive(Debug)]
+pub(crate) struct Client {
+    http: reqwest::Client,
+    /// Ends with the client.
+    standalone: Option<daemon::Running>,
+}
+
+impl Client {
+    /// Connects; starts a daemon, or becomes one with `--standalone`.
+    pub(crate) async fn connect(config: &Arc<Config>, global: &Global) -> Result<Self> {
+        let standalone = if global.standalone {
+            Some(daemon::start(Arc::clone(config)).await?)
+        } else {
+            if !Self::alive(config).await {
+                start_daemon(config, global)?;
+            }
+            None
+        };
+        Ok(Self { http: http_client(config)?, standalone })
+    }
+
+    /// Connects to a daemon that runs, or says that none does.
+    pub(crate) async fn connect_running(config: &Config) -> Result<Option<Self>> {
+        if !Self::alive(config).await {
+            return Ok(None);
+        }
+        Ok(Some(Self { http: http_client(config)?, standalone: None }))
+    }
+
+    async fn alive(config: &Config) -> bool {
+        tokio::net::UnixStream::connect(config.socket()).await.is_ok()
+    }
+
+    /// One question, one answer.
+    pub(crate) async fn ask<A: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<A> {
+        self.follow(path, body, |_| {}).await
+    }
+
+    /// A long operation: `on_event` sees notes and progress, the result is returned.
+    pub(crate) async fn follow<A: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        mut on_event: impl FnMut(&Event),
+    ) -> Result<A> {
+        let response = self
+            .http
+            .post(format!("http://sluice/v1/{path}"))
+            .json(body)
+            .send()
+            .await
+            .context("the daemon does not answer; see its log in the state directory")?;
+        let mut lines = LineBuffer::default();
+        let mut body = response.bytes_stream();
+        while let Some(piece) = body.next().await {
+            lines.push(&piece.context("the daemon ended while it worked; see its log in the state directory")?);
+            while let Some(line) = lines.next_line() {
+                match serde_json::from_slice(&line).context("the daemon's answer is not understood")? {
+                    Event::Done { result } => {
+                        return serde_json::from_value(result).context("the daemon is of another version");
+                    }
+                    Event::Failed { message } => bail!("{message}"),
+                    event => on_event(&event),
+                }
+            }
+        }
+        bail!("the daemon ended its answer early; see its log in the state directory")
+    }
+
+    /// Ends an in-process daemon in good order.
+    pub(crate) async fn close(self) -> Result<()> {
+        match self.standalone {
+            Some(running) => running.stop().await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// Splits a byte stream at line ends.
+#[derive(Debug, Default)]
+struct LineBuffer {
+    bytes: Vec<u8>,
+}
+
+impl LineBuffer {
+    fn push(&mut self, piece: &[u8]) {
+        self.bytes.extend_from_slice(piece);
+    }
+
+    fn next_line(&mut self) -> Option<Vec<u8>> {
+        let end = self.bytes.iter().position(|byte| *byte == b'\n')?;
+        let rest = self.bytes.split_off(end + 1);
+        Some(std::mem::replace(&mut self.bytes, rest))
+    }
+}
+
+fn http_client(config: &Config) -> Result<reqwest::Client> {
+    reqwest::Client::builder().unix_socket(config.socket()).no_proxy().build().context("cannot make a client")
+}
+
+/// Starts `sluice daemon` in a session of its own and waits until its socket is open.
+fn start_daemon(config: &Config, global: &Global) -> Result<()> {
+    std::fs::create_dir_all(&config.state)
+        .with_context(|| format!("cannot create the state directory {}", config.state.display()))?;
+    let log_path = config.state.join("daemon.log");
+    let log = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&log_path)
+        .with_context(|| format!("cannot open the daemon's log {}", log_path.display()))?;
+    let mut command = Command::new(std::env::current_exe().context("cannot find the sluice binary")?);
+    command.arg("daemon").arg("--announce").arg("--root").arg(&config.root).arg("--state").arg(&config.state);
+    if let Some(path) = &global.config {
+        command.arg("--config").arg(path);
+    }
+    for host in &global.plain_http {
+        command.arg(format!("--plain-http={host}"));
+    }
+    for _ in 0..global.verbose {
+        command.arg("--verbose");
+    }
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .current_dir("/")
+        .process_group(0)
+        .spawn()
+        .context("cannot start the daemon")?;
+    let mut line = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        BufReader::new(stdout).read_line(&mut line).context("cannot hear from the daemon")?;
+    }
+    if line.trim() != "ready" {
+        let tail = std::fs::read_to_string(&log_path).unwrap_or_default();
+        let reason = tail.lines().last().unwrap_or("it wrote no log");
+        bail!("the daemon did not start: {reason} (log: {})", log_path.display());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::LineBuffer;
+
+    #[test]
+    fn lines_come_whole_whatever_the_pieces() {
+        let mut buffer = LineBuffer::default();
+        buffer.push(b"{\"a\":1}\n{\"b");
+        assert_eq!(buffer.next_line().as_deref(), Some(&b"{\"a\":1}\n"[..]));
+        assert_eq!(buffer.next_line(), None);
+        buffer.push(b"\":2}\n");
+        assert_eq!(buffer.next_line().as_deref(), Some(&b"{\"b\":2}\n"[..]));
+    }
+}

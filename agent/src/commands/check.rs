@@ -1,0 +1,52 @@
+//! `sluice check`: can an image be streamed, from what, layer by layer, and what happens if not.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Result;
+use sluice_image::decode::Compression;
+use sluice_registry::Client;
+
+use super::status::size;
+use crate::config::Config;
+use crate::node::{INDEX_KIND, LAYER_ANNOTATION, artifact_store, cannot_stream, read_index, registry_client, unsupported};
+
+/// Exit code 0: every layer can be streamed at random; 1: not so.
+pub(crate) async fn check(config: &Arc<Config>, name: &str, store: Option<String>) -> Result<ExitCode> {
+    let registry = registry_client(config)?;
+    let image = registry.resolve(&Client::parse(name)?).await?;
+    println!("{} {}", image.reference, image.manifest_digest);
+    if let Some(reason) = cannot_stream() {
+        println!("node: {reason}; images are pulled the ordinary way");
+    }
+    let store = artifact_store(config, store.as_deref(), &registry)?;
+    let blobs = store.find(&image, INDEX_KIND).await?.unwrap_or_default();
+    let mut all = true;
+    for layer in &image.layers {
+        let found = blobs.iter().find(|(blob, _)| blob.annotations.get(LAYER_ANNOTATION) == Some(&layer.digest));
+        let (streams, verdict) = match found {
+            Some((blob, reader)) => match read_index(layer, blob, reader).await {
+                Ok(index) if index.random_access() => (true, "stream index found: streamed at random".to_owned()),
+                Ok(_) => (false, "stream index found, but one undivided frame: streamed in order".to_owned()),
+                Err(error) => (false, format!("stream index refused ({error:#}): streamed in order")),
+            },
+            None => match unsupported(&layer.media_type) {
+                Some(reason) => (false, format!("{reason}: the image cannot be used")),
+                None => {
+                    let head = registry.blob(&image.reference, &layer.digest, layer.size).read_all(0..layer.size.min(8), false).await;
+                    let kind = head.map(|bytes| match Compression::sniff(&bytes) {
+                        Compression::Gzip => "gzip",
+                        Compression::Zstd => "zstd",
+                        Compression::None => "plain tar",
+                    });
+                    let kind = kind.unwrap_or("unreadable");
+                    (false, format!("no index, {kind}: the first pull streams it in order and makes its index"))
+                }
+            },
+        };
+        all &= streams;
+        println!("{} {:>10}  {verdict}", layer.digest.get(..19).unwrap_or(&layer.digest), size(layer.size));
+    }
+    println!("{}", if all { "streamable" } else { "not streamable yet; `sluice index` makes it so" });
+    Ok(ExitCode::from(u8::from(!all)))
+}

@@ -1,0 +1,78 @@
+//! The commands, each a thin translation between the terminal and the crates.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "commands speak to a terminal")]
+
+mod check;
+mod daemon;
+mod images;
+mod index;
+mod mount;
+mod progress;
+mod registry;
+mod run;
+mod shell;
+mod status;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use tokio::signal::unix::{SignalKind, signal};
+
+pub(crate) use index::index_blob;
+
+use crate::cli::{Cli, Command, IndexAction};
+use crate::client::Client;
+use crate::config::Config;
+
+/// Runs one command; its exit code is the process's.
+pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
+    let global = cli.global;
+    match cli.command {
+        Command::Run(args) => return run::run(&config, &global, args).await,
+        Command::Mount { image, dir, no_stream } => {
+            mount::mount(&config, &global, image, dir, !no_stream).await?;
+        }
+        Command::Umount { dir } => mount::umount(&config, &dir).await?,
+        Command::Index { action: Some(IndexAction::Show { image, store }), .. } => {
+            index::show(&config, &image, store).await?;
+        }
+        Command::Index { action: None, args } => index::build(&config, args).await?,
+        Command::Check { image, store } => return check::check(&config, &image, store).await,
+        Command::Pull { image } => images::pull(&config, &global, image).await?,
+        Command::Status { image, watch, json } => status::status(&config, image, watch, json).await?,
+        Command::Rm { image } => images::remove(&config, &global, image).await?,
+        Command::Gc => images::gc(&config, &global).await?,
+        Command::Fsck => return images::fsck(&config, &global).await,
+        Command::Daemon { announce } => daemon::serve(config, announce).await?,
+        Command::Stop => daemon::stop(&config).await?,
+        Command::Registry(args) => registry::serve(args).await?,
+        Command::Man { dir } => shell::man(&dir)?,
+        Command::Completions { shell } => shell::completions(shell),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Connects, does one thing, and ends an in-process daemon in good order whatever came out.
+async fn with_client<T>(
+    config: &Arc<Config>,
+    global: &crate::cli::Global,
+    work: impl AsyncFnOnce(&Client) -> Result<T>,
+) -> Result<T> {
+    let client = Client::connect(config, global).await?;
+    let result = work(&client).await;
+    let closed = client.close().await;
+    let value = result?;
+    closed?;
+    Ok(value)
+}
+
+/// Waits for SIGTERM or SIGINT.
+async fn interrupted() -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}

@@ -1,0 +1,119 @@
+//! `sluice run`: a container from an image.
+
+use std::io::IsTerminal;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use sluice_container::{Bind, Bundle, BundleOptions, Network, SpecOptions, find_runtime};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use super::progress::Progress;
+use super::with_client;
+use crate::api::{AcquireRequest, Acquired, Holder, ReleaseRequest};
+use crate::cli::{self, Global, RunArgs};
+use crate::config::Config;
+
+/// Signals that are meant for the container's process.
+const FORWARDED: [Signal; 6] =
+    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGUSR1, Signal::SIGUSR2];
+
+/// The exit code is the container's.
+pub(crate) async fn run(config: &Arc<Config>, global: &Global, args: RunArgs) -> Result<ExitCode> {
+    let runtime = find_runtime(args.runtime.as_deref())?;
+    let spec = spec_options(&args)?;
+    let holder = Holder::Process(std::process::id());
+    with_client(config, global, async |client| {
+        let request =
+            AcquireRequest { reference: args.image.clone(), stream: !args.no_stream, holder: holder.clone() };
+        let progress = Progress::new(&args.image);
+        let acquired: Acquired = client.follow("acquire", &request, |event| progress.show(event)).await?;
+        drop(progress);
+        let code = contain(config, &args, &spec, runtime.clone(), &acquired).await;
+        client.ask::<()>("release", &ReleaseRequest { holder: holder.clone() }).await?;
+        code
+    })
+    .await
+}
+
+fn spec_options(args: &RunArgs) -> Result<SpecOptions> {
+    Ok(SpecOptions {
+        entrypoint: args.entrypoint.clone(),
+        command: args.command.clone(),
+        env: args.env.clone(),
+        workdir: args.workdir.clone(),
+        user: args.user.clone(),
+        binds: args.volumes.iter().map(|volume| Bind::parse(volume)).collect::<Result<_, _>>()?,
+        network: match args.network {
+            cli::Network::Host => Network::Host,
+            cli::Network::None => Network::None,
+        },
+        terminal: std::io::stdin().is_terminal() && std::io::stdout().is_terminal(),
+    })
+}
+
+async fn contain(
+    config: &Config,
+    args: &RunArgs,
+    spec: &SpecOptions,
+    runtime: std::path::PathBuf,
+    acquired: &Acquired,
+) -> Result<ExitCode> {
+    let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+    let options = BundleOptions {
+        // The container's own files are on disk, beside the layer store: /run is memory on most nodes.
+        dir: config.root.join("containers"),
+        id: format!("sluice-{}-{nanoseconds:x}", std::process::id()),
+        lower_dirs: acquired.lower_dirs.clone(),
+        image_config: acquired.config.clone(),
+        runtime,
+    };
+    let bundle = Bundle::create(options, spec)?;
+    let code = supervise(&bundle).await;
+    bundle.remove(args.keep)?;
+    if args.keep {
+        eprintln!("sluice: what the container wrote is in {}", bundle.upper().display());
+    }
+    code
+}
+
+/// Runs the container and passes signals on to it.
+async fn supervise(bundle: &Bundle) -> Result<ExitCode> {
+    let (sender, mut signals) = mpsc::channel(16);
+    for forwarded in FORWARDED {
+        let mut stream = signal(SignalKind::from_raw(forwarded as i32)).context("cannot listen for signals")?;
+        let sender = sender.clone();
+        tokio::spawn(async move {
+            while stream.recv().await.is_some() {
+                if sender.send(forwarded).await.is_err() {
+                    return;
+                }
+            }
+        });
+    }
+    let mut child = tokio::process::Command::from(bundle.command())
+        .spawn()
+        .context("cannot start the container runtime")?;
+    loop {
+        tokio::select! {
+            status = child.wait() => {
+                let status = status.context("cannot wait for the container")?;
+                let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(125);
+                return Ok(ExitCode::from(u8::try_from(code).unwrap_or(125)));
+            }
+            Some(received) = signals.recv() => {
+                // The runtime passes it on to the container's first process.
+                if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok())
+                    && let Err(error) = kill(Pid::from_raw(pid), received)
+                {
+                    tracing::debug!(%error, %received, "the container is gone");
+                }
+            }
+        }
+    }
+}

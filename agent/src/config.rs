@@ -1,0 +1,148 @@
+//! Configuration: the raw TOML document and the command line's overrides, resolved once at start.
+//!
+//! Nothing below the binary reads the environment or a file of settings; it gets what is resolved here.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+use crate::cli::Global;
+
+const DEFAULT_CONFIG: &str = "/etc/sluice/config.toml";
+const DEFAULT_ROOT: &str = "/var/lib/sluice";
+const DEFAULT_STATE: &str = "/run/sluice";
+
+/// What the configuration file may say. Unknown keys are refused by name.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawConfig {
+    root: Option<PathBuf>,
+    state: Option<PathBuf>,
+    index_store: Option<String>,
+    publish_index: Option<bool>,
+    registry: RawRegistry,
+    stream: RawStream,
+    store: RawStore,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawRegistry {
+    hosts_dir: Option<PathBuf>,
+    plain_http: Vec<String>,
+    docker_config: Option<PathBuf>,
+    extra_ca: Vec<PathBuf>,
+    connections_per_host: Option<usize>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawStream {
+    outage_timeout_s: Option<u64>,
+    fill: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawStore {
+    memory_budget_mib: Option<u64>,
+    quota_gib: Option<u64>,
+}
+
+/// The resolved configuration of this process.
+#[derive(Debug, Clone)]
+pub(crate) struct Config {
+    /// Directory of the layer store.
+    pub(crate) root: PathBuf,
+    /// Directory of sockets and mounts.
+    pub(crate) state: PathBuf,
+    /// Object store of stream indexes; the image's registry if none.
+    pub(crate) index_store: Option<String>,
+    /// Publish the index made by a first pull.
+    pub(crate) publish_index: bool,
+    /// containerd's tree of `hosts.toml` files.
+    pub(crate) hosts_dir: Option<PathBuf>,
+    /// Registries spoken to by http; `*` is all.
+    pub(crate) plain_http: Vec<String>,
+    /// Docker's `config.json`.
+    pub(crate) docker_config: Option<PathBuf>,
+    /// Certificates trusted besides the system's, PEM files.
+    pub(crate) extra_ca: Vec<PathBuf>,
+    /// Requests under way per registry host, over all images.
+    pub(crate) connections_per_host: usize,
+    /// How long a blocked read waits for a registry that is away.
+    pub(crate) outage_timeout: Duration,
+    /// Fetch the rest of a streamed image in the background.
+    pub(crate) fill: bool,
+    /// Bytes of verified content kept in memory until written.
+    pub(crate) memory_budget_bytes: u64,
+    /// Bytes of disk the store may take.
+    pub(crate) quota_bytes: Option<u64>,
+}
+
+impl Config {
+    /// Reads the configuration file (a missing default one is empty) and applies the command line.
+    pub(crate) fn resolve(global: &Global) -> Result<Self> {
+        let raw = match &global.config {
+            Some(path) => RawConfig::read(path)?,
+            None if Path::new(DEFAULT_CONFIG).exists() => RawConfig::read(Path::new(DEFAULT_CONFIG))?,
+            None => RawConfig::default(),
+        };
+        let mut plain_http = raw.registry.plain_http;
+        plain_http.extend(global.plain_http.iter().cloned());
+        let home = std::env::var_os("HOME").map(PathBuf::from);
+        let docker_dir =
+            std::env::var_os("DOCKER_CONFIG").map(PathBuf::from).or_else(|| home.map(|home| home.join(".docker")));
+        Ok(Self {
+            root: absolute(global.root.clone().or(raw.root).unwrap_or_else(|| DEFAULT_ROOT.into()))?,
+            state: absolute(global.state.clone().or(raw.state).unwrap_or_else(|| DEFAULT_STATE.into()))?,
+            index_store: raw.index_store,
+            publish_index: raw.publish_index.unwrap_or(true),
+            hosts_dir: raw.registry.hosts_dir,
+            plain_http,
+            docker_config: raw.registry.docker_config.or_else(|| docker_dir.map(|dir| dir.join("config.json"))),
+            extra_ca: raw.registry.extra_ca,
+            connections_per_host: raw.registry.connections_per_host.unwrap_or(8),
+            outage_timeout: Duration::from_secs(raw.stream.outage_timeout_s.unwrap_or(600)),
+            fill: raw.stream.fill.unwrap_or(true),
+            memory_budget_bytes: raw.store.memory_budget_mib.unwrap_or(24) << 20,
+            quota_bytes: raw.store.quota_gib.map(|gib| gib << 30),
+        })
+    }
+
+    /// The daemon's socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.state.join("sluice.sock")
+    }
+}
+
+impl RawConfig {
+    fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        toml::from_str(&text).with_context(|| format!("{} is not a valid configuration", path.display()))
+    }
+}
+
+fn absolute(path: PathBuf) -> Result<PathBuf> {
+    std::path::absolute(&path).with_context(|| format!("cannot resolve {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name() {
+        let error = toml::from_str::<RawConfig>("[stream]\noutage = 3\n").expect_err("accepted");
+        assert!(error.to_string().contains("outage"), "{error}");
+    }
+
+    #[test]
+    fn sections_are_optional() {
+        let raw: RawConfig = toml::from_str("root = \"/x\"\n[store]\nquota_gib = 5\n").expect("valid");
+        assert_eq!(raw.store.quota_gib, Some(5));
+        assert_eq!(raw.root.as_deref(), Some(Path::new("/x")));
+    }
+}

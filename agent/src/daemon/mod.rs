@@ -1,0 +1,195 @@
+//! The daemon: the node's state behind HTTP on a unix socket.
+//!
+//! Handlers only translate between the wire and [`Node`]; what happens stands there.
+
+use std::future::Future;
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use axum::body::{Body, Bytes};
+use axum::extract::{Json, State};
+use axum::response::Response;
+use axum::routing::post;
+use serde::Serialize;
+use tokio::sync::{mpsc, watch};
+
+use crate::api::{AcquireRequest, Event, ImageRequest, ReleaseRequest};
+use crate::config::Config;
+use crate::node::Node;
+
+/// Events that may wait for a slow reader before the work is held up.
+const EVENTS_WAITING: usize = 64;
+
+/// A daemon that runs inside this process.
+#[derive(Debug)]
+pub(crate) struct Running {
+    node: Arc<Node>,
+    stop: watch::Sender<bool>,
+    server: tokio::task::JoinHandle<std::io::Result<()>>,
+}
+
+impl Running {
+    /// Ends it: no more requests, mounts that need it released, state flushed.
+    pub(crate) async fn stop(self) -> Result<()> {
+        self.stop.send_replace(true);
+        self.server.await.context("the server ended badly")??;
+        self.node.shut_down().await
+    }
+
+    /// Waits until a client asked the daemon to stop.
+    pub(crate) async fn asked_to_stop(&self) {
+        let mut stop = self.stop.subscribe();
+        if stop.wait_for(|stop| *stop).await.is_err() {
+            tracing::debug!("the stop channel closed");
+        }
+    }
+}
+
+#[derive(Clone)]
+struct Shared {
+    node: Arc<Node>,
+    stop: watch::Sender<bool>,
+}
+
+/// Opens the node's state and its socket.
+pub(crate) async fn start(config: Arc<Config>) -> Result<Running> {
+    let socket = config.socket();
+    let node = Node::start(Arc::clone(&config)).await?;
+    if tokio::net::UnixStream::connect(&socket).await.is_ok() {
+        bail!("a daemon already listens on {}", socket.display());
+    }
+    match std::fs::remove_file(&socket) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("cannot remove the stale socket {}", socket.display()));
+        }
+        _ => {}
+    }
+    let listener = tokio::net::UnixListener::bind(&socket)
+        .with_context(|| format!("cannot listen on {}", socket.display()))?;
+    std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("cannot protect {}", socket.display()))?;
+    let (stop, mut stopped) = watch::channel(false);
+    let shared = Shared { node: Arc::clone(&node), stop: stop.clone() };
+    let server = tokio::spawn(
+        axum::serve(listener, routes(shared))
+            .with_graceful_shutdown(async move {
+                if stopped.wait_for(|stop| *stop).await.is_err() {
+                    tracing::debug!("the stop channel closed");
+                }
+            })
+            .into_future(),
+    );
+    Ok(Running { node, stop, server })
+}
+
+fn routes(shared: Shared) -> axum::Router {
+    axum::Router::new()
+        .route("/v1/acquire", post(acquire))
+        .route("/v1/release", post(release))
+        .route("/v1/pull", post(pull))
+        .route("/v1/status", post(status))
+        .route("/v1/remove", post(remove))
+        .route("/v1/gc", post(gc))
+        .route("/v1/fsck", post(fsck))
+        .route("/v1/stop", post(stop))
+        .with_state(shared)
+}
+
+async fn acquire(State(shared): State<Shared>, Json(request): Json<AcquireRequest>) -> Response {
+    answer(move |events| async move { shared.node.acquire(request, events).await })
+}
+
+async fn release(State(shared): State<Shared>, Json(request): Json<ReleaseRequest>) -> Response {
+    answer(move |_| async move { shared.node.release(&request.holder).await })
+}
+
+async fn pull(State(shared): State<Shared>, Json(request): Json<ImageRequest>) -> Response {
+    answer(move |events| async move { shared.node.pull(&named(request)?, events).await })
+}
+
+async fn status(State(shared): State<Shared>, Json(request): Json<ImageRequest>) -> Response {
+    answer(move |_| async move { shared.node.status(request.reference.as_deref()).await })
+}
+
+async fn remove(State(shared): State<Shared>, Json(request): Json<ImageRequest>) -> Response {
+    answer(move |_| async move { shared.node.remove(&named(request)?).await })
+}
+
+async fn gc(State(shared): State<Shared>) -> Response {
+    answer(move |_| async move { shared.node.gc().await })
+}
+
+async fn fsck(State(shared): State<Shared>) -> Response {
+    answer(move |_| async move { shared.node.fsck().await })
+}
+
+async fn stop(State(shared): State<Shared>) -> Response {
+    shared.stop.send_replace(true);
+    answer(|_| async { Ok(()) })
+}
+
+fn named(request: ImageRequest) -> Result<String> {
+    request.reference.context("the request names no image")
+}
+
+/// Runs `work` to its end even if the client goes away, and streams its events, one JSON object a line.
+fn answer<F, T>(work: impl FnOnce(EventSender) -> F) -> Response
+where
+    F: Future<Output = Result<T>> + Send + 'static,
+    T: Serialize,
+{
+    let (sender, receiver) = mpsc::channel(EVENTS_WAITING);
+    let events = EventSender { sender };
+    let work = work(events.clone());
+    tokio::spawn(async move {
+        let last = match work.await.and_then(|result| Ok(serde_json::to_value(result)?)) {
+            Ok(result) => Event::Done { result },
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "request failed");
+                Event::Failed { message: format!("{error:#}") }
+            }
+        };
+        if events.sender.send(last).await.is_err() {
+            tracing::debug!("the client left before the answer");
+        }
+    });
+    let lines = futures::stream::unfold(receiver, |mut receiver| async move {
+        let event: Event = receiver.recv().await?;
+        let line = serde_json::to_vec(&event).map(|mut line| {
+            line.push(b'\n');
+            Bytes::from(line)
+        });
+        Some((line, receiver))
+    });
+    Response::new(Body::from_stream(lines))
+}
+
+/// Where a long operation says how far it is.
+#[derive(Debug, Clone)]
+pub(crate) struct EventSender {
+    sender: mpsc::Sender<Event>,
+}
+
+impl EventSender {
+    /// Something the user should know.
+    pub(crate) fn note(&self, text: impl Into<String>) {
+        self.offer(Event::Note { text: text.into() });
+    }
+
+    /// How far the operation is.
+    pub(crate) fn progress(&self, bytes_done: u64, bytes_total: u64) {
+        self.offer(Event::Progress { bytes_done, bytes_total });
+    }
+
+    /// True when the client went away.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.sender.is_closed()
+    }
+
+    fn offer(&self, event: Event) {
+        if let Err(error) = self.sender.try_send(event) {
+            tracing::trace!(%error, "an event found no reader");
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! A layer on the node: its bytes, its block device, its background fill and its hand-over to the kernel.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use anyhow::{Context, Result};
+use sluice_blockfs::Device;
+use sluice_registry::ResolvedImage;
+use sluice_store::Layer;
+use sluice_stream::{LayerParts, StreamError, StreamedLayer};
+
+use super::Node;
+use super::sources::{IndexBlob, LayerBlocks, RegistryBlob};
+use crate::daemon::EventSender;
+
+/// See the module text.
+#[derive(Debug)]
+pub(super) struct NodeLayer {
+    layer: Arc<Layer>,
+    /// None for a layer that is complete from the start.
+    streamed: Option<Arc<StreamedLayer>>,
+    /// The FUSE file, until the layer is complete.
+    fuse_path: Option<PathBuf>,
+    device: Mutex<Weak<Device>>,
+    fill: Mutex<Option<tokio::task::JoinHandle<()>>>,
+    failed: Mutex<Option<String>>,
+}
+
+impl NodeLayer {
+    pub(super) fn size(&self) -> u64 {
+        self.layer.size()
+    }
+
+    pub(super) fn layer(&self) -> &Layer {
+        &self.layer
+    }
+
+    /// Why the layer cannot be completed, if so.
+    pub(super) fn failure(&self) -> Option<String> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Files that loop devices of this layer may be on.
+    pub(super) fn paths(&self) -> Vec<PathBuf> {
+        self.fuse_path.iter().cloned().chain([self.layer.data_path()]).collect()
+    }
+
+    /// The layer's block device, shared by all images that have the layer. Blocks the thread.
+    pub(super) fn device(&self) -> Result<Arc<Device>> {
+        let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(device) = device.upgrade() {
+            return Ok(device);
+        }
+        let local = self.layer.is_complete() || self.fuse_path.is_none();
+        let path = match &self.fuse_path {
+            Some(path) if !local => path.clone(),
+            _ => self.layer.data_path(),
+        };
+        let attached = Arc::new(Device::attach(&path)?);
+        *device = Arc::downgrade(&attached);
+        Ok(attached)
+    }
+
+    /// Brings everything that is missing, and waits for it.
+    pub(super) async fn fill(&self, events: &EventSender) -> Result<()> {
+        let Some(streamed) = &self.streamed else { return Ok(()) };
+        let mut completion = streamed.completion();
+        let progress = async {
+            loop {
+                tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+                events.progress(self.layer.local_bytes(), self.layer.size());
+            }
+        };
+        tokio::select! {
+            filled = streamed.fill() => Ok(filled?),
+            done = completion.wait_for(|complete| *complete) => done.map(|_| ()).context("the layer was dropped"),
+            () = progress => Ok(()),
+        }
+    }
+
+    /// Stops the fill and makes durable what came.
+    pub(super) async fn stop(&self) -> Result<()> {
+        if let Some(fill) = self.fill.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            fill.abort();
+        }
+        match &self.streamed {
+            Some(streamed) => Ok(streamed.flush().await?),
+            None => Ok(()),
+        }
+    }
+
+    fn fail(&self, error: &StreamError) {
+        *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+    }
+}
+
+impl Node {
+    /// The layer of an image, streamed if it is not complete; `None` if the store does not have it.
+    pub(super) fn node_layer(self: &Arc<Self>, image: &ResolvedImage, digest: &str) -> Result<Option<Arc<NodeLayer>>> {
+        let mut layers = self.lock(&self.layers);
+        if let Some(layer) = layers.get(digest) {
+            return Ok(Some(Arc::clone(layer)));
+        }
+        let Some(layer) = self.store.layer(digest)? else { return Ok(None) };
+        let (streamed, fuse_path) = if layer.is_complete() {
+            (None, None)
+        } else {
+            let streamed = self.streamed(image, &layer)?;
+            let blocks = Arc::new(LayerBlocks(Arc::clone(&streamed)));
+            let blockfs = self.lock(&self.blockfs);
+            let path = blockfs.as_ref().map(|blockfs| blockfs.add(digest.trim_start_matches("sha256:"), blocks));
+            (Some(streamed), path)
+        };
+        let node_layer = Arc::new(NodeLayer {
+            layer,
+            streamed,
+            fuse_path,
+            device: Mutex::default(),
+            fill: Mutex::default(),
+            failed: Mutex::default(),
+        });
+        layers.insert(digest.to_owned(), Arc::clone(&node_layer));
+        drop(layers);
+        self.watch(&node_layer);
+        Ok(Some(node_layer))
+    }
+
+    fn streamed(&self, image: &ResolvedImage, layer: &Arc<Layer>) -> Result<Arc<StreamedLayer>> {
+        let digest = layer.digest();
+        let path = layer.index_path();
+        let blob = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let index = sluice_image::index::LayerIndex::from_blob(blob)?;
+        let size = index.header().layer_size.get();
+        let parts = LayerParts {
+            layer: Arc::clone(layer),
+            store: self.store.clone(),
+            blob: Arc::new(RegistryBlob(self.registry.blob(&image.reference, digest, size))),
+            index_blob: Arc::new(IndexBlob {
+                artifacts: self.artifacts.clone(),
+                image: image.clone(),
+                layer: digest.to_owned(),
+                found: Arc::default(),
+            }),
+            scheduler: self.scheduler.clone(),
+            outage_timeout: self.config.outage_timeout,
+        };
+        Ok(StreamedLayer::new(parts, &index))
+    }
+
+    /// Hands the layer over to the kernel when it is complete.
+    fn watch(self: &Arc<Self>, layer: &Arc<NodeLayer>) {
+        let Some(streamed) = &layer.streamed else { return };
+        let mut completion = streamed.completion();
+        let (node, layer) = (Arc::clone(self), Arc::clone(layer));
+        tokio::spawn(async move {
+            if completion.wait_for(|complete| *complete).await.is_err() {
+                return;
+            }
+            let handing = tokio::task::spawn_blocking(move || node.hand_over(&layer)).await;
+            match handing.map_err(anyhow::Error::from).flatten() {
+                Ok(()) => {}
+                Err(error) => tracing::warn!(error = format!("{error:#}"), "a complete layer stays with the agent"),
+            }
+        });
+    }
+
+    fn hand_over(&self, layer: &NodeLayer) -> Result<()> {
+        let Some(fuse_path) = &layer.fuse_path else { return Ok(()) };
+        // Held while devices are switched, so that no new one appears on the FUSE file.
+        let _device = layer.device.lock().unwrap_or_else(PoisonError::into_inner);
+        for found in sluice_kernel::loop_device::list()?.iter().filter(|found| found.backing_file == *fuse_path) {
+            Device::adopt(found.number)?.hand_over(&layer.layer.data_path())?;
+        }
+        if let Some(blockfs) = self.lock(&self.blockfs).as_ref() {
+            blockfs.remove(fuse_path);
+        }
+        tracing::info!(layer = layer.layer.digest(), "complete: the kernel reads it from now on");
+        Ok(())
+    }
+
+    /// Fetches what is missing of `layers` in the background, one after another.
+    pub(super) fn fill_in_background(self: &Arc<Self>, layers: &[Arc<NodeLayer>]) {
+        if !self.config.fill {
+            return;
+        }
+        let mut before = None;
+        for layer in layers {
+            let Some(streamed) = layer.streamed.clone().filter(|_| !layer.layer.is_complete()) else { continue };
+            let mut slot = layer.fill.lock().unwrap_or_else(PoisonError::into_inner);
+            if slot.as_ref().is_some_and(|fill| !fill.is_finished()) {
+                continue;
+            }
+            let (this, previous) = (Arc::clone(layer), before.take());
+            let (done, wait) = tokio::sync::oneshot::channel::<()>();
+            before = Some(wait);
+            *slot = Some(tokio::spawn(async move {
+                if let Some(previous) = previous {
+                    // Its end, not its result, is what matters.
+                    drop(previous.await);
+                }
+                if let Err(error) = streamed.fill().await {
+                    tracing::error!(layer = this.layer.digest(), %error, "the layer cannot be completed");
+                    this.fail(&error);
+                }
+                drop(done);
+            }));
+        }
+    }
+}

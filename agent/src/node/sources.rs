@@ -1,0 +1,92 @@
+//! Adapters: registry blobs and index artifacts as byte sources, streamed layers as block sources.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::stream::BoxStream;
+use futures::{FutureExt, StreamExt};
+use sluice_blockfs::{BlockSource, ReadError};
+use sluice_registry::artifact::{ArtifactReader, ArtifactStore};
+use sluice_registry::{Blob, RegistryError, ResolvedImage};
+use sluice_stream::{BlobSource, Lane, SourceError, StreamedLayer};
+
+use super::{INDEX_KIND, LAYER_ANNOTATION};
+
+fn source_error(error: &RegistryError) -> SourceError {
+    SourceError { message: error.to_string(), transient: error.is_transient() }
+}
+
+/// A layer blob in a registry.
+#[derive(Debug)]
+pub(super) struct RegistryBlob(pub(super) Blob);
+
+impl BlobSource for RegistryBlob {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read(&self, range: Range<u64>, lane: Lane) -> BoxStream<'static, Result<Bytes, SourceError>> {
+        let body = self.0.read(range, lane != Lane::Demand);
+        body.map(|piece| piece.map_err(|error| source_error(&error))).boxed()
+    }
+}
+
+/// A layer's index blob, looked up when a window is first needed.
+#[derive(Debug)]
+pub(super) struct IndexBlob {
+    pub(super) artifacts: ArtifactStore,
+    pub(super) image: ResolvedImage,
+    pub(super) layer: String,
+    pub(super) found: Arc<tokio::sync::OnceCell<ArtifactReader>>,
+}
+
+impl BlobSource for IndexBlob {
+    fn size(&self) -> u64 {
+        self.found.get().map_or(0, ArtifactReader::size)
+    }
+
+    fn read(&self, range: Range<u64>, _: Lane) -> BoxStream<'static, Result<Bytes, SourceError>> {
+        let (artifacts, image, layer) = (self.artifacts.clone(), self.image.clone(), self.layer.clone());
+        let found = Arc::clone(&self.found);
+        let read = async move {
+            let reader = found.get_or_try_init(|| find(&artifacts, &image, &layer)).await?;
+            reader.read_all(range).await.map_err(|error| source_error(&error))
+        };
+        futures::stream::once(read).boxed()
+    }
+}
+
+async fn find(artifacts: &ArtifactStore, image: &ResolvedImage, layer: &str) -> Result<ArtifactReader, SourceError> {
+    let blobs = artifacts.find(image, INDEX_KIND).await.map_err(|error| source_error(&error))?;
+    let of_layer = |annotations: &std::collections::HashMap<String, String>| {
+        annotations.get(LAYER_ANNOTATION).is_some_and(|digest| digest == layer)
+    };
+    let found = blobs.into_iter().flatten().find(|(blob, _)| of_layer(&blob.annotations));
+    found.map(|(_, reader)| reader).ok_or_else(|| SourceError {
+        message: format!("the stream index of layer {layer} is not published any more; publish it again with `sluice index`"),
+        transient: true,
+    })
+}
+
+/// A streamed layer as a block file.
+#[derive(Debug)]
+pub(super) struct LayerBlocks(pub(super) Arc<StreamedLayer>);
+
+impl BlockSource for LayerBlocks {
+    fn size(&self) -> u64 {
+        self.0.layer().size()
+    }
+
+    fn try_read(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<bool> {
+        self.0.try_read(offset, buffer)
+    }
+
+    fn read(self: Arc<Self>, offset: u64, len: usize) -> BoxFuture<'static, Result<Bytes, ReadError>> {
+        async move {
+            self.0.read(offset, len).await.map_err(|error| ReadError { errno: libc::EIO, message: error.to_string() })
+        }
+        .boxed()
+    }
+}
