@@ -48,7 +48,6 @@ struct RawStream {
 #[serde(default, deny_unknown_fields)]
 struct RawStore {
     memory_budget_mib: Option<u64>,
-    quota_gib: Option<u64>,
 }
 
 /// The resolved configuration of this process.
@@ -78,8 +77,6 @@ pub(crate) struct Config {
     pub(crate) fill: bool,
     /// Bytes of verified content kept in memory until written.
     pub(crate) memory_budget_bytes: u64,
-    /// Bytes of disk the store may take.
-    pub(crate) quota_bytes: Option<u64>,
 }
 
 impl Config {
@@ -108,7 +105,6 @@ impl Config {
             outage_timeout: Duration::from_secs(raw.stream.outage_timeout_s.unwrap_or(600)),
             fill: raw.stream.fill.unwrap_or(true),
             memory_budget_bytes: raw.store.memory_budget_mib.unwrap_or(24) << 20,
-            quota_bytes: raw.store.quota_gib.map(|gib| gib << 30),
         })
     }
 
@@ -141,8 +137,8 @@ mod tests {
 
     #[test]
     fn sections_are_optional() {
-        let raw: RawConfig = toml::from_str("root = \"/x\"\n[store]\nquota_gib = 5\n").expect("valid");
-        assert_eq!(raw.store.quota_gib, Some(5));
+        let raw: RawConfig = toml::from_str("root = \"/x\"\n[store]\nmemory_budget_mib = 5\n").expect("valid");
+        assert_eq!(raw.store.memory_budget_mib, Some(5));
         assert_eq!(raw.root.as_deref(), Some(Path::new("/x")));
     }
 }

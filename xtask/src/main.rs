@@ -1,2 +1,59 @@
-//! Development commands of the project: `cargo xtask demo`, `cargo xtask test`.
-fn main() {}
+//! Development commands of the project: `cargo xtask demo`, `cargo xtask test` and their like.
+//!
+//! They drive the `sluice` binary from outside, as a user does, and install what a fresh machine lacks.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "commands speak to a terminal")]
+
+mod bench;
+mod containerd;
+mod demo;
+mod image_maker;
+mod measure;
+mod packages;
+mod run;
+mod sluice;
+mod test;
+mod tidy;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Development commands of Sluice.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a container from a streamed image beside a full pull, and compare
+    Demo(demo::Args),
+    /// Run all tests that need no hardware of their own
+    Test {
+        /// Only tests whose name contains this
+        filter: Option<String>,
+    },
+    /// Benchmarks
+    Bench {
+        #[command(subcommand)]
+        bench: Bench,
+    },
+    /// Check dependency directions, file headers and other house rules
+    Tidy,
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// Time to ready: containerd's full pull, sluice's first pull, sluice streamed
+    Start(bench::Args),
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::Demo(args) => demo::demo(&args),
+        Command::Test { filter } => test::test(filter.as_deref()),
+        Command::Bench { bench: Bench::Start(args) } => bench::start(&args),
+        Command::Tidy => tidy::tidy(),
+    }
+}

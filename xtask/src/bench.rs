@@ -1,0 +1,106 @@
+//! `cargo xtask bench start`: time to ready, images × links × ways, alternating; medians, ratios and targets.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use crate::containerd::Containerd;
+use crate::measure::{Bench, Start, Way, median};
+use crate::run::target;
+use crate::sluice::Registry;
+use crate::{image_maker, packages, sluice};
+
+/// Options of the benchmark.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Images: small, medium, large
+    #[arg(long, value_delimiter = ',', default_value = "small,medium,large")]
+    images: Vec<String>,
+    /// Links, RATE/ROUND-TRIP
+    #[arg(long, value_delimiter = ',', default_value = "1gbit/2ms,200mbit/20ms")]
+    links: Vec<String>,
+    /// Starts per image, link and way
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Write all measurements here
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+/// Memory a daemon may take at its peak.
+const PEAK_TARGET: f64 = 80.0;
+
+/// Runs it all.
+pub(crate) fn start(args: &Args) -> Result<()> {
+    packages::install(&packages::RUNTIME)?;
+    let binary = sluice::build()?;
+    let work = target().join("sluice-bench");
+    let containerd = Containerd::start(&work.join("containerd"))?;
+    let mut results = Vec::new();
+    println!(
+        "{:<8} {:<14} {:<32} {:>8} {:>7} {:>11} {:>9}",
+        "image", "link", "way", "ready s", "ratio", "fetched MB", "peak MB"
+    );
+    for name in &args.images {
+        let recipe = image_maker::recipe(name)?;
+        let images = image_maker::make(recipe)?;
+        for link in &args.links {
+            let (rate, delay) = link.split_once('/').with_context(|| format!("`{link}` is not RATE/ROUND-TRIP"))?;
+            let registry = Registry::start(&binary, &images, rate, delay)?;
+            let index_store = format!("file://{}", work.join("indexes").display());
+            let bench =
+                Bench { binary: &binary, work: work.clone(), registry: &registry, containerd: &containerd, index_store };
+            let image = registry.image(recipe.name);
+            bench.index(&image)?;
+            let mut starts: Vec<Vec<Start>> = vec![Vec::new(); Way::ALL.len()];
+            for _ in 0..args.rounds {
+                for (way, measured) in Way::ALL.into_iter().zip(&mut starts) {
+                    measured.push(bench.start(way, &image, recipe.command)?);
+                }
+            }
+            let full = middle(starts.first(), |start| start.ready_s);
+            for (way, measured) in Way::ALL.into_iter().zip(&starts) {
+                let ready = middle(Some(measured), |start| start.ready_s);
+                println!(
+                    "{:<8} {:<14} {:<32} {:>8.2} {:>6.2}x {:>11.1} {:>9.1}{}",
+                    name,
+                    link,
+                    way.label(),
+                    ready,
+                    full / ready,
+                    middle(Some(measured), |start| start.bytes as f64) / 1e6,
+                    middle(Some(measured), |start| start.peak_bytes as f64) / 1e6,
+                    verdict(way, name, link, full / ready, measured)
+                );
+            }
+            results.push(json!({ "image": name, "link": link, "rounds": args.rounds,
+                "starts": Way::ALL.iter().zip(&starts).map(|(way, measured)| json!({ "way": way, "starts": measured })).collect::<Vec<_>>() }));
+        }
+    }
+    if let Some(path) = &args.json {
+        std::fs::write(path, serde_json::to_string_pretty(&results)?)?;
+    }
+    Ok(())
+}
+
+fn middle(starts: Option<&Vec<Start>>, of: impl Fn(&Start) -> f64) -> f64 {
+    median(starts.into_iter().flatten().map(of).collect())
+}
+
+/// Whether the targets of this row are met, in words.
+fn verdict(way: Way, image: &str, link: &str, ratio: f64, starts: &[Start]) -> String {
+    let mut said = String::new();
+    let mut target = |met: bool, what: &str| said += &format!("  {} {what}", if met { "met:" } else { "NOT MET:" });
+    if way == Way::FirstPull {
+        target(1.0 / ratio <= 0.6, "time <= 0.6 x full pull");
+    }
+    if way == Way::Streamed && image == "large" && link.starts_with("1gbit") {
+        target(ratio >= 4.0, ">= 4 x faster than full pull");
+    }
+    if way != Way::FullPull {
+        let peak = starts.iter().map(|start| start.peak_bytes as f64 / 1e6).fold(0.0, f64::max);
+        target(peak <= PEAK_TARGET, "peak <= 80 MB");
+    }
+    said
+}

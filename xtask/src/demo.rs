@@ -1,0 +1,73 @@
+//! `cargo xtask demo`: the product's main job beside a full pull, on a real image.
+
+use anyhow::Result;
+use indicatif::ProgressBar;
+
+use crate::containerd::Containerd;
+use crate::measure::{Bench, Way, median};
+use crate::run::target;
+use crate::sluice::Registry;
+use crate::{image_maker, packages, sluice};
+
+/// Options of the demo.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Image to make and run: small, medium or large
+    #[arg(long, default_value = "medium")]
+    size: String,
+    /// Rate of the link to the registry
+    #[arg(long, default_value = "1gbit")]
+    rate: String,
+    /// Round-trip time of the link
+    #[arg(long, default_value = "2ms")]
+    delay: String,
+    /// Starts of each kind
+    #[arg(long, default_value_t = 1)]
+    rounds: usize,
+}
+
+/// Makes, serves, runs, compares.
+pub(crate) fn demo(args: &Args) -> Result<()> {
+    packages::install(&packages::RUNTIME)?;
+    println!("building sluice (release)");
+    let binary = sluice::build()?;
+    let recipe = image_maker::recipe(&args.size)?;
+    let images = image_maker::make(recipe)?;
+    let work = target().join("sluice-demo");
+    let registry = Registry::start(&binary, &images, &args.rate, &args.delay)?;
+    let containerd = Containerd::start(&work.join("containerd"))?;
+    let index_store = format!("file://{}", work.join("indexes").display());
+    let bench = Bench { binary: &binary, work: work.clone(), registry: &registry, containerd: &containerd, index_store };
+    let image = registry.image(recipe.name);
+    println!("registry behind a link of {} with {} round trip; image {image}", args.rate, args.delay);
+    print!("{}", bench.index(&image)?);
+    let progress = ProgressBar::new((args.rounds * Way::ALL.len()) as u64);
+    let mut rows = Vec::new();
+    for way in Way::ALL {
+        let mut starts = Vec::new();
+        for _ in 0..args.rounds {
+            progress.set_message(way.label());
+            starts.push(bench.start(way, &image, recipe.command)?);
+            progress.inc(1);
+        }
+        rows.push((way, starts));
+    }
+    progress.finish_and_clear();
+    let size = image_maker::compressed_bytes(&images, recipe)?;
+    let ready = |starts: &[crate::measure::Start]| median(starts.iter().map(|start| start.ready_s).collect());
+    let full = rows.first().map_or(f64::NAN, |(_, starts)| ready(starts));
+    println!("\n{:<32} {:>10} {:>12} {:>9} {:>8}", "", "ready", "fetched", "of image", "ratio");
+    for (way, starts) in &rows {
+        let bytes = median(starts.iter().map(|start| start.bytes as f64).collect());
+        println!(
+            "{:<32} {:>8.2} s {:>9.1} MB {:>8.1} % {:>6.1} x",
+            way.label(),
+            ready(starts),
+            bytes / 1e6,
+            bytes * 100.0 / size as f64,
+            full / ready(starts)
+        );
+    }
+    println!("command: {}", recipe.command.join(" "));
+    Ok(())
+}

@@ -1,0 +1,25 @@
+//! `cargo xtask test`: everything that passes without hardware of its own.
+
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::run::{show, top};
+use crate::{packages, tidy};
+
+/// Installs what tests need and runs them; root, FUSE and loop devices are needed.
+pub(crate) fn test(filter: Option<&str>) -> Result<()> {
+    if std::fs::metadata("/proc/self").map(|meta| std::os::unix::fs::MetadataExt::uid(&meta)).ok() != Some(0) {
+        bail!("the tests mount file systems and run containers: run them as root");
+    }
+    packages::install(&packages::RUNTIME)?;
+    packages::install(&packages::TESTS)?;
+    tidy::tidy()?;
+    show(Command::new("cargo").args(["build", "--package", "sluice"]).current_dir(top()))?;
+    let mut command = Command::new("cargo");
+    command.args(["test", "--workspace", "--no-fail-fast"]).current_dir(top());
+    if let Some(filter) = filter {
+        command.arg(filter);
+    }
+    show(&mut command)
+}
