@@ -8,6 +8,7 @@ mod containerd;
 mod demo;
 mod image_maker;
 mod measure;
+mod oracle;
 mod packages;
 mod run;
 mod sluice;
@@ -39,6 +40,8 @@ enum Command {
         #[command(subcommand)]
         bench: Bench,
     },
+    /// Compare `sluice mount` with `umoci unpack`, path by path
+    Oracle,
     /// Check dependency directions, file headers and other house rules
     Tidy,
 }
@@ -54,6 +57,7 @@ fn main() -> Result<()> {
         Command::Demo(args) => demo::demo(&args),
         Command::Test { filter } => test::test(filter.as_deref()),
         Command::Bench { bench: Bench::Start(args) } => bench::start(&args),
+        Command::Oracle => oracle::oracle(),
         Command::Tidy => tidy::tidy(),
     }
 }

@@ -1,0 +1,184 @@
+//! `cargo xtask oracle`: what `sluice mount` shows beside what `umoci unpack` makes of the same image.
+//!
+//! Two trees are walked side by side: types, modes, owners, times, sizes, links, contents, extended attributes. The image is
+//! a Debian one plus layers with whiteouts, an opaque directory, a capability and a hard link into a lower layer.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, Metadata};
+use std::io::Read;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::run::{output, script, target};
+use crate::sluice::{self, Registry, Sluice};
+use crate::{image_maker, packages};
+
+/// Layers above the Debian image. `$1` is an empty directory, `$2` the layout; GNU tar's `--delete` leaves a hard link's
+/// entry alone in its layer, its target being in the layer below.
+const LAYERS: &str = r#"
+cd "$1"
+mkdir -p a/opt/deep a/opt/gone a/opt/opaque a/usr/local/bin
+echo one > a/opt/first; ln a/opt/first a/opt/second; ln -s first a/opt/symlink; mkfifo a/opt/fifo
+head -c 700000 /dev/urandom > a/opt/deep/large; : > a/opt/empty; echo x > a/opt/gone/x; echo y > a/opt/opaque/y
+cp /bin/true a/usr/local/bin/capable; setcap cap_net_raw+ep a/usr/local/bin/capable
+chmod 4755 a/opt/first; chown 1000:1001 a/opt/empty; touch -d @86400.25 a/opt/empty
+mkdir -p b/opt/opaque b/opt/deep; : > b/opt/.wh.gone; : > b/opt/.wh.second; : > b/opt/opaque/.wh..wh..opq; echo z > b/opt/opaque/z
+mkdir -p c/opt/deep; echo target > c/opt/deep/large; ln c/opt/deep/large c/opt/zz-across
+for layer in a b c; do
+  tar --format=pax --xattrs --xattrs-include=security.capability --numeric-owner --sort=name -C $layer -cf $layer.tar .
+done
+tar --delete -f c.tar ./opt/deep/large
+for layer in a b c; do umoci raw add-layer --image "$2:latest" $layer.tar; done
+"#;
+
+/// Compares all variants; fails with the differences found.
+pub(crate) fn oracle() -> Result<()> {
+    packages::install(&packages::RUNTIME)?;
+    packages::install(&packages::TESTS)?;
+    let binary = sluice::build()?;
+    let images = image_maker::make(image_maker::recipe("small")?)?;
+    let work = target().join("sluice-oracle");
+    if work.exists() {
+        fs::remove_dir_all(&work)
+            .context("cannot remove an earlier comparison; is something mounted in it?")?;
+    }
+    let (served, layers) = (work.join("images"), work.join("layers"));
+    fs::create_dir_all(&served)?;
+    fs::create_dir_all(&layers)?;
+    let gzip = served.join("gzip");
+    script("cp -a \"$1\" \"$2\"", &[&images.join("small"), &gzip])?;
+    script(LAYERS, &[&layers, &gzip])?;
+    let at = |path: &Path| format!("oci:{}:latest", path.display());
+    let zstd = at(&served.join("zstd"));
+    output(Command::new("skopeo").args(["copy", "--dest-compress-format", "zstd", &at(&gzip), &zstd]))?;
+    let image = format!("{}:latest", gzip.display());
+    output(Command::new("umoci").args(["unpack", "--image", &image]).arg(work.join("bundle")))?;
+    let registry = Registry::start(&binary, &served, "10gbit", "0ms")?;
+    for variant in ["gzip", "zstd"] {
+        let differences = compare(&binary, &work, &registry.image(variant))?;
+        if !differences.is_empty() {
+            bail!("{variant}: {} differences\n{}", differences.len(), differences.join("\n"));
+        }
+        println!("{variant}: the mount equals what umoci unpacked");
+    }
+    drop(registry);
+    fs::remove_dir_all(&work).context("cannot remove what was compared")
+}
+
+fn compare(binary: &Path, work: &Path, image: &str) -> Result<Vec<String>> {
+    let sluice = Sluice::new(binary, &work.join("sluice"), "")?;
+    let mount = work.join("mount");
+    fs::create_dir_all(&mount)?;
+    let dir = mount.to_string_lossy();
+    sluice.run(&["index", "--store", &format!("file://{}", work.join("indexes").display()), image])?;
+    sluice.run(&["mount", image, &dir])?;
+    let differences = trees(&work.join("bundle/rootfs"), &mount);
+    sluice.run(&["umount", &dir])?;
+    differences
+}
+
+/// Differences between two trees, one line each.
+fn trees(wanted: &Path, found: &Path) -> Result<Vec<String>> {
+    let mut differences = Vec::new();
+    let (mut links, mut left) = (BTreeMap::new(), vec![PathBuf::new()]);
+    while let Some(path) = left.pop() {
+        let (one, other) = (wanted.join(&path), found.join(&path));
+        let (a, b) = (fs::symlink_metadata(&one)?, fs::symlink_metadata(&other)?);
+        for (what, a, b) in facts(&a, &b) {
+            if a != b {
+                differences.push(format!("/{}: {what} is {b}, should be {a}", path.display()));
+            }
+        }
+        if !a.is_dir() && links.insert(a.ino(), b.ino()).is_some_and(|inode| inode != b.ino()) {
+            differences.push(format!("/{}: is not the hard link it should be", path.display()));
+        }
+        if a.is_symlink() && b.is_symlink() && fs::read_link(&one)? != fs::read_link(&other)? {
+            differences.push(format!("/{}: points elsewhere", path.display()));
+        }
+        if a.is_file() && b.is_file() && !same_content(&one, &other)? {
+            differences.push(format!("/{}: has other content", path.display()));
+        }
+        if a.is_dir() && b.is_dir() {
+            let (a, b) = (names(&one)?, names(&other)?);
+            differences.extend(
+                a.symmetric_difference(&b)
+                    .map(|name| format!("/{}: is in one only", path.join(name).display())),
+            );
+            left.extend(a.intersection(&b).map(|name| path.join(name)));
+        }
+    }
+    if attributes(wanted)? != attributes(found)? {
+        differences.push("extended attributes differ".to_owned());
+    }
+    Ok(differences)
+}
+
+/// What of the metadata must be equal. A directory's size and links are the file system's own.
+fn facts(a: &Metadata, b: &Metadata) -> Vec<(&'static str, i64, i64)> {
+    let mut facts = vec![
+        ("mode", i64::from(a.mode()), i64::from(b.mode())),
+        ("owner", i64::from(a.uid()), i64::from(b.uid())),
+        ("group", i64::from(a.gid()), i64::from(b.gid())),
+        ("time", a.mtime(), b.mtime()),
+        ("time's nanoseconds", a.mtime_nsec(), b.mtime_nsec()),
+    ];
+    if !a.is_dir() {
+        facts.push(("number of links", a.nlink().cast_signed(), b.nlink().cast_signed()));
+        facts.push(("size", a.size().cast_signed(), b.size().cast_signed()));
+    }
+    if a.file_type().is_char_device() || a.file_type().is_block_device() {
+        facts.push(("device", a.rdev().cast_signed(), b.rdev().cast_signed()));
+    }
+    facts
+}
+
+fn names(dir: &Path) -> Result<BTreeSet<std::ffi::OsString>> {
+    fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name())).collect()
+}
+
+fn same_content(one: &Path, other: &Path) -> Result<bool> {
+    let (mut one, mut other) = (File::open(one)?, File::open(other)?);
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    loop {
+        a.clear();
+        b.clear();
+        one.by_ref().take(1 << 20).read_to_end(&mut a)?;
+        other.by_ref().take(1 << 20).read_to_end(&mut b)?;
+        if a != b {
+            return Ok(false);
+        }
+        if a.is_empty() {
+            return Ok(true);
+        }
+    }
+}
+
+/// All extended attributes below a directory, one path's in one item.
+fn attributes(root: &Path) -> Result<BTreeSet<String>> {
+    let dump = script("cd \"$1\" && getfattr -R -P -d -m - -e hex .", &[root])?;
+
+    Ok(dump.split("\n\n").map(str::trim).filter(|item| !item.is_empty()).map(str::to_owned).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::trees;
+
+    #[test]
+    fn differences_are_seen() {
+        let dir = std::env::temp_dir().join(format!("sluice-oracle-{}", std::process::id()));
+        let (one, other) = (dir.join("one"), dir.join("other"));
+        crate::run::script(
+            "mkdir -p \"$1\" \"$2\"; echo a > \"$1/f\"; touch -d @1 \"$1/f\"; touch -d @1 \"$1\"; cp -a \"$1/.\" \"$2\"; touch -d @1 \"$2\"",
+            &[&one, &other],
+        )
+        .expect("trees are made");
+        assert!(trees(&one, &other).expect("walked").is_empty());
+        crate::run::script("echo b > \"$1/f\"; touch -d @1 \"$1/f\" \"$1\"", &[&other]).expect("changed");
+        assert_eq!(trees(&one, &other).expect("walked"), ["/f: has other content"]);
+        std::fs::remove_dir_all(&dir).expect("removed");
+    }
+}
