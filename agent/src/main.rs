@@ -49,6 +49,7 @@ fn start_log(cli: &Cli) {
 }
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    sluice_registry::install_crypto();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let config = Arc::new(Config::resolve(&cli.global)?);
     let code = runtime.block_on(commands::execute(cli, config));

@@ -99,8 +99,7 @@ pub(crate) struct Answer {
 impl Client {
     /// Reads certificates; reaches nothing yet.
     pub fn new(config: RegistryConfig) -> Result<Self, RegistryError> {
-        // One provider for the process; another crate may have chosen the same already.
-        drop(rustls::crypto::ring::default_provider().install_default());
+        install_crypto();
         let build = |insecure: bool| -> Result<reqwest::Client, RegistryError> {
             let mut builder = reqwest::Client::builder()
                 .user_agent(concat!("sluice/", env!("CARGO_PKG_VERSION")))
@@ -361,6 +360,11 @@ impl Client {
         }
         Ok((out.into(), headers))
     }
+}
+
+/// Chooses ring for TLS in this process; a choice made before stands.
+pub fn install_crypto() {
+    drop(rustls::crypto::ring::default_provider().install_default());
 }
 
 async fn acquire(semaphore: Arc<Semaphore>) -> OwnedSemaphorePermit {

@@ -11,7 +11,7 @@ mod hosts;
 mod image;
 
 pub use blob::Blob;
-pub use client::{Client, RegistryConfig};
+pub use client::{Client, RegistryConfig, install_crypto};
 pub use image::{Layer, ResolvedImage};
 pub use oci_spec::distribution::Reference;
 

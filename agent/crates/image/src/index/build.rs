@@ -51,7 +51,7 @@ pub struct IndexOptions {
 impl Default for IndexOptions {
     /// Spacing found by measurement: an index stays below 1.5 % of Debian's layers.
     fn default() -> Self {
-        Self { chunk_size: CHUNK_SIZE, span_compressed_bytes: 1536 << 10, span_tar_bytes: 4 << 20 }
+        Self { chunk_size: CHUNK_SIZE, span_compressed_bytes: 2 << 20, span_tar_bytes: 5 << 20 }
     }
 }
 

@@ -1,0 +1,258 @@
+//! FUSE, loop devices and EROFS of the running kernel, one on the other. Needs root, as the agent does.
+
+mod rig;
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rig::{BLOCK, Mood, Room, attach_all, check, forget, mount_image, runtime, wait_until};
+use sluice_blockfs::{BlockSource, Device, ImageMount};
+
+const MIB: u64 = 1 << 20;
+
+fn two_layers() -> Room {
+    Room::new(&[vec![6 * MIB + 5, 1, 4096, 4097], vec![300, 3 * MIB, 40_000]])
+}
+
+/// Four threads, each through all files, beginning at different ones.
+fn read_in_parallel(room: &Room, root: &Path) {
+    std::thread::scope(|scope| {
+        for start in 0..4 {
+            scope.spawn(move || {
+                let (before, after) = room.samples.split_at(start);
+                after.iter().chain(before).for_each(|sample| check(root, sample));
+            });
+        }
+    });
+}
+
+#[test]
+fn files_are_right_whether_bytes_wait_or_not() {
+    let (runtime, room) = (runtime(), two_layers());
+    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
+    for (number, mood) in [Mood::Local, Mood::Mixed, Mood::Pieces].into_iter().enumerate() {
+        sources.iter().for_each(|source| source.set(mood));
+        let image = mount_image(&room, attach_all(&blockfs, &sources), &format!("image{number}"));
+        read_in_parallel(&room, image.dir());
+        image.unmount().expect("unmounts");
+    }
+    assert!(sources.iter().all(|source| source.waited.load(Ordering::Relaxed) > 0));
+    assert!(sources.iter().all(|source| source.hit.load(Ordering::Relaxed) > 0));
+    blockfs.unmount().expect("unmounts");
+    room.assert_released();
+}
+
+#[test]
+fn a_layer_is_handed_over_while_it_is_read() {
+    let (runtime, room) = (runtime(), Room::new(&[vec![16 * MIB], vec![8 * MIB, 5]]));
+    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
+    sources.iter().for_each(|source| source.set(Mood::Mixed));
+    let devices = attach_all(&blockfs, &sources);
+    let image = mount_image(&room, devices.clone(), "image");
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    room.check(image.dir());
+                    room.forget(image.dir());
+                }
+            });
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        for (device, local) in devices.iter().zip(&room.layers) {
+            device.hand_over(local).expect("handed over");
+        }
+        // From here on nothing may reach the agent.
+        sources.iter().for_each(|source| source.set(Mood::Fail(5)));
+        std::thread::sleep(Duration::from_millis(300));
+        done.store(true, Ordering::Relaxed);
+    });
+    let before: Vec<u64> = sources.iter().map(|source| source.waited.load(Ordering::Relaxed)).collect();
+    room.forget(image.dir());
+    room.check(image.dir());
+    let after: Vec<u64> = sources.iter().map(|source| source.waited.load(Ordering::Relaxed)).collect();
+    assert_eq!(before, after, "a read reached a source after the hand-over");
+    blockfs.unmount().expect("unmounts");
+    room.forget(image.dir());
+    room.check(image.dir());
+    image.unmount().expect("unmounts");
+    drop(devices);
+    room.assert_released();
+}
+
+#[test]
+fn a_device_takes_no_file_of_another_size() {
+    let room = Room::new(&[vec![8 * BLOCK], vec![9 * BLOCK]]);
+    let device = Device::attach(&room.layers[0]).expect("attaches");
+    assert!(device.hand_over(&room.layers[1]).is_err());
+    let start = fs::read(device.path()).expect("reads");
+    assert!(start == rig::expected(0, 0, start.len()), "the device lost its file");
+}
+
+#[test]
+fn an_error_reaches_the_reader_and_does_not_stick() {
+    let (runtime, room) = (runtime(), Room::new(&[vec![MIB]]));
+    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
+    let path = blockfs.add("layer0", Arc::clone(&sources[0]) as Arc<dyn BlockSource>);
+    let device = Arc::new(Device::attach(&path).expect("attaches"));
+    let image = mount_image(&room, vec![device], "image");
+    let file = image.dir().join(&room.samples[0].path);
+    for mood in [Mood::Fail(5), Mood::Fail(110), Mood::TooMuch] {
+        sources[0].set(mood);
+        let mut byte = [0];
+        // A block device knows EIO only; the FUSE file itself gives the source's own errno.
+        let error = File::open(&file).expect("opens").read_exact(&mut byte).expect_err("no bytes");
+        assert_eq!(error.raw_os_error(), Some(5), "{mood:?}");
+        let error = File::open(&path).expect("opens").read_exact(&mut byte).expect_err("no bytes");
+        let expected = if let Mood::Fail(errno) = mood { errno } else { 5 };
+        assert_eq!(error.raw_os_error(), Some(expected), "{mood:?}");
+    }
+    sources[0].set(Mood::Mixed);
+    room.check(image.dir());
+    image.unmount().expect("unmounts");
+    blockfs.unmount().expect("unmounts");
+    room.assert_released();
+}
+
+/// Reads that wait for the network must hold up neither those that need not, nor other layers.
+#[test]
+fn many_reads_that_wait_do_not_hold_up_others() {
+    const STUCK_LAYERS: usize = 5;
+    const READERS: u64 = 100;
+    let (runtime, mut sizes) = (runtime(), vec![vec![READERS * 16 * BLOCK]; STUCK_LAYERS]);
+    sizes.push(vec![MIB]);
+    let room = Room::new(&sizes);
+    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
+    let (stuck, free) = sources.split_at(STUCK_LAYERS);
+    stuck.iter().for_each(|source| source.set(Mood::Stuck));
+    let devices = attach_all(&blockfs, &sources);
+    let image = mount_image(&room, devices, "image");
+    let waiting = || stuck.iter().map(|source| source.waited.load(Ordering::Relaxed)).sum::<u64>();
+    std::thread::scope(|scope| {
+        for sample in &room.samples[..STUCK_LAYERS] {
+            for number in 0..READERS {
+                let path = image.dir().join(&sample.path);
+                scope.spawn(move || {
+                    let (at, mut word) = (number * 16 * BLOCK, [0; 8]);
+                    File::open(path).expect("opens").read_exact_at(&mut word, at).expect("reads");
+                    assert_eq!(word, rig::word(sample.layer, sample.offset + at));
+                });
+            }
+        }
+        // Read-ahead may join neighbours, so there are fewer requests than readers.
+        wait_until("reads wait", || waiting() > 60);
+        let (done, finished) = std::sync::mpsc::channel();
+        let (root, sample) = (image.dir().to_path_buf(), room.samples[STUCK_LAYERS].clone());
+        std::thread::spawn(move || {
+            check(&root, &sample);
+            done.send(()).expect("the test waits");
+        });
+        let result = finished.recv_timeout(Duration::from_secs(10));
+        eprintln!("{} reads waited", waiting());
+        stuck.iter().for_each(|source| source.set(Mood::Local));
+        result.expect("a local layer is read while others wait");
+    });
+    assert!(free[0].hit.load(Ordering::Relaxed) > 0);
+    image.unmount().expect("unmounts");
+    blockfs.unmount().expect("unmounts");
+    room.assert_released();
+}
+
+#[test]
+fn forty_layers_are_one_image() {
+    let (runtime, room) = (runtime(), Room::new(&vec![vec![50_000, 10, 70_000]; 40]));
+    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
+    let start = Instant::now();
+    let devices = attach_all(&blockfs, &sources);
+    let attached = start.elapsed();
+    let image = mount_image(&room, devices, "image");
+    eprintln!("40 layers: devices {attached:?}, with mount {:?}", start.elapsed());
+    room.check(image.dir());
+    image.unmount().expect("unmounts");
+    blockfs.unmount().expect("unmounts");
+    room.assert_released();
+}
+
+#[test]
+fn images_share_a_layer_device_and_the_last_one_frees_it() {
+    let (runtime, room) = (runtime(), two_layers());
+    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
+    let devices = attach_all(&blockfs, &sources);
+    let first = mount_image(&room, devices.clone(), "first");
+    let second = mount_image(&room, devices, "second");
+    // Two for the layers, one for each image's metadata.
+    assert_eq!(room.devices().len(), 4);
+    room.check(first.dir());
+    first.unmount().expect("unmounts");
+    wait_until("the first image's metadata device is free", || room.devices().len() == 3);
+    room.check(second.dir());
+    second.unmount().expect("unmounts");
+    blockfs.unmount().expect("unmounts");
+    room.assert_released();
+}
+
+/// A container's use of the image outlives its place in the tree.
+#[test]
+fn an_open_file_outlives_the_unmount() {
+    let (runtime, room) = (runtime(), two_layers());
+    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
+    let image = mount_image(&room, attach_all(&blockfs, &sources), "image");
+    let sample = &room.samples[0];
+    let file = File::open(image.dir().join(&sample.path)).expect("opens");
+    image.unmount().expect("unmounts");
+    let mut bytes = vec![0; sample.size as usize];
+    file.read_exact_at(&mut bytes, 0).expect("reads");
+    assert!(bytes == rig::expected(sample.layer, sample.offset, bytes.len()));
+    assert_eq!(room.devices().len(), 3);
+    drop(file);
+    blockfs.unmount().expect("unmounts");
+    room.assert_released();
+}
+
+#[test]
+fn a_mount_that_fails_leaves_nothing() {
+    let room = Room::new(&[vec![BLOCK]]);
+    let device = Arc::new(Device::attach(&room.layers[0]).expect("attaches"));
+    // A layer is no metadata image.
+    let failed = ImageMount::mount(&room.layers[0], vec![Arc::clone(&device)], &room.path("image"));
+    failed.expect_err("mounted a layer as metadata");
+    // The metadata names one device, none is given.
+    let failed = ImageMount::mount(&room.metadata, Vec::new(), &room.path("image"));
+    failed.expect_err("mounted without the layer");
+    assert!(!room.path("image").exists(), "the mount point stays");
+    drop(device);
+    room.assert_released();
+}
+
+#[test]
+fn the_fuse_files_are_read_only_private_and_go_when_removed() {
+    let (runtime, room) = (runtime(), two_layers());
+    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
+    let path = blockfs.add("layer0", Arc::clone(&sources[0]) as Arc<dyn BlockSource>);
+    let metadata = fs::metadata(&path).expect("stat");
+    assert_eq!((metadata.len(), metadata.permissions().mode() & 0o777), (sources[0].size(), 0o400));
+    let dir = path.parent().expect("a directory");
+    let names: Vec<_> = fs::read_dir(dir).expect("reads").map(|entry| entry.expect("entry").path()).collect();
+    assert_eq!(names, [path.as_path()]);
+    assert_eq!(File::create(&path).expect_err("read-only").raw_os_error(), Some(30));
+    assert_eq!(fs::read(dir.join("99-other")).expect_err("absent").raw_os_error(), Some(2));
+    let open = File::open(&path).expect("opens");
+    forget(&path);
+    blockfs.remove(&path);
+    let error = open.read_exact_at(&mut [0; 8], 0).expect_err("removed");
+    assert_eq!(error.raw_os_error(), Some(116));
+    let error = File::open(&path).expect_err("removed");
+    assert!(matches!(error.raw_os_error(), Some(2 | 116)), "{error}");
+    let again = blockfs.add("layer0", Arc::clone(&sources[1]) as Arc<dyn BlockSource>);
+    assert_ne!(path, again);
+    assert!(fs::read(&again).expect("reads") == rig::expected(1, 0, sources[1].size() as usize));
+    drop(open);
+    blockfs.unmount().expect("unmounts");
+    room.assert_released();
+}
