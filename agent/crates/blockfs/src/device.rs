@@ -69,14 +69,17 @@ impl ImageMount {
     /// Mounts the metadata image `metadata` with its layers' devices on `dir`, which is created. Blocks the thread.
     pub fn mount(metadata: &Path, layers: Vec<Arc<Device>>, dir: &Path) -> Result<Self, BlockFsError> {
         let failed = |source| BlockFsError::Open { path: dir.to_path_buf(), source };
-        std::fs::create_dir_all(dir).map_err(failed)?;
         let device = Device::attach(metadata)?;
+        std::fs::create_dir_all(dir).map_err(failed)?;
         let erofs = ErofsMount {
             device: device.path().to_path_buf(),
             extra_devices: layers.iter().map(|layer| layer.path().to_path_buf()).collect(),
             restrictions: Restrictions::default(),
         };
-        mount_erofs(&erofs, dir)?;
+        if let Err(error) = mount_erofs(&erofs, dir) {
+            remove_mount_point(dir);
+            return Err(error.into());
+        }
         Ok(Self { dir: dir.to_path_buf(), layers })
     }
 
@@ -98,9 +101,13 @@ impl ImageMount {
     /// Takes the mount out of the tree; who uses it still (a container's overlayfs) keeps it alive until done.
     pub fn unmount(self) -> Result<(), BlockFsError> {
         unmount(&self.dir, UnmountOptions { lazy: true, force: false })?;
-        if let Err(error) = std::fs::remove_dir(&self.dir) {
-            tracing::debug!(%error, dir = %self.dir.display(), "the mount point stays");
-        }
+        remove_mount_point(&self.dir);
         Ok(())
+    }
+}
+
+fn remove_mount_point(dir: &Path) {
+    if let Err(error) = std::fs::remove_dir(dir) {
+        tracing::debug!(%error, dir = %dir.display(), "the mount point stays");
     }
 }

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
+use bytes::Bytes;
 use fuser::{
     Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
     KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEntry,
@@ -17,12 +18,13 @@ use fuser::{
 };
 use tokio::runtime::Handle;
 
-use crate::{BlockFsError, BlockSource};
+use crate::{BlockFsError, BlockSource, ReadError};
 
 /// Attributes never change: a layer's file has its final size from the start.
 const TTL: Duration = Duration::from_secs(3600);
-/// Requests the kernel may have under way that nobody waits for (read-ahead).
-const MAX_BACKGROUND: u16 = 256;
+/// Requests the kernel may have under way. Direct I/O of loop devices counts as "background" (Linux 6.18), so this bounds all
+/// layers' reads together: were it reached by reads that wait for the network, local ones would wait behind them.
+const MAX_BACKGROUND: u16 = u16::MAX;
 /// FUSE threads: hits are copied by them, misses leave them at once.
 const THREADS: usize = 2;
 const READ_AHEAD: u32 = 1 << 20;
@@ -92,6 +94,20 @@ impl BlockFs {
 
 fn inode_of(name: &str) -> Option<u64> {
     name.split_once('-')?.0.parse().ok()
+}
+
+/// Reads until all is there. The kernel would take less for the end of the file and (buffered) shrink its idea of the size.
+async fn read_whole(source: &Arc<dyn BlockSource>, offset: u64, len: usize) -> Result<Bytes, ReadError> {
+    let mut bytes = Arc::clone(source).read(offset, len).await?;
+    while bytes.len() < len {
+        let missing = len - bytes.len();
+        let next = Arc::clone(source).read(offset + bytes.len() as u64, missing).await?;
+        if next.is_empty() {
+            return Err(ReadError::other_length(bytes.len(), len));
+        }
+        bytes = [bytes, next].concat().into();
+    }
+    if bytes.len() > len { Err(ReadError::other_length(bytes.len(), len)) } else { Ok(bytes) }
 }
 
 /// What the kernel asks.
@@ -168,7 +184,11 @@ impl Filesystem for Transport {
         }
     }
 
-    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, _: &Request, inode: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        if self.source(inode).is_none() {
+            // The kernel looks the name up again and finds nothing.
+            return reply.error(Errno::ESTALE);
+        }
         reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH);
     }
 
@@ -185,12 +205,15 @@ impl Filesystem for Transport {
     ) {
         let Some(source) = self.source(inode) else { return reply.error(Errno::ESTALE) };
         let len = source.size().saturating_sub(offset).min(u64::from(size)) as usize;
+        if len == 0 {
+            return reply.data(&[]);
+        }
         let mut buffer = vec![0; len];
         match source.try_read(offset, &mut buffer) {
             Ok(true) => reply.data(&buffer),
             Ok(false) => {
                 self.runtime.spawn(async move {
-                    match source.read(offset, len).await {
+                    match read_whole(&source, offset, len).await {
                         Ok(bytes) => reply.data(&bytes),
                         Err(error) => {
                             tracing::error!(offset, size = len, %error, "a read fails");
@@ -204,6 +227,11 @@ impl Filesystem for Transport {
                 reply.error(Errno::EIO);
             }
         }
+    }
+
+    /// A loop device flushes its file when it is released; there is nothing to flush.
+    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: fuser::ReplyEmpty) {
+        reply.ok();
     }
 
     /// Never anything but ENOTTY: overlayfs asks for file attributes and takes other errors for failure.

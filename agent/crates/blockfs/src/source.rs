@@ -5,6 +5,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
+/// The errno of a read that failed for no better reason (all architectures of Linux).
+const EIO: i32 = 5;
+
 /// A read that failed for good: the reader gets `errno`.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{message}")]
@@ -15,12 +18,19 @@ pub struct ReadError {
     pub message: String,
 }
 
+impl ReadError {
+    /// A source that gives nothing, or more than was asked for.
+    pub(crate) fn other_length(got: usize, len: usize) -> Self {
+        Self { errno: EIO, message: format!("the source gave {got} bytes of {len}") }
+    }
+}
+
 /// One layer's bytes. All of them are verified before they are given.
 pub trait BlockSource: Send + Sync + std::fmt::Debug {
     /// Bytes of the file: a multiple of 4096.
     fn size(&self) -> u64;
     /// Fills `buffer` from `offset` if all of it is local; says whether it was. Must not block on the network.
     fn try_read(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<bool>;
-    /// Reads what is not local; takes as long as it takes.
+    /// Reads what is not local; takes as long as it takes. May give fewer bytes than asked for, but some: it is asked again.
     fn read(self: Arc<Self>, offset: u64, len: usize) -> BoxFuture<'static, Result<Bytes, ReadError>>;
 }

@@ -1,6 +1,8 @@
 //! A container's bundle: its overlay, its specification, and the runtime's command line.
 
-use std::fs;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -46,13 +48,15 @@ pub fn find_runtime(given: Option<&Path>) -> Result<PathBuf, ContainerError> {
 }
 
 impl Bundle {
-    /// Mounts the root and writes the specification.
+    /// Mounts the root and writes the specification. A bundle of that name must not exist.
     pub fn create(options: BundleOptions, spec_options: &SpecOptions) -> Result<Self, ContainerError> {
-        let dir = options.dir.join(&options.id);
-        for name in ["upper", "work", "rootfs"] {
-            let path = dir.join(name);
-            fs::create_dir_all(&path).on("create", &path)?;
-        }
+        // Nobody else on the node may reach set-id programs that a container writes.
+        let mut private = DirBuilder::new();
+        private.mode(0o700);
+        DirBuilder::new().recursive(true).mode(0o700).create(&options.dir).on("create", &options.dir)?;
+        // As the kernel will name it: the mount is found again by this path.
+        let dir = options.dir.canonicalize().on("resolve", &options.dir)?.join(&options.id);
+        private.create(&dir).on("create", &dir)?;
         let bundle = Self { options, dir };
         if let Err(error) = bundle.fill(spec_options) {
             if let Err(left) = bundle.remove(false) {
@@ -63,7 +67,21 @@ impl Bundle {
         Ok(bundle)
     }
 
+    /// The upper directory's attributes are those of the container's root: it takes them from the topmost lower one.
+    fn make_upper(&self) -> Result<(), ContainerError> {
+        let upper = self.upper();
+        let Some(lower) = self.options.lower_dirs.first() else { return Ok(()) };
+        let meta = fs::metadata(lower).on("inspect", lower)?;
+        chown(&upper, Some(meta.uid()), Some(meta.gid())).on("change the owner of", &upper)?;
+        fs::set_permissions(&upper, meta.permissions()).on("change the mode of", &upper)
+    }
+
     fn fill(&self, spec_options: &SpecOptions) -> Result<(), ContainerError> {
+        for name in ["upper", "work", "rootfs"] {
+            let path = self.dir.join(name);
+            fs::create_dir(&path).on("create", &path)?;
+        }
+        self.make_upper()?;
         let root = self.dir.join("rootfs");
         let overlay = OverlayMount {
             lower: self.options.lower_dirs.clone(),
@@ -72,8 +90,7 @@ impl Bundle {
             restrictions: Restrictions::default(),
         };
         mount_overlay(&overlay, &root)?;
-        let (spec, workdir) = spec::build(&self.options.id, &root, &self.options.image_config, spec_options)?;
-        tracing::debug!(workdir, "the runtime makes the working directory if it is not there");
+        let spec = spec::build(&self.options.id, &root, &self.options.image_config, spec_options)?;
         let path = self.dir.join("config.json");
         fs::write(&path, spec.to_string()).on("write", &path)
     }
@@ -96,7 +113,7 @@ impl Bundle {
         self.dir.join("upper")
     }
 
-    /// Ends the container if it still runs, and unmounts; `keep` leaves what it wrote.
+    /// Ends the container if it still runs, and unmounts; `keep` leaves what it wrote ([`Self::upper`]). Can be repeated.
     pub fn remove(&self, keep: bool) -> Result<(), ContainerError> {
         let mut delete = self.runtime();
         delete.args(["delete", "--force", &self.options.id]).stdout(Stdio::null()).stderr(Stdio::null());
@@ -104,15 +121,26 @@ impl Bundle {
             tracing::debug!(%error, "the runtime deletes nothing");
         }
         let root = self.dir.join("rootfs");
-        if sluice_kernel::mount::is_mount_point(&root).unwrap_or(false) {
+        // Never remove through a mount: an unknown state is an error here.
+        while sluice_kernel::mount::is_mount_point(&root)? {
             unmount(&root, UnmountOptions { lazy: true, force: false })?;
         }
-        if keep {
-            return Ok(());
+        if !keep {
+            return gone(fs::remove_dir_all(&self.dir)).on("remove", &self.dir);
         }
-        match fs::remove_dir_all(&self.dir) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).on("remove", &self.dir),
-            _ => Ok(()),
+        for name in ["work", "rootfs"] {
+            let path = self.dir.join(name);
+            gone(fs::remove_dir_all(&path)).on("remove", &path)?;
         }
+        let path = self.dir.join("config.json");
+        gone(fs::remove_file(&path)).on("remove", &path)
+    }
+}
+
+/// What is not there is removed.
+fn gone(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
     }
 }

@@ -4,6 +4,7 @@
 //! It gets lower directories and an image configuration; how those came about is not known here.
 
 mod bundle;
+mod inside;
 mod spec;
 pub mod unpack;
 mod users;
@@ -47,6 +48,17 @@ pub enum ContainerError {
         /// `passwd` or `group`.
         file: &'static str,
     },
+    /// The image's user database is damaged.
+    #[error("the image's /etc/{file} has no valid number for `{name}`")]
+    UserNumber {
+        /// As found.
+        name: String,
+        /// `passwd` or `group`.
+        file: &'static str,
+    },
+    /// What is mounted cannot be told.
+    #[error(transparent)]
+    MountInfo(#[from] sluice_kernel::mountinfo::MountInfoError),
     /// Nothing to run.
     #[error("the image names no command; give one after the image")]
     NoCommand,
@@ -74,7 +86,12 @@ pub fn mount_read_only(lower_dirs: &[PathBuf], target: &Path) -> Result<(), Moun
     match lower_dirs {
         [only] => mount_bind(only, target, restrictions),
         _ => mount_overlay(
-            &OverlayMount { lower: lower_dirs.to_vec(), upper_and_work: None, options: Vec::new(), restrictions },
+            &OverlayMount {
+                lower: lower_dirs.to_vec(),
+                upper_and_work: None,
+                options: Vec::new(),
+                restrictions,
+            },
             target,
         ),
     }

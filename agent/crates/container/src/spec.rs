@@ -10,12 +10,31 @@ use serde_json::{Value, json};
 use crate::{ContainerError, users};
 
 const CAPABILITIES: [&str; 14] = [
-    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID",
-    "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FSETID",
+    "CAP_FOWNER",
+    "CAP_MKNOD",
+    "CAP_NET_RAW",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETFCAP",
+    "CAP_SETPCAP",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SYS_CHROOT",
+    "CAP_KILL",
+    "CAP_AUDIT_WRITE",
 ];
 const MASKED: [&str; 9] = [
-    "/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
-    "/proc/timer_stats", "/proc/sched_debug", "/sys/firmware",
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/sys/firmware",
 ];
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -95,20 +114,21 @@ struct ImageConfig {
     stop_signal: Option<String>,
 }
 
-/// The specification as JSON, and the working directory, which is to be made if it is not there. `root` is the mounted root file
-/// system.
+/// The specification as JSON. `root` is the mounted root file system.
 pub(crate) fn build(
     id: &str,
     root: &Path,
     image_config: &str,
     options: &SpecOptions,
-) -> Result<(Value, String), ContainerError> {
+) -> Result<Value, ContainerError> {
     let image: ImageFile = serde_json::from_str(image_config).map_err(ContainerError::Config)?;
     let image = image.config.unwrap_or_default();
     let user = users::resolve(root, options.user.as_deref().or(image.user.as_deref()).unwrap_or(""))?;
     let workdir = options.workdir.clone().or(image.working_dir.clone()).filter(|dir| !dir.is_empty());
-    let workdir = workdir.unwrap_or_else(|| "/".to_owned());
-    let mut namespaces = vec![json!({"type": "pid"}), json!({"type": "mount"}), json!({"type": "uts"}), json!({"type": "ipc"})];
+    // The runtime makes it if it is not there, but wants it absolute.
+    let workdir = workdir.map_or_else(|| "/".to_owned(), |dir| format!("/{}", dir.trim_start_matches('/')));
+    let mut namespaces: Vec<Value> =
+        ["pid", "mount", "uts", "ipc", "cgroup"].iter().map(|kind| json!({ "type": kind })).collect();
     if options.network == Network::None {
         namespaces.push(json!({"type": "network"}));
     }
@@ -124,7 +144,6 @@ pub(crate) fn build(
             "capabilities": {
                 "bounding": CAPABILITIES, "permitted": CAPABILITIES, "effective": CAPABILITIES,
             },
-            "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": 1_048_576, "soft": 1_048_576 }],
         },
         "root": { "path": "rootfs", "readonly": false },
         "hostname": hostname,
@@ -138,7 +157,7 @@ pub(crate) fn build(
             "resources": { "devices": devices() },
         },
     });
-    Ok((spec, workdir))
+    Ok(spec)
 }
 
 fn arguments(image: &ImageConfig, options: &SpecOptions) -> Result<Vec<String>, ContainerError> {
@@ -176,21 +195,27 @@ fn environment(image: &ImageConfig, options: &SpecOptions, home: &str) -> Vec<St
 }
 
 fn mounts(options: &SpecOptions) -> Vec<Value> {
-    let mount = |target: &str, kind: &str, source: &str, flags: &[&str]| {
-        json!({ "destination": target, "type": kind, "source": source, "options": flags })
-    };
+    let mount = |target: &str, kind: &str, source: &str, flags: &[&str]| json!({ "destination": target, "type": kind, "source": source, "options": flags });
     let mut mounts = vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
         mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-        mount("/dev/pts", "devpts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+        mount(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        ),
         mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
         mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
     ];
-    // Without a network namespace of its own a container cannot mount sysfs: it gets the node's, read-only.
-    mounts.push(match options.network {
-        Network::Host => mount("/sys", "bind", "/sys", &["rbind", "nosuid", "noexec", "nodev", "ro"]),
-        Network::None => mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
-    });
+    // A bind of the node's /sys would bring the writable mounts below it along: cgroups, debugfs, bpf.
+    mounts.push(mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "ro"]));
+    mounts.push(mount(
+        "/sys/fs/cgroup",
+        "cgroup",
+        "cgroup",
+        &["nosuid", "noexec", "nodev", "relatime", "ro"],
+    ));
     if options.network == Network::Host {
         for file in ["/etc/resolv.conf", "/etc/hosts"].into_iter().filter(|file| Path::new(file).exists()) {
             mounts.push(mount(file, "bind", file, &["bind", "ro"]));
@@ -205,9 +230,7 @@ fn mounts(options: &SpecOptions) -> Vec<Value> {
 
 /// Docker's device rules: nothing but what every container may use.
 fn devices() -> Vec<Value> {
-    let allow = |major: u32, minor: Option<u32>| {
-        json!({ "allow": true, "type": "c", "major": major, "minor": minor, "access": "rwm" })
-    };
+    let allow = |major: u32, minor: Option<u32>| json!({ "allow": true, "type": "c", "major": major, "minor": minor, "access": "rwm" });
     let mut rules = vec![json!({ "allow": false, "access": "rwm" })];
     rules.extend([3, 5, 7, 8, 9].map(|minor| allow(1, Some(minor))));
     rules.extend([0, 2].map(|minor| allow(5, Some(minor))));
@@ -219,25 +242,31 @@ fn devices() -> Vec<Value> {
 mod tests {
     use super::*;
 
-    const CONFIG: &str = r#"{"config":{"Entrypoint":["/init"],"Cmd":["a","b"],"Env":["A=1","HOME=/h"],"WorkingDir":"/w"}}"#;
+    const CONFIG: &str =
+        r#"{"config":{"Entrypoint":["/init"],"Cmd":["a","b"],"Env":["A=1","HOME=/h"],"WorkingDir":"/w"}}"#;
 
     #[test]
     fn the_configuration_and_what_overrides_it() {
         let root = tempfile::tempdir().expect("dir");
-        let (spec, workdir) = build("x", root.path(), CONFIG, &SpecOptions::default()).expect("spec");
+        let spec = build("x", root.path(), CONFIG, &SpecOptions::default()).expect("spec");
         assert_eq!(spec["process"]["args"], json!(["/init", "a", "b"]));
-        assert_eq!(workdir, "/w");
+        assert_eq!(spec["process"]["cwd"], "/w");
         let options = SpecOptions {
             entrypoint: Some("sh".to_owned()),
             env: vec!["A=2".to_owned()],
             network: Network::None,
             ..SpecOptions::default()
         };
-        let (spec, _) = build("x", root.path(), CONFIG, &options).expect("spec");
+        let spec = build("x", root.path(), CONFIG, &options).expect("spec");
         assert_eq!(spec["process"]["args"], json!(["sh"]));
         let env = spec["process"]["env"].as_array().expect("env").clone();
-        assert!(env.contains(&json!("A=2")) && !env.contains(&json!("A=1")) && env.contains(&json!("HOME=/h")));
-        assert!(matches!(build("x", root.path(), "{}", &SpecOptions::default()), Err(ContainerError::NoCommand)));
+        assert!(
+            env.contains(&json!("A=2")) && !env.contains(&json!("A=1")) && env.contains(&json!("HOME=/h"))
+        );
+        assert!(matches!(
+            build("x", root.path(), "{}", &SpecOptions::default()),
+            Err(ContainerError::NoCommand)
+        ));
     }
 
     #[test]

@@ -1,24 +1,39 @@
 //! The ordinary pull's unpacking: a layer to a directory in overlayfs form.
 //!
-//! Paths are resolved inside the directory by the kernel (`openat2`, RESOLVE_IN_ROOT, Linux 5.6), so no link leads out.
+//! A layer's bytes are not trusted: paths are resolved inside the directory by the kernel, and what only overlayfs itself may
+//! say (`trusted.overlay.*`) is not taken from the layer. Both digests are verified; the caller publishes the directory after.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt, chown, lchown, symlink};
-use std::path::{Path, PathBuf};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{
+    FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown, lchown, symlink,
+};
+use std::path::Path;
 
-use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
-use nix::sys::stat::{Mode, SFlag, UtimensatFlags, makedev, mknod, utimensat};
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, OFlag};
+use nix::sys::stat::{Mode, SFlag, UtimensatFlags, futimens, makedev, mknod, utimensat};
 use nix::sys::time::TimeSpec;
 use sluice_image::decode::{Compression, DecodeError, Decoder};
 use sluice_image::entry::Timestamp;
 use sluice_image::tar::{Step, TarEntry, TarError, TarKind, TarParser};
 
+use crate::inside::{fd_path, open_dir_inside, split};
+
 /// Why a layer cannot be unpacked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum UnpackError {
+    /// The directory cannot be opened or synced.
+    #[error("cannot {what} the directory")]
+    Directory {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// The layer cannot be read.
     #[error("cannot read the layer")]
     Read(#[source] io::Error),
@@ -28,8 +43,8 @@ pub enum UnpackError {
     /// Its tar is damaged.
     #[error(transparent)]
     Tar(#[from] TarError),
-    /// An entry cannot be made.
-    #[error("cannot make `{path}`")]
+    /// An entry cannot be made or filled.
+    #[error("cannot unpack `{path}`")]
     Entry {
         /// Inside the layer.
         path: String,
@@ -49,74 +64,127 @@ pub enum UnpackError {
     },
 }
 
-/// Unpacks the layer that `reader` gives into the empty directory `dir`, and verifies both digests. On an error what was made so
-/// far is left for the caller to remove.
-pub fn unpack_layer(mut reader: impl Read, dir: &Path, digest: &str, diff_id: &str) -> Result<(), UnpackError> {
-    let mut unpacker = Unpacker::new(dir)?;
+const OPAQUE: &[u8] = b".wh..wh..opq";
+const OPAQUE_XATTR: &str = "trusted.overlay.opaque";
+/// Directories that no entry describes.
+const IMPLIED_MODE: u32 = 0o755;
+const BUFFER: usize = 256 * 1024;
+
+/// Unpacks the layer that `reader` gives (gzip, zstd or plain) into the empty directory `dir`, verifies both digests
+/// (`sha256:…`, of the compressed bytes and of the tar), and makes it durable. On an error what was made so far is left for the
+/// caller to remove. Needs root and `/proc`; blocks.
+pub fn unpack_layer(
+    mut reader: impl Read,
+    dir: &Path,
+    digest: &str,
+    diff_id: &str,
+) -> Result<(), UnpackError> {
+    let mut layer = LayerStream {
+        unpacker: Unpacker::new(dir)?,
+        parser: TarParser::new(false),
+        decoder: None,
+        tar: ring::digest::Context::new(&ring::digest::SHA256),
+    };
     let mut compressed = ring::digest::Context::new(&ring::digest::SHA256);
-    let mut tar = ring::digest::Context::new(&ring::digest::SHA256);
-    let mut parser = TarParser::new(false);
-    let mut decoder: Option<Decoder> = None;
-    let mut buffer = vec![0; 256 * 1024];
+    let mut buffer = vec![0; BUFFER];
     let mut filled = 0;
     loop {
         let room = buffer.get_mut(filled..).unwrap_or(&mut []);
-        let len = reader.read(room).map_err(UnpackError::Read)?;
+        let len = match reader.read(room) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            other => other.map_err(UnpackError::Read)?,
+        };
         filled += len;
         if len > 0 && filled < 4 {
             continue; // Too little to tell the compression by.
         }
-        let mut input = buffer.get(..filled).unwrap_or(&[]);
+        let input = buffer.get(..filled).unwrap_or(&[]);
         compressed.update(input);
-        if filled > 0 {
-            let decoder = match &mut decoder {
-                Some(decoder) => decoder,
-                None => decoder.insert(Decoder::new(Compression::sniff(input))?),
-            };
-            loop {
-                let step = decoder.step(input)?;
-                input = input.get(step.consumed..).unwrap_or(&[]);
-                let output = decoder.output();
-                if step.consumed == 0 && output.is_empty() && !step.boundary {
-                    break;
-                }
-                tar.update(output);
-                unpacker.take(&mut parser, output)?;
-            }
-        }
+        layer.take(input)?;
         filled = 0;
         if len == 0 {
             break;
         }
     }
-    if let Some(decoder) = &decoder {
-        decoder.finish()?;
+    layer.finish(digest, compressed, diff_id)
+}
+
+/// The way of a layer's bytes: decoder, digest, tar parser, directory.
+struct LayerStream {
+    unpacker: Unpacker,
+    parser: TarParser,
+    /// Known with the first bytes.
+    decoder: Option<Decoder>,
+    tar: ring::digest::Context,
+}
+
+impl LayerStream {
+    fn take(&mut self, mut input: &[u8]) -> Result<(), UnpackError> {
+        if input.is_empty() {
+            return Ok(());
+        }
+        let decoder = match &mut self.decoder {
+            Some(decoder) => decoder,
+            None => self.decoder.insert(Decoder::new(Compression::sniff(input))?),
+        };
+        loop {
+            let step = decoder.step(input)?;
+            input = input.get(step.consumed..).unwrap_or(&[]);
+            let output = decoder.output();
+            if step.consumed == 0 && output.is_empty() && !step.boundary {
+                return Ok(());
+            }
+            self.tar.update(output);
+            self.unpacker.take(&mut self.parser, output)?;
+        }
     }
-    parser.finish()?;
-    compare("layer digest", digest, compressed)?;
-    compare("diffID", diff_id, tar)?;
-    unpacker.finish()
+
+    fn finish(
+        self,
+        digest: &str,
+        compressed: ring::digest::Context,
+        diff_id: &str,
+    ) -> Result<(), UnpackError> {
+        // A layer that was cut short is told by its digest first: that names the cause.
+        compare("layer digest", digest, compressed)?;
+        if let Some(decoder) = &self.decoder {
+            decoder.finish()?;
+        }
+        self.parser.finish()?;
+        compare("diffID", diff_id, self.tar)?;
+        self.unpacker.finish()
+    }
 }
 
 fn compare(what: &'static str, expected: &str, context: ring::digest::Context) -> Result<(), UnpackError> {
     let sum = context.finish();
-    let actual = format!("sha256:{}", sum.as_ref().iter().map(|byte| format!("{byte:02x}")).collect::<String>());
+    let hex: String = sum.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    let actual = format!("sha256:{hex}");
     if actual == expected {
         return Ok(());
     }
     Err(UnpackError::Digest { what, expected: expected.to_owned(), actual })
 }
 
+fn at_entry(path: &[u8]) -> impl FnOnce(io::Error) -> UnpackError {
+    |source| UnpackError::Entry { path: String::from_utf8_lossy(path).into_owned(), source }
+}
+
 struct Unpacker {
     root: File,
-    open: Option<File>,
+    /// The file whose content comes. It gets its attributes when it is full: writing would change its times, and take its
+    /// capabilities away.
+    open: Option<(File, TarEntry)>,
     /// Directories get their times last, when nothing is made in them any more.
     directories: Vec<(Vec<u8>, Timestamp)>,
 }
 
 impl Unpacker {
     fn new(dir: &Path) -> Result<Self, UnpackError> {
-        let root = File::open(dir).map_err(UnpackError::Read)?;
+        let failed = |source| UnpackError::Directory { what: "open", source };
+        let root = File::open(dir).map_err(failed)?;
+        // Most layers do not describe the root; in overlayfs the topmost layer's attributes are the container's.
+        root.set_permissions(fs::Permissions::from_mode(IMPLIED_MODE)).map_err(failed)?;
         Ok(Self { root, open: None, directories: Vec::new() })
     }
 
@@ -128,178 +196,229 @@ impl Unpacker {
             match step {
                 Step::Skeleton => {}
                 Step::Content { offset } => {
-                    if let Some(file) = &self.open {
-                        file.write_all_at(bytes, offset).map_err(UnpackError::Read)?;
+                    if let Some((file, entry)) = &self.open {
+                        file.write_all_at(bytes, offset).map_err(at_entry(&entry.path))?;
                     }
                 }
                 Step::Entry(entry) => {
-                    self.open = None;
-                    let path = String::from_utf8_lossy(&entry.path).into_owned();
-                    self.entry(*entry).map_err(|source| UnpackError::Entry { path, source })?;
+                    self.close()?;
+                    let path = entry.path.clone();
+                    self.entry(*entry).map_err(at_entry(&path))?;
                 }
             }
         }
         Ok(())
     }
 
-    fn entry(&mut self, entry: TarEntry) -> io::Result<()> {
-        if entry.path.is_empty() {
-            let root = fd_path(&self.root, b"");
-            set_attributes(&root, &entry, true)?;
-            self.directories.push((entry.path, entry.mtime));
-            return Ok(());
+    /// Ends the open file.
+    fn close(&mut self) -> Result<(), UnpackError> {
+        match self.open.take() {
+            Some((file, entry)) => set_open_attributes(&file, &entry).map_err(at_entry(&entry.path)),
+            None => Ok(()),
         }
-        let at = entry.path.iter().rposition(|byte| *byte == b'/');
-        let (parent, name) = match at {
-            Some(at) => (entry.path.get(..at).unwrap_or(&[]), entry.path.get(at + 1..).unwrap_or(&[])),
-            None => (&[][..], entry.path.as_slice()),
-        };
+    }
+
+    fn entry(&mut self, entry: TarEntry) -> io::Result<()> {
+        let (parent, name) = split(&entry.path);
+        if name.is_empty() {
+            return self.directory(self.root.try_clone()?, entry);
+        }
         let parent = self.make_dirs(parent)?;
-        if name == b".wh..wh..opq" {
-            return xattr::set(fd_path(&parent, b""), "trusted.overlay.opaque", b"y");
+        if name == OPAQUE {
+            return xattr::FileExt::set_xattr(&parent, OPAQUE_XATTR, b"y");
         }
         if name.starts_with(b".wh..wh.") {
-            return Ok(());
+            return Ok(()); // AUFS' own records, which no other driver needs.
         }
         if let Some(hidden) = name.strip_prefix(b".wh.") {
-            let path = fd_path(&parent, hidden);
-            // What this layer itself has of that name stays: a whiteout hides lower layers only.
-            return match mknod(&path, SFlag::S_IFCHR, Mode::empty(), 0) {
-                Err(nix::errno::Errno::EEXIST) => Ok(()),
-                other => Ok(other?),
-            };
+            return white_out(&parent, hidden);
         }
-        let path = fd_path(&parent, name);
-        let is_dir = matches!(entry.kind, TarKind::Directory);
-        self.make_way(&path, is_dir)?;
-        match &entry.kind {
-            TarKind::File(content) => {
-                let file = OpenOptions::new()
-                    .write(true)
-                    .create_new(true)
-                    .custom_flags(OFlag::O_NOFOLLOW.bits())
-                    .mode(0o600)
-                    .open(&path)?;
-                file.set_len(content.size)?;
-                self.open = Some(file);
-            }
-            TarKind::Directory => match fs::create_dir(&path) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                other => other?,
-            },
-            TarKind::Symlink(target) => {
-                use std::os::unix::ffi::OsStrExt;
-                symlink(std::ffi::OsStr::from_bytes(target), &path)?;
-            }
-            TarKind::HardLink(target) => return self.hard_link(target, &path),
-            TarKind::CharDevice(major, minor) => {
-                mknod(&path, SFlag::S_IFCHR, Mode::empty(), makedev(u64::from(*major), u64::from(*minor)))?;
-            }
-            TarKind::BlockDevice(major, minor) => {
-                mknod(&path, SFlag::S_IFBLK, Mode::empty(), makedev(u64::from(*major), u64::from(*minor)))?;
-            }
-            TarKind::Fifo => mknod(&path, SFlag::S_IFIFO, Mode::empty(), 0)?,
-            TarKind::Unknown(_) => return Ok(()),
+        if matches!(entry.kind, TarKind::Directory) {
+            let dir = make_dir(&parent, name)?;
+            return self.directory(dir, entry);
         }
-        set_attributes(&path, &entry, is_dir)?;
-        if is_dir {
-            self.directories.push((entry.path, entry.mtime));
-        }
+        self.other(&parent, entry)
+    }
+
+    fn directory(&mut self, dir: File, entry: TarEntry) -> io::Result<()> {
+        set_open_attributes(&dir, &entry)?;
+        self.directories.push((entry.path, entry.mtime));
         Ok(())
     }
 
-    /// Removes what stands where a new entry goes; directories merge.
-    fn make_way(&self, path: &Path, is_dir: bool) -> io::Result<()> {
-        match fs::symlink_metadata(path) {
-            Ok(meta) if meta.is_dir() && is_dir => Ok(()),
-            Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
-            Ok(_) => fs::remove_file(path),
-            Err(_) => Ok(()),
-        }
-    }
-
-    fn hard_link(&self, target: &[u8], path: &Path) -> io::Result<()> {
-        let at = target.iter().rposition(|byte| *byte == b'/');
-        let (parent, name) = match at {
-            Some(at) => (target.get(..at).unwrap_or(&[]), target.get(at + 1..).unwrap_or(&[])),
-            None => (&[][..], target),
+    /// Makes what is no directory.
+    fn other(&mut self, parent: &File, entry: TarEntry) -> io::Result<()> {
+        let path = fd_path(parent, split(&entry.path).1);
+        let device = |kind, major: u32, minor: u32| {
+            mknod(&path, kind, Mode::empty(), makedev(u64::from(major), u64::from(minor)))
         };
-        let parent = self.open_dir(parent)?;
-        fs::hard_link(fd_path(&parent, name), path)
+        match &entry.kind {
+            TarKind::File(content) => {
+                make_way(&path)?;
+                let mut options = OpenOptions::new();
+                options.write(true).create_new(true).custom_flags(OFlag::O_NOFOLLOW.bits()).mode(0o600);
+                let file = options.open(&path)?;
+                file.set_len(content.size)?;
+                self.open = Some((file, entry));
+                return Ok(());
+            }
+            TarKind::HardLink(target) => {
+                let (target_parent, target_name) = split(target);
+                let target = fd_path(&open_dir_inside(&self.root, target_parent)?, target_name);
+                make_way(&path)?;
+                return fs::hard_link(target, path);
+            }
+            TarKind::Symlink(target) => {
+                make_way(&path)?;
+                symlink(std::ffi::OsStr::from_bytes(target), &path)?;
+            }
+            TarKind::CharDevice(major, minor) => {
+                make_way(&path)?;
+                device(SFlag::S_IFCHR, *major, *minor)?;
+            }
+            TarKind::BlockDevice(major, minor) => {
+                make_way(&path)?;
+                device(SFlag::S_IFBLK, *major, *minor)?;
+            }
+            TarKind::Fifo => {
+                make_way(&path)?;
+                device(SFlag::S_IFIFO, 0, 0)?;
+            }
+            TarKind::Directory | TarKind::Unknown(_) => return Ok(()),
+        }
+        set_attributes(&path, &entry)
     }
 
-    fn open_dir(&self, path: &[u8]) -> io::Result<File> {
-        use std::os::unix::ffi::OsStrExt;
-        let how = OpenHow::new()
-            .flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_IN_ROOT);
-        let path = if path.is_empty() { b"." } else { path };
-        let fd: OwnedFd = openat2(&self.root, std::ffi::OsStr::from_bytes(path), how)?;
-        Ok(File::from(fd))
-    }
-
-    /// Opens a directory, making what is missing of it (0755).
+    /// Opens a directory, making what is missing of it.
     fn make_dirs(&self, path: &[u8]) -> io::Result<File> {
-        match self.open_dir(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound && !path.is_empty() => {}
+        match open_dir_inside(&self.root, path) {
+            // ENOTDIR: perhaps a whiteout of this layer.
+            Err(error) if is_absent(&error) && !path.is_empty() => {}
             other => return other,
         }
-        let at = path.iter().rposition(|byte| *byte == b'/');
-        let (parent, name) = match at {
-            Some(at) => (path.get(..at).unwrap_or(&[]), path.get(at + 1..).unwrap_or(&[])),
-            None => (&[][..], path),
-        };
+        let (parent, name) = split(path);
         let parent = self.make_dirs(parent)?;
-        let dir = fd_path(&parent, name);
-        fs::create_dir(&dir)?;
-        fs::set_permissions(&dir, fs::Permissions::from_mode(0o755))?;
-        self.open_dir(path)
-    }
-
-    fn finish(self) -> Result<(), UnpackError> {
-        for (path, mtime) in self.directories.iter().rev() {
-            let failed = |source: io::Error| UnpackError::Entry { path: String::from_utf8_lossy(path).into_owned(), source };
-            // A later entry may have replaced the directory.
-            if let Ok(dir) = self.open_dir(path) {
-                set_time(&fd_path(&dir, b""), *mtime, false).map_err(failed)?;
-            }
+        match fs::symlink_metadata(fd_path(&parent, name)) {
+            Ok(meta) if !is_whiteout(&meta) => return Err(Errno::ENOTDIR.into()),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => make_dir(&parent, name),
         }
-        self.root.sync_all().map_err(UnpackError::Read)
+    }
+
+    fn finish(mut self) -> Result<(), UnpackError> {
+        self.close()?;
+        for (path, mtime) in self.directories.iter().rev() {
+            match open_dir_inside(&self.root, path) {
+                Ok(dir) => futimens(&dir, &spec(*mtime), &spec(*mtime)).map_err(io::Error::from),
+                // A later entry replaced the directory.
+                Err(error) if is_absent(&error) => Ok(()),
+                Err(error) => Err(error),
+            }
+            .map_err(at_entry(path))?;
+        }
+        nix::unistd::syncfs(&self.root)
+            .map_err(|errno| UnpackError::Directory { what: "sync", source: errno.into() })
     }
 }
 
-/// A path to `name` in an open directory, or to the directory itself.
-fn fd_path(dir: &File, name: &[u8]) -> PathBuf {
-    use std::os::unix::ffi::OsStrExt;
-    let base = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
-    if name.is_empty() { base.join(".") } else { base.join(std::ffi::OsStr::from_bytes(name)) }
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
-fn set_attributes(path: &Path, entry: &TarEntry, is_dir: bool) -> io::Result<()> {
-    if is_dir {
-        chown(path, Some(entry.uid), Some(entry.gid))?;
-    } else {
-        lchown(path, Some(entry.uid), Some(entry.gid))?;
+fn is_whiteout(meta: &fs::Metadata) -> bool {
+    meta.file_type().is_char_device() && meta.rdev() == 0
+}
+
+/// Hides `name` of the lower layers. What this layer itself has of that name stays, wherever in the layer the whiteout stands:
+/// a directory then does not merge with the lower one.
+fn white_out(parent: &File, name: &[u8]) -> io::Result<()> {
+    if matches!(name, b"" | b"." | b"..") {
+        return Err(Errno::EINVAL.into());
     }
+    let path = fd_path(parent, name);
+    match fs::symlink_metadata(&path) {
+        Ok(meta) if meta.is_dir() => xattr::set(&path, OPAQUE_XATTR, b"y"),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Ok(mknod(&path, SFlag::S_IFCHR, Mode::empty(), makedev(0, 0))?)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes and opens a directory; one that is there already merges, anything else is replaced.
+fn make_dir(parent: &File, name: &[u8]) -> io::Result<File> {
+    let path = fd_path(parent, name);
+    let (there, hides) = match fs::symlink_metadata(&path) {
+        Ok(meta) => (meta.is_dir(), is_whiteout(&meta)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => (false, false),
+        Err(error) => return Err(error),
+    };
+    if !there {
+        make_way(&path)?;
+        fs::create_dir(&path)?;
+    }
+    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
+    let dir = OpenOptions::new().read(true).custom_flags(flags.bits()).open(&path)?;
+    if !there {
+        dir.set_permissions(fs::Permissions::from_mode(IMPLIED_MODE))?;
+    }
+    if hides {
+        xattr::FileExt::set_xattr(&dir, OPAQUE_XATTR, b"y")?;
+    }
+    Ok(dir)
+}
+
+/// Removes what stands where a new entry goes.
+fn make_way(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn set_open_attributes(file: &File, entry: &TarEntry) -> io::Result<()> {
+    fchown(file, Some(entry.uid), Some(entry.gid))?;
+    file.set_permissions(fs::Permissions::from_mode(entry.mode))?;
+    set_xattrs(entry, |name, value| xattr::FileExt::set_xattr(file, name, value))?;
+    Ok(futimens(file, &spec(entry.mtime), &spec(entry.mtime))?)
+}
+
+/// Of what cannot be opened without effect: links, devices, FIFOs.
+fn set_attributes(path: &Path, entry: &TarEntry) -> io::Result<()> {
+    lchown(path, Some(entry.uid), Some(entry.gid))?;
     if !matches!(entry.kind, TarKind::Symlink(_)) {
         fs::set_permissions(path, fs::Permissions::from_mode(entry.mode))?;
     }
-    // After the owner: changing that drops capabilities.
+    set_xattrs(entry, |name, value| xattr::set(path, name, value))?;
+    let time = spec(entry.mtime);
+    Ok(utimensat(AT_FDCWD, path, &time, &time, UtimensatFlags::NoFollowSymlink)?)
+}
+
+/// After the owner, whose change drops capabilities.
+fn set_xattrs(entry: &TarEntry, set: impl Fn(&std::ffi::OsStr, &[u8]) -> io::Result<()>) -> io::Result<()> {
+    let regular = matches!(entry.kind, TarKind::File(_) | TarKind::Directory);
     for (name, value) in &entry.xattrs {
-        use std::os::unix::ffi::OsStrExt;
-        let name = std::ffi::OsStr::from_bytes(name);
-        match xattr::set(path, name, value) {
-            Err(error) if error.raw_os_error() == Some(nix::errno::Errno::EOPNOTSUPP as i32) => {
-                tracing::debug!(name = %name.to_string_lossy(), "this file system keeps no such attribute");
-            }
+        let skipped = || {
+            let path = String::from_utf8_lossy(&entry.path);
+            tracing::debug!(%path, name = %String::from_utf8_lossy(name), "extended attribute not kept");
+        };
+        if name.starts_with(b"trusted.overlay.") {
+            skipped(); // It would redirect overlayfs to other files.
+            continue;
+        }
+        match set(std::ffi::OsStr::from_bytes(name), value) {
+            Err(error) if error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => skipped(),
+            // Only files and directories have `user.` attributes (xattr(7)).
+            Err(error) if error.raw_os_error() == Some(Errno::EPERM as i32) && !regular => skipped(),
             other => other?,
         }
     }
-    set_time(path, entry.mtime, true)
+    Ok(())
 }
 
-fn set_time(path: &Path, time: Timestamp, no_follow: bool) -> io::Result<()> {
-    let time = TimeSpec::new(time.seconds, i64::from(time.nanoseconds));
-    let flag = if no_follow { UtimensatFlags::NoFollowSymlink } else { UtimensatFlags::FollowSymlink };
-    Ok(utimensat(AT_FDCWD, path, &time, &time, flag)?)
+fn spec(time: Timestamp) -> TimeSpec {
+    TimeSpec::new(time.seconds, i64::from(time.nanoseconds))
 }

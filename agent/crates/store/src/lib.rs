@@ -84,6 +84,8 @@ struct Inner {
     root: PathBuf,
     state: state::State,
     open: Mutex<HashMap<String, Weak<Layer>>>,
+    /// Held while a layer is put in its place: two must not put the same one there.
+    placing: Mutex<()>,
     memory_budget_bytes: u64,
     _lock: File,
 }
@@ -118,6 +120,7 @@ impl Store {
                 root: root.to_path_buf(),
                 state,
                 open: Mutex::default(),
+                placing: Mutex::default(),
                 memory_budget_bytes,
                 _lock: lock,
             }),
@@ -144,6 +147,7 @@ impl Store {
     /// Adds a layer whose contents are to come. A layer that is there already stays.
     pub fn add_layer(&self, index: &LayerIndex) -> Result<Arc<Layer>, StoreError> {
         let digest = index.header().layer_digest_text();
+        let _placing = self.inner.placing.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(layer) = self.layer(&digest)? {
             return Ok(layer);
         }
@@ -164,6 +168,7 @@ impl Store {
     /// Ends an ingest: the layer is complete. The caller has compared its digest and diffID with the manifest and config.
     pub fn commit_ingest(&self, ingest: Ingest, index: &LayerIndex) -> Result<Arc<Layer>, StoreError> {
         let digest = index.header().layer_digest_text();
+        let _placing = self.inner.placing.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(layer) = self.layer(&digest)?
             && layer.is_complete()
         {
@@ -302,6 +307,7 @@ impl Store {
             let path = staged.join(name);
             File::open(&path).and_then(|file| file.sync_data()).on("flush", &path)?;
         }
+        File::open(staged).and_then(|file| file.sync_all()).on("flush", staged)?;
         fs::rename(staged, &dir).on("move", staged)?;
         let parent = self.inner.root.join("layers");
         File::open(&parent).and_then(|file| file.sync_all()).on("flush", &parent)?;
@@ -317,6 +323,12 @@ impl Store {
         let temporary = self.temporary();
         remove_dir(&temporary)?;
         fs::create_dir(&temporary).on("create", &temporary)?;
+        for digest in self.layers()? {
+            // A crash between the removal of an incomplete layer and its replacement.
+            if !self.layer_dir(&digest)?.exists() {
+                self.inner.state.remove_layer(&digest)?;
+            }
+        }
         let known = self.layers()?;
         let layers = self.inner.root.join("layers");
         for entry in fs::read_dir(&layers).on("list", &layers)? {

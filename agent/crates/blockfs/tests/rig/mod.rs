@@ -252,6 +252,8 @@ pub(crate) enum Mood {
     Fail(i32),
     /// More bytes than asked for: a fault of the source.
     TooMuch,
+    /// No bytes: another.
+    Nothing,
 }
 
 /// A layer's file behind a source that can be slow, stuck or broken.
@@ -298,7 +300,7 @@ impl BlockSource for MoodySource {
         let local = match *self.mood().borrow() {
             Mood::Local => true,
             Mood::Mixed | Mood::Pieces => (offset / BLOCK).is_multiple_of(3),
-            Mood::Stuck | Mood::Fail(_) | Mood::TooMuch => false,
+            Mood::Stuck | Mood::Fail(_) | Mood::TooMuch | Mood::Nothing => false,
         };
         if local {
             self.hit.fetch_add(1, Ordering::Relaxed);
@@ -315,6 +317,7 @@ impl BlockSource for MoodySource {
             match changed.map_err(|error| ReadError { errno: 5, message: error.to_string() })? {
                 Mood::Fail(errno) => Err(ReadError { errno, message: "as the test wants".to_owned() }),
                 Mood::TooMuch => self.bytes(offset, len).map(|bytes| [&bytes[..], &[0; 8]].concat().into()),
+                Mood::Nothing => Ok(Bytes::new()),
                 Mood::Local | Mood::Stuck => self.bytes(offset, len),
                 now => {
                     tokio::time::sleep(Duration::from_millis(1 + offset / BLOCK % 8)).await;

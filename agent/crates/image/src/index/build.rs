@@ -338,6 +338,8 @@ impl<S: ContentSink> Contents<S> {
         if let TarKind::File(content) = entry.kind
             && content.size > 0
         {
+            // Before a hole of any size is filled with zeros.
+            self.layout.check(content.size)?;
             self.open = Some(OpenFile {
                 store_offset: self.layout.next(),
                 done: 0,

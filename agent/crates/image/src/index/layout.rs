@@ -22,15 +22,18 @@ impl Layout {
         self.next
     }
 
+    /// Where a file of `size` bytes would end; an error if the layer's file would be too large.
+    pub(super) fn check(&self, size: u64) -> Result<u64, IndexError> {
+        size.checked_next_multiple_of(BLOCK_SIZE)
+            .and_then(|rounded| self.next.checked_add(rounded))
+            .filter(|end| *end <= MAX_STORE_SIZE)
+            .ok_or(IndexError::Limit("its files take more than 1 TiB"))
+    }
+
     /// Places a file with content of its own.
     pub(super) fn place(&mut self, size: u64) -> Result<u64, IndexError> {
         let start = self.next;
-        let end = size
-            .checked_next_multiple_of(BLOCK_SIZE)
-            .and_then(|rounded| start.checked_add(rounded))
-            .filter(|end| *end <= MAX_STORE_SIZE)
-            .ok_or(IndexError::Limit("its files take more than 1 TiB"))?;
-        self.next = end;
+        self.next = self.check(size)?;
         self.own.push((start, size));
         Ok(start)
     }

@@ -1,0 +1,175 @@
+//! A root file system of the node's own shell and tools, and containers of it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+
+use sluice_container::{Bundle, BundleOptions, SpecOptions};
+
+/// The suite runs with each of them.
+pub const RUNTIMES: [&str; 2] = ["runc", "crun"];
+const TOOLS: [&str; 11] =
+    ["sh", "cat", "id", "ls", "mkdir", "readlink", "sleep", "stat", "touch", "tty", "rm"];
+const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1001:app:/home/app:/bin/sh\n";
+const GROUP: &str = "root:x:0:\napp:x:1001:\nextra:x:1002:app\nmore:x:1003:app,root\n";
+pub const CONFIG: &str =
+    r#"{"config":{"Entrypoint":["/bin/sh","-c"],"Cmd":["echo from the image"],"Env":["FROM=image"]}}"#;
+
+/// What containers are made of; removed with its directory when dropped.
+pub struct Root {
+    pub dir: tempfile::TempDir,
+    pub lower: PathBuf,
+    pub runtime: PathBuf,
+}
+
+impl Root {
+    pub fn new(runtime: &str) -> Self {
+        let runtime = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"]
+            .map(|dir| Path::new(dir).join(runtime))
+            .into_iter()
+            .find(|path| path.exists())
+            .unwrap_or_else(|| panic!("these tests need {runtime} installed"));
+        let dir = tempfile::tempdir().expect("dir");
+        let lower = dir.path().join("lower");
+        for name in ["etc", "home/app", "root", "tmp", "bin"] {
+            fs::create_dir_all(lower.join(name)).expect("create");
+        }
+        for open in ["", "home", "bin", "etc"] {
+            fs::set_permissions(lower.join(open), fs::Permissions::from_mode(0o755)).expect("mode");
+        }
+        fs::set_permissions(lower.join("tmp"), fs::Permissions::from_mode(0o1777)).expect("mode");
+        fs::write(lower.join("etc/passwd"), PASSWD).expect("write");
+        fs::write(lower.join("etc/group"), GROUP).expect("write");
+        for tool in TOOLS {
+            copy_tool(tool, &lower);
+        }
+        Self { dir, lower, runtime }
+    }
+
+    pub fn options(&self) -> BundleOptions {
+        BundleOptions {
+            dir: self.dir.path().join("containers"),
+            id: format!(
+                "test-{}",
+                self.dir.path().file_name().expect("name").to_string_lossy().replace('.', "")
+            ),
+            lower_dirs: vec![self.lower.clone()],
+            image_config: CONFIG.to_owned(),
+            runtime: self.runtime.clone(),
+        }
+    }
+
+    /// Runs to the end; asserts that nothing stays.
+    pub fn run(&self, options: &SpecOptions) -> Outcome {
+        let bundle = Bundle::create(self.options(), options).expect("bundle");
+        let output = bundle.command().stdin(Stdio::null()).output().expect("runtime");
+        bundle.remove(false).expect("remove");
+        self.assert_nothing_left();
+        Outcome {
+            code: output.status.code(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// Runs a shell script with what else is asked for.
+    pub fn script(&self, script: &str, options: SpecOptions) -> Outcome {
+        self.run(&SpecOptions { command: vec![script.to_owned()], ..options })
+    }
+
+    pub fn assert_nothing_left(&self) {
+        assert_eq!(self.mounts(), Vec::<PathBuf>::new(), "mounts stay");
+        let containers = self.dir.path().join("containers");
+        let left: Vec<_> = fs::read_dir(&containers)
+            .expect("containers")
+            .map(|entry| entry.expect("entry").file_name())
+            .filter(|name| name != ".runtime")
+            .collect();
+        assert!(left.is_empty(), "bundles stay: {left:?}");
+        let state = containers.join(".runtime");
+        let states = fs::read_dir(&state).map_or(0, Iterator::count);
+        assert_eq!(states, 0, "the runtime keeps state in {}", state.display());
+    }
+
+    pub fn mounts(&self) -> Vec<PathBuf> {
+        let mounts = sluice_kernel::mounts().expect("mounts");
+        mounts
+            .into_iter()
+            .map(|mount| mount.target)
+            .filter(|target| target.starts_with(self.dir.path()))
+            .collect()
+    }
+}
+
+/// What a container left.
+#[derive(Debug)]
+pub struct Outcome {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Outcome {
+    /// Its output, if it was successful.
+    #[track_caller]
+    pub fn text(&self) -> &str {
+        assert_eq!(self.code, Some(0), "{self:?}");
+        self.stdout.trim_end()
+    }
+}
+
+/// A container whose script has said `ready`.
+pub struct Running {
+    pub bundle: Bundle,
+    pub child: Child,
+    output: BufReader<ChildStdout>,
+}
+
+impl Running {
+    pub fn start(root: &Root, script: &str) -> Self {
+        let options = SpecOptions { command: vec![script.to_owned()], ..SpecOptions::default() };
+        let bundle = Bundle::create(root.options(), &options).expect("bundle");
+        let mut child =
+            bundle.command().stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("runtime starts");
+        let mut output = BufReader::new(child.stdout.take().expect("stdout"));
+        let mut line = String::new();
+        output.read_line(&mut line).expect("read");
+        assert_eq!(line, "ready\n");
+        Self { bundle, child, output }
+    }
+
+    /// The rest of its output and its exit code.
+    pub fn finish(&mut self) -> (String, Option<i32>) {
+        let mut rest = String::new();
+        self.output.read_to_string(&mut rest).expect("read");
+        (rest, self.child.wait().expect("wait").code())
+    }
+}
+
+fn copy_tool(tool: &str, root: &Path) {
+    let path = ["/bin", "/usr/bin"]
+        .map(|dir| Path::new(dir).join(tool))
+        .into_iter()
+        .find(|path| path.exists())
+        .unwrap_or_else(|| panic!("these tests need {tool} installed"));
+    fs::copy(&path, root.join("bin").join(tool)).expect("copy");
+    for library in libraries(&path) {
+        let target = root.join(library.strip_prefix("/").expect("absolute"));
+        if !target.exists() {
+            fs::create_dir_all(target.parent().expect("parent")).expect("create");
+            fs::copy(&library, &target).expect("copy");
+        }
+    }
+}
+
+fn libraries(program: &Path) -> BTreeSet<PathBuf> {
+    let output = Command::new("ldd").arg(program).output().expect("ldd");
+    let text = String::from_utf8(output.stdout).expect("text");
+    text.split_whitespace()
+        .filter(|word| word.starts_with('/') && !word.ends_with(':'))
+        .map(PathBuf::from)
+        .collect()
+}
