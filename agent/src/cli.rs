@@ -220,7 +220,8 @@ fn parse_rate(text: &str) -> Result<u64, String> {
         .iter()
         .find_map(|(suffix, factor)| lower.strip_suffix(suffix).map(|number| (number, *factor)))
         .unwrap_or((&lower, 1));
-    let number: f64 = number.trim().parse().map_err(|_| format!("`{text}` is not a rate like 1gbit or 200mbit"))?;
+    let number: f64 =
+        number.trim().parse().map_err(|_| format!("`{text}` is not a rate like 1gbit or 200mbit"))?;
     if number <= 0.0 {
         return Err("a rate is more than zero".to_owned());
     }

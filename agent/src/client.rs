@@ -71,7 +71,9 @@ impl Client {
         let mut lines = LineBuffer::default();
         let mut body = response.bytes_stream();
         while let Some(piece) = body.next().await {
-            lines.push(&piece.context("the daemon ended while it worked; see its log in the state directory")?);
+            lines.push(
+                &piece.context("the daemon ended while it worked; see its log in the state directory")?,
+            );
             while let Some(line) = lines.next_line() {
                 match serde_json::from_slice(&line).context("the daemon's answer is not understood")? {
                     Event::Done { result } => {

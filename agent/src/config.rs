@@ -90,8 +90,9 @@ impl Config {
         let mut plain_http = raw.registry.plain_http;
         plain_http.extend(global.plain_http.iter().cloned());
         let home = std::env::var_os("HOME").map(PathBuf::from);
-        let docker_dir =
-            std::env::var_os("DOCKER_CONFIG").map(PathBuf::from).or_else(|| home.map(|home| home.join(".docker")));
+        let docker_dir = std::env::var_os("DOCKER_CONFIG")
+            .map(PathBuf::from)
+            .or_else(|| home.map(|home| home.join(".docker")));
         Ok(Self {
             root: absolute(global.root.clone().or(raw.root).unwrap_or_else(|| DEFAULT_ROOT.into()))?,
             state: absolute(global.state.clone().or(raw.state).unwrap_or_else(|| DEFAULT_STATE.into()))?,
@@ -99,7 +100,10 @@ impl Config {
             publish_index: raw.publish_index.unwrap_or(true),
             hosts_dir: raw.registry.hosts_dir,
             plain_http,
-            docker_config: raw.registry.docker_config.or_else(|| docker_dir.map(|dir| dir.join("config.json"))),
+            docker_config: raw
+                .registry
+                .docker_config
+                .or_else(|| docker_dir.map(|dir| dir.join("config.json"))),
             extra_ca: raw.registry.extra_ca,
             connections_per_host: raw.registry.connections_per_host.unwrap_or(8),
             outage_timeout: Duration::from_secs(raw.stream.outage_timeout_s.unwrap_or(600)),
@@ -116,7 +120,8 @@ impl Config {
 
 impl RawConfig {
     fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         toml::from_str(&text).with_context(|| format!("{} is not a valid configuration", path.display()))
     }
 }
@@ -137,7 +142,8 @@ mod tests {
 
     #[test]
     fn sections_are_optional() {
-        let raw: RawConfig = toml::from_str("root = \"/x\"\n[store]\nmemory_budget_mib = 5\n").expect("valid");
+        let raw: RawConfig =
+            toml::from_str("root = \"/x\"\n[store]\nmemory_budget_mib = 5\n").expect("valid");
         assert_eq!(raw.store.memory_budget_mib, Some(5));
         assert_eq!(raw.root.as_deref(), Some(Path::new("/x")));
     }

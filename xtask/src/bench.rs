@@ -46,11 +46,17 @@ pub(crate) fn start(args: &Args) -> Result<()> {
         let recipe = image_maker::recipe(name)?;
         let images = image_maker::make(recipe)?;
         for link in &args.links {
-            let (rate, delay) = link.split_once('/').with_context(|| format!("`{link}` is not RATE/ROUND-TRIP"))?;
+            let (rate, delay) =
+                link.split_once('/').with_context(|| format!("`{link}` is not RATE/ROUND-TRIP"))?;
             let registry = Registry::start(&binary, &images, rate, delay)?;
             let index_store = format!("file://{}", work.join("indexes").display());
-            let bench =
-                Bench { binary: &binary, work: work.clone(), registry: &registry, containerd: &containerd, index_store };
+            let bench = Bench {
+                binary: &binary,
+                work: work.clone(),
+                registry: &registry,
+                containerd: &containerd,
+                index_store,
+            };
             let image = registry.image(recipe.name);
             bench.index(&image)?;
             let mut starts: Vec<Vec<Start>> = vec![Vec::new(); Way::ALL.len()];
@@ -91,7 +97,8 @@ fn middle(starts: Option<&Vec<Start>>, of: impl Fn(&Start) -> f64) -> f64 {
 /// Whether the targets of this row are met, in words.
 fn verdict(way: Way, image: &str, link: &str, ratio: f64, starts: &[Start]) -> String {
     let mut said = String::new();
-    let mut target = |met: bool, what: &str| said += &format!("  {} {what}", if met { "met:" } else { "NOT MET:" });
+    let mut target =
+        |met: bool, what: &str| said += &format!("  {} {what}", if met { "met:" } else { "NOT MET:" });
     if way == Way::FirstPull {
         target(1.0 / ratio <= 0.6, "time <= 0.6 x full pull");
     }

@@ -37,7 +37,13 @@ pub(crate) fn demo(args: &Args) -> Result<()> {
     let registry = Registry::start(&binary, &images, &args.rate, &args.delay)?;
     let containerd = Containerd::start(&work.join("containerd"))?;
     let index_store = format!("file://{}", work.join("indexes").display());
-    let bench = Bench { binary: &binary, work: work.clone(), registry: &registry, containerd: &containerd, index_store };
+    let bench = Bench {
+        binary: &binary,
+        work: work.clone(),
+        registry: &registry,
+        containerd: &containerd,
+        index_store,
+    };
     let image = registry.image(recipe.name);
     println!("registry behind a link of {} with {} round trip; image {image}", args.rate, args.delay);
     print!("{}", bench.index(&image)?);

@@ -36,7 +36,12 @@ pub(crate) const RECIPES: [Recipe; 3] = [
     },
     Recipe {
         name: "large",
-        layers: &[&["python3"], &["python3-numpy"], &["python3-scipy", "clang"], &["default-jdk-headless", "libreoffice-core"]],
+        layers: &[
+            &["python3"],
+            &["python3-numpy"],
+            &["python3-scipy", "clang"],
+            &["default-jdk-headless", "libreoffice-core"],
+        ],
         command: &["python3", "-c", "import numpy; print('ready', numpy.arange(10).sum())"],
     },
 ];
@@ -94,7 +99,8 @@ fn base(progress: &ProgressBar) -> Result<PathBuf> {
     let staged = target().join("sluice-images/.base-new");
     clean_dir(&staged)?;
     fs::create_dir_all(&staged)?;
-    let suite = output(Command::new("sh").args(["-c", ". /etc/os-release; echo ${VERSION_CODENAME:-stable}"]))?;
+    let suite =
+        output(Command::new("sh").args(["-c", ". /etc/os-release; echo ${VERSION_CODENAME:-stable}"]))?;
     output(Command::new("debootstrap").args(["--variant=minbase", suite.trim()]).arg(&staged))
         .context("debootstrap failed")?;
     script("rm -rf \"$1\"/var/cache/apt/archives/*.deb \"$1\"/var/lib/apt/lists/*", &[&staged])?;
@@ -119,7 +125,12 @@ fn install(work: &Path, number: usize, lower: &[PathBuf], packages: &[&str]) -> 
         chroot \"$0\" apt-get -qq -y --no-install-recommends install \"$@\"
         rm -rf \"$0\"/var/cache/apt/*.bin \"$0\"/var/cache/apt/archives/*.deb \"$0\"/var/lib/apt/lists/* \"$0\"/usr/sbin/policy-rc.d";
     let installed = output(
-        Command::new("sh").arg("-euc").arg(install).arg(&root).args(packages).env("DEBIAN_FRONTEND", "noninteractive"),
+        Command::new("sh")
+            .arg("-euc")
+            .arg(install)
+            .arg(&root)
+            .args(packages)
+            .env("DEBIAN_FRONTEND", "noninteractive"),
     );
     unmount_below(&dir)?;
     installed.with_context(|| format!("cannot install {}", packages.join(" ")))?;
@@ -139,7 +150,13 @@ fn pack(tree: &Path, work: &Path) -> Result<Layer> {
     let tar = work.join("layer.tar");
     output(
         Command::new("tar")
-            .args(["--format=pax", "--xattrs", "--xattrs-include=security.capability", "--numeric-owner", "--sort=name"])
+            .args([
+                "--format=pax",
+                "--xattrs",
+                "--xattrs-include=security.capability",
+                "--numeric-owner",
+                "--sort=name",
+            ])
             .args(["--pax-option=delete=atime,delete=ctime", "-C"])
             .arg(tree)
             .arg("-cf")
@@ -169,7 +186,10 @@ fn whiteouts(tree: &Path) -> Result<()> {
                 left.push(path);
             }
         }
-        let opaque = Command::new("getfattr").args(["--only-values", "-n", "trusted.overlay.opaque"]).arg(&dir).output();
+        let opaque = Command::new("getfattr")
+            .args(["--only-values", "-n", "trusted.overlay.opaque"])
+            .arg(&dir)
+            .output();
         if opaque.is_ok_and(|opaque| opaque.stdout == b"y") {
             fs::write(dir.join(".wh..wh..opq"), "")?;
         }
@@ -261,7 +281,8 @@ pub(crate) fn compressed_bytes(images: &Path, recipe: Recipe) -> Result<u64> {
     let layout = images.join(recipe.name);
     let read = |path: PathBuf| -> Result<Value> { Ok(serde_json::from_slice(&fs::read(path)?)?) };
     let index = read(layout.join("index.json"))?;
-    let digest = index.pointer("/manifests/0/digest").and_then(Value::as_str).context("the layout has no image")?;
+    let digest =
+        index.pointer("/manifests/0/digest").and_then(Value::as_str).context("the layout has no image")?;
     let manifest = read(layout.join("blobs").join(digest.replace(':', "/")))?;
     let layers = manifest.get("layers").and_then(Value::as_array).context("the image has no layers")?;
     Ok(layers.iter().filter_map(|layer| layer.get("size")?.as_u64()).sum())

@@ -75,7 +75,11 @@ impl Bench<'_> {
                 self.containerd.forget(image)?;
                 Ok(measured)
             }
-            Way::FirstPull => self.with_sluice("publish_index = false\nindex_store = \"file:///nonexistent-sluice\"\n", image, command),
+            Way::FirstPull => self.with_sluice(
+                "publish_index = false\nindex_store = \"file:///nonexistent-sluice\"\n",
+                image,
+                command,
+            ),
             Way::Streamed => {
                 let config = format!("index_store = {:?}\n", self.index_store);
                 self.with_sluice(&config, image, command)

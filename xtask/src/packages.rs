@@ -33,12 +33,17 @@ pub(crate) fn install(wanted: &[(&str, &str)]) -> Result<()> {
     }
     let apt = |arguments: &[&str]| {
         let mut command = Command::new("apt-get");
-        command.args(["-qq", "-o", "Dpkg::Use-Pty=0"]).args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
+        command
+            .args(["-qq", "-o", "Dpkg::Use-Pty=0"])
+            .args(arguments)
+            .env("DEBIAN_FRONTEND", "noninteractive");
         run::output(&mut command)
     };
-    apt(&["update"]).context("cannot read the lists of packages; is this a Debian-like system, and are you root?")?;
+    apt(&["update"])
+        .context("cannot read the lists of packages; is this a Debian-like system, and are you root?")?;
     let names = missing.iter().map(|(name, _)| *name);
-    let arguments: Vec<&str> = ["install", "-y", "--no-install-recommends"].into_iter().chain(names).collect();
+    let arguments: Vec<&str> =
+        ["install", "-y", "--no-install-recommends"].into_iter().chain(names).collect();
     apt(&arguments).context("cannot install packages")?;
     Ok(())
 }

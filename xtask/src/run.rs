@@ -27,10 +27,8 @@ pub(crate) fn show(command: &mut Command) -> Result<()> {
 
 /// Runs a command and gives its standard output; what it said is shown only when it fails.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("cannot start {}", name(command)))?;
+    let output =
+        command.stdin(Stdio::null()).output().with_context(|| format!("cannot start {}", name(command)))?;
     if !output.status.success() {
         bail!(
             "{} failed: {}\n{}{}",

@@ -11,7 +11,11 @@ use crate::run::{output, show, target, top};
 
 /// Builds the release binary; its path.
 pub(crate) fn build() -> Result<PathBuf> {
-    show(Command::new("cargo").args(["build", "--release", "--quiet", "--package", "sluice"]).current_dir(top()))?;
+    show(
+        Command::new("cargo")
+            .args(["build", "--release", "--quiet", "--package", "sluice"])
+            .current_dir(top()),
+    )?;
     Ok(target().join("release/sluice"))
 }
 
@@ -72,7 +76,8 @@ impl Sluice {
         for name in ["root", "state"] {
             let path = self.dir.join(name);
             if path.exists() {
-                std::fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+                std::fs::remove_dir_all(&path)
+                    .with_context(|| format!("cannot remove {}", path.display()))?;
             }
         }
         Ok(())
@@ -121,7 +126,10 @@ impl Registry {
     /// Bytes of bodies sent since the last reset.
     pub(crate) fn bytes_sent(&self) -> Result<u64> {
         let stats: Value = serde_json::from_str(&self.control("GET", "stats")?)?;
-        stats.get("bytes_sent").and_then(Value::as_u64).context("the registry's statistics are not understood")
+        stats
+            .get("bytes_sent")
+            .and_then(Value::as_u64)
+            .context("the registry's statistics are not understood")
     }
 
     /// Sets its counters to zero.
@@ -133,7 +141,10 @@ impl Registry {
     fn control(&self, method: &str, path: &str) -> Result<String> {
         use std::io::{Read, Write};
         let mut socket = std::net::TcpStream::connect(&self.address)?;
-        write!(socket, "{method} /_sluice/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")?;
+        write!(
+            socket,
+            "{method} /_sluice/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        )?;
         let mut answer = String::new();
         socket.read_to_string(&mut answer)?;
         Ok(answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default())

@@ -9,7 +9,8 @@ use crate::{packages, tidy};
 
 /// Installs what tests need and runs them; root, FUSE and loop devices are needed.
 pub(crate) fn test(filter: Option<&str>) -> Result<()> {
-    if std::fs::metadata("/proc/self").map(|meta| std::os::unix::fs::MetadataExt::uid(&meta)).ok() != Some(0) {
+    if std::fs::metadata("/proc/self").map(|meta| std::os::unix::fs::MetadataExt::uid(&meta)).ok() != Some(0)
+    {
         bail!("the tests mount file systems and run containers: run them as root");
     }
     packages::install(&packages::RUNTIME)?;

@@ -47,7 +47,8 @@ fn allowed(architecture: &str) -> BTreeMap<String, Option<Vec<String>>> {
 
 /// Which of our crates each of our crates imports, tests aside.
 fn imports(metadata: &Value) -> Result<Vec<(String, Vec<String>)>> {
-    let packages = metadata.get("packages").and_then(Value::as_array).context("cargo metadata has no packages")?;
+    let packages =
+        metadata.get("packages").and_then(Value::as_array).context("cargo metadata has no packages")?;
     let short = |name: &str| match name {
         "sluice" => "agent".to_owned(),
         name => name.trim_start_matches("sluice-").to_owned(),
@@ -66,7 +67,10 @@ fn imports(metadata: &Value) -> Result<Vec<(String, Vec<String>)>> {
     Ok(found.collect())
 }
 
-fn directions(allowed: &BTreeMap<String, Option<Vec<String>>>, imports: &[(String, Vec<String>)]) -> Vec<String> {
+fn directions(
+    allowed: &BTreeMap<String, Option<Vec<String>>>,
+    imports: &[(String, Vec<String>)],
+) -> Vec<String> {
     let mut findings = Vec::new();
     for (name, used) in imports {
         match allowed.get(name) {
@@ -96,7 +100,8 @@ fn source_findings(text: &str) -> Vec<String> {
 }
 
 fn sources(top: &Path) -> Result<Vec<PathBuf>> {
-    let list = output(Command::new("git").args(["ls-files", "-co", "--exclude-standard", "*.rs"]).current_dir(top))?;
+    let list =
+        output(Command::new("git").args(["ls-files", "-co", "--exclude-standard", "*.rs"]).current_dir(top))?;
     Ok(list.lines().map(|line| top.join(line)).filter(|path| path.exists()).collect())
 }
 
@@ -107,7 +112,8 @@ mod tests {
     #[test]
     fn the_map_decides() {
         let map = allowed("| `a` | idea | – |\n| `b` | idea | a |\n| `agent` (`x`) | idea | all |\n");
-        let uses = |name: &str, used: &[&str]| (name.to_owned(), used.iter().map(|one| (*one).to_owned()).collect());
+        let uses =
+            |name: &str, used: &[&str]| (name.to_owned(), used.iter().map(|one| (*one).to_owned()).collect());
         assert!(directions(&map, &[uses("b", &["a"]), uses("agent", &["a", "b"])]).is_empty());
         assert_eq!(directions(&map, &[uses("a", &["b"])]).len(), 1);
         assert_eq!(directions(&map, &[uses("c", &[])]).len(), 1);

@@ -9,7 +9,9 @@ use sluice_registry::Client;
 
 use super::status::size;
 use crate::config::Config;
-use crate::node::{INDEX_KIND, LAYER_ANNOTATION, artifact_store, cannot_stream, read_index, registry_client, unsupported};
+use crate::node::{
+    INDEX_KIND, LAYER_ANNOTATION, artifact_store, cannot_stream, read_index, registry_client, unsupported,
+};
 
 /// Exit code 0: every layer can be streamed at random; 1: not so.
 pub(crate) async fn check(config: &Arc<Config>, name: &str, store: Option<String>) -> Result<ExitCode> {
@@ -23,24 +25,33 @@ pub(crate) async fn check(config: &Arc<Config>, name: &str, store: Option<String
     let blobs = store.find(&image, INDEX_KIND).await?.unwrap_or_default();
     let mut all = true;
     for layer in &image.layers {
-        let found = blobs.iter().find(|(blob, _)| blob.annotations.get(LAYER_ANNOTATION) == Some(&layer.digest));
+        let found =
+            blobs.iter().find(|(blob, _)| blob.annotations.get(LAYER_ANNOTATION) == Some(&layer.digest));
         let (streams, verdict) = match found {
             Some((blob, reader)) => match read_index(layer, blob, reader).await {
-                Ok(index) if index.random_access() => (true, "stream index found: streamed at random".to_owned()),
+                Ok(index) if index.random_access() => {
+                    (true, "stream index found: streamed at random".to_owned())
+                }
                 Ok(_) => (false, "stream index found, but one undivided frame: streamed in order".to_owned()),
                 Err(error) => (false, format!("stream index refused ({error:#}): streamed in order")),
             },
             None => match unsupported(&layer.media_type) {
                 Some(reason) => (false, format!("{reason}: the image cannot be used")),
                 None => {
-                    let head = registry.blob(&image.reference, &layer.digest, layer.size).read_all(0..layer.size.min(8), false).await;
+                    let head = registry
+                        .blob(&image.reference, &layer.digest, layer.size)
+                        .read_all(0..layer.size.min(8), false)
+                        .await;
                     let kind = head.map(|bytes| match Compression::sniff(&bytes) {
                         Compression::Gzip => "gzip",
                         Compression::Zstd => "zstd",
                         Compression::None => "plain tar",
                     });
                     let kind = kind.unwrap_or("unreadable");
-                    (false, format!("no index, {kind}: the first pull streams it in order and makes its index"))
+                    (
+                        false,
+                        format!("no index, {kind}: the first pull streams it in order and makes its index"),
+                    )
                 }
             },
         };

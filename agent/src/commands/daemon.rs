@@ -14,7 +14,9 @@ pub(crate) async fn serve(config: Arc<Config>, announce: bool) -> Result<()> {
     let running = daemon::start(config).await?;
     if announce {
         let mut stdout = std::io::stdout();
-        writeln!(stdout, "ready").and_then(|()| stdout.flush()).context("nobody listens to the announcement")?;
+        writeln!(stdout, "ready")
+            .and_then(|()| stdout.flush())
+            .context("nobody listens to the announcement")?;
     }
     tokio::select! {
         interrupted = super::interrupted() => interrupted?,

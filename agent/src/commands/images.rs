@@ -40,7 +40,8 @@ pub(crate) async fn gc(config: &Arc<Config>, global: &Global) -> Result<()> {
 
 /// Checks the store; the exit code is 1 when something was wrong.
 pub(crate) async fn fsck(config: &Arc<Config>, global: &Global) -> Result<ExitCode> {
-    let report: FsckReport = with_client(config, global, async |client| client.ask("fsck", &()).await).await?;
+    let report: FsckReport =
+        with_client(config, global, async |client| client.ask("fsck", &()).await).await?;
     for problem in &report.problems {
         println!("{problem}");
     }

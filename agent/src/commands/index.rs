@@ -15,7 +15,9 @@ use super::status::size;
 use crate::api::Event;
 use crate::cli::IndexArgs;
 use crate::config::Config;
-use crate::node::{INDEX_KIND, LAYER_ANNOTATION, TOC_ANNOTATION, artifact_store, read_index, registry_client, unsupported};
+use crate::node::{
+    INDEX_KIND, LAYER_ANNOTATION, TOC_ANNOTATION, artifact_store, read_index, registry_client, unsupported,
+};
 
 /// Layers indexed at once: each has two threads of work.
 const LAYERS_AT_ONCE: usize = 2;
@@ -129,9 +131,12 @@ pub(crate) async fn show(config: &Arc<Config>, name: &str, store: Option<String>
     };
     let mut indexes = Vec::new();
     for layer in &image.layers {
-        let of_layer = blobs.iter().find(|(blob, _)| blob.annotations.get(LAYER_ANNOTATION) == Some(&layer.digest));
+        let of_layer =
+            blobs.iter().find(|(blob, _)| blob.annotations.get(LAYER_ANNOTATION) == Some(&layer.digest));
         match of_layer {
-            Some((blob, reader)) => indexes.push((layer.digest.clone(), read_index(layer, blob, reader).await?)),
+            Some((blob, reader)) => {
+                indexes.push((layer.digest.clone(), read_index(layer, blob, reader).await?))
+            }
             None => println!("layer {}: not in the index", layer.digest),
         }
     }
@@ -140,7 +145,10 @@ pub(crate) async fn show(config: &Arc<Config>, name: &str, store: Option<String>
 }
 
 fn print_indexes(indexes: &[(String, LayerIndex)]) {
-    println!("{:<20} {:>10} {:>10} {:>8} {:>8} {:>7} {:>10}  RANDOM", "LAYER", "SIZE", "TAR", "ENTRIES", "CHUNKS", "SPANS", "INDEX");
+    println!(
+        "{:<20} {:>10} {:>10} {:>8} {:>8} {:>7} {:>10}  RANDOM",
+        "LAYER", "SIZE", "TAR", "ENTRIES", "CHUNKS", "SPANS", "INDEX"
+    );
     for (digest, index) in indexes {
         let header = index.header();
         println!(

@@ -57,5 +57,6 @@ pub(crate) async fn umount(config: &Config, dir: &Path) -> Result<()> {
 }
 
 fn unmount(dir: &Path) -> Result<()> {
-    sluice_kernel::unmount(dir, UnmountOptions::default()).with_context(|| format!("cannot unmount {}", dir.display()))
+    sluice_kernel::unmount(dir, UnmountOptions::default())
+        .with_context(|| format!("cannot unmount {}", dir.display()))
 }

@@ -86,7 +86,8 @@ async fn contain(
 async fn supervise(bundle: &Bundle) -> Result<ExitCode> {
     let (sender, mut signals) = mpsc::channel(16);
     for forwarded in FORWARDED {
-        let mut stream = signal(SignalKind::from_raw(forwarded as i32)).context("cannot listen for signals")?;
+        let mut stream =
+            signal(SignalKind::from_raw(forwarded as i32)).context("cannot listen for signals")?;
         let sender = sender.clone();
         tokio::spawn(async move {
             while stream.recv().await.is_some() {

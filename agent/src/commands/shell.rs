@@ -10,7 +10,8 @@ use crate::cli::Cli;
 /// Writes `sluice.1` and one page per subcommand into `dir`.
 pub(crate) fn man(dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
-    clap_mangen::generate_to(Cli::command(), dir).with_context(|| format!("cannot write into {}", dir.display()))
+    clap_mangen::generate_to(Cli::command(), dir)
+        .with_context(|| format!("cannot write into {}", dir.display()))
 }
 
 /// Prints the completion script of `shell`.

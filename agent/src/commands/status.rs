@@ -22,7 +22,11 @@ pub(crate) async fn status(config: &Config, image: Option<String>, watch: bool, 
             // Clear the screen and go home: the table is drawn anew each time.
             print!("\x1b[2J\x1b[H");
         }
-        if json { println!("{}", serde_json::to_string(&status)?) } else { print!("{}", table(&status)) }
+        if json {
+            println!("{}", serde_json::to_string(&status)?)
+        } else {
+            print!("{}", table(&status))
+        }
         if !watch {
             return Ok(());
         }

@@ -61,7 +61,8 @@ pub(crate) async fn start(config: Arc<Config>) -> Result<Running> {
     }
     match std::fs::remove_file(&socket) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("cannot remove the stale socket {}", socket.display()));
+            return Err(error)
+                .with_context(|| format!("cannot remove the stale socket {}", socket.display()));
         }
         _ => {}
     }

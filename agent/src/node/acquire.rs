@@ -7,8 +7,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
-use nix::poll::{PollFd, PollFlags, PollTimeout};
 use futures::{FutureExt, StreamExt, TryStreamExt};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use sluice_blockfs::ImageMount;
 use sluice_image::erofs::{self, Form};
 use sluice_image::index::LayerIndex;
@@ -31,7 +31,11 @@ type Indexes = Vec<(ArtifactBlob, ArtifactReader)>;
 
 impl Node {
     /// See the module text. The image stays until `request.holder` releases it or ends.
-    pub(crate) async fn acquire(self: &Arc<Self>, request: AcquireRequest, events: EventSender) -> Result<Acquired> {
+    pub(crate) async fn acquire(
+        self: &Arc<Self>,
+        request: AcquireRequest,
+        events: EventSender,
+    ) -> Result<Acquired> {
         let image = self.resolve(&request.reference, &events).await?;
         let digest = image.manifest_digest.clone();
         let turn = Arc::clone(self.lock(&self.preparing).entry(digest.clone()).or_default());
@@ -112,7 +116,12 @@ impl Node {
         Ok(self.store.images()?.into_iter().filter(named).max_by_key(|image| image.last_used))
     }
 
-    async fn make(self: &Arc<Self>, image: &ResolvedImage, stream: bool, events: &EventSender) -> Result<Image> {
+    async fn make(
+        self: &Arc<Self>,
+        image: &ResolvedImage,
+        stream: bool,
+        events: &EventSender,
+    ) -> Result<Image> {
         let why_not = match (&self.cannot_stream, stream) {
             (_, false) => None,
             (Some(reason), true) => Some(reason.clone()),
@@ -122,7 +131,8 @@ impl Node {
             },
         };
         if let Some(reason) = &why_not {
-            events.note(format!("{} is not streamed: {reason}; pulling it the ordinary way", image.reference));
+            events
+                .note(format!("{} is not streamed: {reason}; pulling it the ordinary way", image.reference));
             tracing::warn!(image = image.reference.to_string(), reason, "StreamingFellBack");
         }
         let lower_dirs = self.pull_ordinary(image, events).await?;
@@ -144,7 +154,8 @@ impl Node {
         let record = self.prepare(image, events).await?;
         let mut layers = Vec::new();
         for (digest, blocks) in record.layers.iter().zip(&record.layer_blocks) {
-            let layer = self.node_layer(image, digest)?.with_context(|| format!("layer {digest} vanished"))?;
+            let layer =
+                self.node_layer(image, digest)?.with_context(|| format!("layer {digest} vanished"))?;
             layers.push((layer, *blocks));
         }
         let metadata = self.store.erofs_path(&image.manifest_digest)?;
@@ -173,8 +184,13 @@ impl Node {
 
     /// Sees to it that every layer is in the store, at least as a table of contents, and that the image's EROFS metadata
     /// is written.
-    pub(super) async fn prepare(self: &Arc<Self>, image: &ResolvedImage, events: &EventSender) -> Result<ImageRecord> {
-        let known = self.store.images()?.into_iter().find(|known| known.manifest_digest == image.manifest_digest);
+    pub(super) async fn prepare(
+        self: &Arc<Self>,
+        image: &ResolvedImage,
+        events: &EventSender,
+    ) -> Result<ImageRecord> {
+        let known =
+            self.store.images()?.into_iter().find(|known| known.manifest_digest == image.manifest_digest);
         let metadata = self.store.erofs_path(&image.manifest_digest)?;
         if let Some(known) = known.filter(|known| !known.layer_blocks.is_empty())
             && metadata.exists()
@@ -239,7 +255,9 @@ impl Node {
                     progress(layer.size);
                     return Ok(None);
                 }
-                Ok(_) => tracing::info!(layer = layer.digest, "no random access: the layer is streamed in order"),
+                Ok(_) => {
+                    tracing::info!(layer = layer.digest, "no random access: the layer is streamed in order")
+                }
                 Err(error) => {
                     events.note(format!("the index of layer {} is not used: {error:#}", layer.digest));
                     tracing::warn!(layer = layer.digest, error = format!("{error:#}"), "index refused");
@@ -250,7 +268,8 @@ impl Node {
             bail!("layer {}: {reason}", layer.digest);
         }
         let blob = Arc::new(RegistryBlob(self.registry.blob(&image.reference, &layer.digest, layer.size)));
-        let pull = first_pull(&self.store, &self.scheduler, blob, &layer.digest, &layer.diff_id, progress).await?;
+        let pull =
+            first_pull(&self.store, &self.scheduler, blob, &layer.digest, &layer.diff_id, progress).await?;
         Ok(Some((layer.digest.clone(), pull.index)))
     }
 
@@ -262,7 +281,9 @@ impl Node {
             let mut tree = Tree::new();
             let mut blocks = Vec::new();
             for layer in &layers {
-                let stored = store.layer(&layer.digest)?.with_context(|| format!("layer {} vanished", layer.digest))?;
+                let stored = store
+                    .layer(&layer.digest)?
+                    .with_context(|| format!("layer {} vanished", layer.digest))?;
                 let index = LayerIndex::from_blob(std::fs::read(stored.index_path())?)
                     .with_context(|| format!("index of layer {}", layer.digest))?;
                 tree.apply::<anyhow::Error>(index.entries()?.map(|entry| entry.map_err(Into::into)))
@@ -280,7 +301,8 @@ impl Node {
     }
 
     fn record(&self, image: &ResolvedImage, layer_blocks: Vec<u64>) -> Result<ImageRecord> {
-        let known = self.store.images()?.into_iter().find(|known| known.manifest_digest == image.manifest_digest);
+        let known =
+            self.store.images()?.into_iter().find(|known| known.manifest_digest == image.manifest_digest);
         let mut references = known.map(|known| known.references).unwrap_or_default();
         let name = image.reference.whole();
         references.retain(|one| *one != name);
@@ -306,10 +328,17 @@ impl Node {
         }
         let (node, image) = (Arc::clone(self), image.clone());
         tokio::spawn(async move {
-            let blobs = pulled.into_iter().map(|(digest, index)| crate::commands::index_blob(&digest, &index)).collect();
+            let blobs = pulled
+                .into_iter()
+                .map(|(digest, index)| crate::commands::index_blob(&digest, &index))
+                .collect();
             match node.artifacts.publish(&image, INDEX_KIND, blobs).await {
-                Ok(digest) => tracing::info!(image = image.reference.to_string(), digest, "stream index published"),
-                Err(error) => tracing::info!(image = image.reference.to_string(), %error, "stream index not published"),
+                Ok(digest) => {
+                    tracing::info!(image = image.reference.to_string(), digest, "stream index published")
+                }
+                Err(error) => {
+                    tracing::info!(image = image.reference.to_string(), %error, "stream index not published")
+                }
             }
         });
     }
@@ -394,7 +423,11 @@ pub(crate) fn unsupported(media_type: &str) -> Option<String> {
 }
 
 /// Reads and checks a layer's table of contents.
-pub(crate) async fn read_index(layer: &Layer, blob: &ArtifactBlob, reader: &ArtifactReader) -> Result<LayerIndex> {
+pub(crate) async fn read_index(
+    layer: &Layer,
+    blob: &ArtifactBlob,
+    reader: &ArtifactReader,
+) -> Result<LayerIndex> {
     let toc_len: u64 = blob
         .annotations
         .get(TOC_ANNOTATION)

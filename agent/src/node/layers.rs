@@ -96,7 +96,11 @@ impl NodeLayer {
 
 impl Node {
     /// The layer of an image, streamed if it is not complete; `None` if the store does not have it.
-    pub(super) fn node_layer(self: &Arc<Self>, image: &ResolvedImage, digest: &str) -> Result<Option<Arc<NodeLayer>>> {
+    pub(super) fn node_layer(
+        self: &Arc<Self>,
+        image: &ResolvedImage,
+        digest: &str,
+    ) -> Result<Option<Arc<NodeLayer>>> {
         let mut layers = self.lock(&self.layers);
         if let Some(layer) = layers.get(digest) {
             return Ok(Some(Arc::clone(layer)));
@@ -108,7 +112,8 @@ impl Node {
             let streamed = self.streamed(image, &layer)?;
             let blocks = Arc::new(LayerBlocks(Arc::clone(&streamed)));
             let blockfs = self.lock(&self.blockfs);
-            let path = blockfs.as_ref().map(|blockfs| blockfs.add(digest.trim_start_matches("sha256:"), blocks));
+            let path =
+                blockfs.as_ref().map(|blockfs| blockfs.add(digest.trim_start_matches("sha256:"), blocks));
             (Some(streamed), path)
         };
         let node_layer = Arc::new(NodeLayer {
@@ -159,7 +164,9 @@ impl Node {
             let handing = tokio::task::spawn_blocking(move || node.hand_over(&layer)).await;
             match handing.map_err(anyhow::Error::from).flatten() {
                 Ok(()) => {}
-                Err(error) => tracing::warn!(error = format!("{error:#}"), "a complete layer stays with the agent"),
+                Err(error) => {
+                    tracing::warn!(error = format!("{error:#}"), "a complete layer stays with the agent")
+                }
             }
         });
     }
@@ -168,7 +175,9 @@ impl Node {
         let Some(fuse_path) = &layer.fuse_path else { return Ok(()) };
         // Held while devices are switched, so that no new one appears on the FUSE file.
         let _device = layer.device.lock().unwrap_or_else(PoisonError::into_inner);
-        for found in sluice_kernel::loop_device::list()?.iter().filter(|found| found.backing_file == *fuse_path) {
+        for found in
+            sluice_kernel::loop_device::list()?.iter().filter(|found| found.backing_file == *fuse_path)
+        {
             Device::adopt(found.number)?.hand_over(&layer.layer.data_path())?;
         }
         if let Some(blockfs) = self.lock(&self.blockfs).as_ref() {
@@ -185,7 +194,9 @@ impl Node {
         }
         let mut before = None;
         for layer in layers {
-            let Some(streamed) = layer.streamed.clone().filter(|_| !layer.layer.is_complete()) else { continue };
+            let Some(streamed) = layer.streamed.clone().filter(|_| !layer.layer.is_complete()) else {
+                continue;
+            };
             let mut slot = layer.fill.lock().unwrap_or_else(PoisonError::into_inner);
             if slot.as_ref().is_some_and(|fill| !fill.is_finished()) {
                 continue;

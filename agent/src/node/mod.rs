@@ -155,7 +155,8 @@ impl Node {
 
     /// Forgets an image that nobody holds.
     pub(crate) async fn remove(&self, reference: &str) -> Result<()> {
-        let record = self.find_record(reference)?.with_context(|| format!("there is no image `{reference}` here"))?;
+        let record =
+            self.find_record(reference)?.with_context(|| format!("there is no image `{reference}` here"))?;
         if self.lock(&self.images).contains_key(&record.manifest_digest) {
             bail!("{reference} is in use; stop its containers and unmount it first");
         }
@@ -166,13 +167,17 @@ impl Node {
     /// Frees what no image needs.
     pub(crate) async fn gc(&self) -> Result<GcReport> {
         let records = self.store.images()?;
-        let in_use: Vec<String> = self.lock(&self.images).values().flat_map(|image| image.layers.clone()).collect();
+        let in_use: Vec<String> =
+            self.lock(&self.images).values().flat_map(|image| image.layers.clone()).collect();
         let wanted = |digest: &str| {
-            in_use.iter().any(|one| one == digest) || records.iter().any(|image| image.layers.iter().any(|one| one == digest))
+            in_use.iter().any(|one| one == digest)
+                || records.iter().any(|image| image.layers.iter().any(|one| one == digest))
         };
         // A container that outlived its holder may still read a layer through its device.
         let devices = sluice_kernel::loop_device::list()?;
-        let attached = |layer: &NodeLayer| layer.paths().iter().any(|path| devices.iter().any(|one| one.backing_file == *path));
+        let attached = |layer: &NodeLayer| {
+            layer.paths().iter().any(|path| devices.iter().any(|one| one.backing_file == *path))
+        };
         self.lock(&self.layers).retain(|digest, layer| wanted(digest) || attached(layer));
         let kept: Vec<String> = self.lock(&self.layers).keys().cloned().collect();
         let freed = self.store.gc(&|digest| in_use.iter().chain(&kept).any(|one| one == digest))?;
@@ -183,7 +188,11 @@ impl Node {
     pub(crate) async fn fsck(&self) -> Result<FsckReport> {
         let store = self.store.clone();
         let report = tokio::task::spawn_blocking(move || store.fsck()).await??;
-        Ok(FsckReport { layers: report.layers, chunks_checked: report.chunks_checked, problems: report.problems })
+        Ok(FsckReport {
+            layers: report.layers,
+            chunks_checked: report.chunks_checked,
+            problems: report.problems,
+        })
     }
 
     /// Makes durable what came, and takes mounts out of the tree. Containers on complete layers go on.

@@ -34,7 +34,12 @@ impl Node {
             if let Some(digest) = layer_of(&blocks, &found.backing_file)
                 && let Err(error) = self.move_device(found.number, &digest)
             {
-                tracing::warn!(device = found.number, layer = digest, error = format!("{error:#}"), "a device of an earlier agent is lost");
+                tracing::warn!(
+                    device = found.number,
+                    layer = digest,
+                    error = format!("{error:#}"),
+                    "a device of an earlier agent is lost"
+                );
             }
         }
         Ok(())
@@ -48,7 +53,8 @@ impl Node {
 
     fn move_device(self: &Arc<Self>, number: u32, digest: &str) -> Result<()> {
         let image = self.image_with(digest)?.context("no image has this layer any more")?;
-        let layer = self.node_layer(&image, digest)?.context("the store does not have this layer any more")?;
+        let layer =
+            self.node_layer(&image, digest)?.context("the store does not have this layer any more")?;
         let path = layer.paths().into_iter().next().context("the layer has no file")?;
         Device::adopt(number)?.hand_over(&path)?;
         tracing::info!(device = number, layer = digest, path = %path.display(), "device taken over");
@@ -62,7 +68,12 @@ impl Node {
             {
                 let reference = Client::parse(name)?;
                 let (manifest, config) = (record.manifest.clone().into(), record.config.clone().into());
-                return Ok(Some(ResolvedImage::from_parts(reference, record.manifest_digest, manifest, config)?));
+                return Ok(Some(ResolvedImage::from_parts(
+                    reference,
+                    record.manifest_digest,
+                    manifest,
+                    config,
+                )?));
             }
         }
         Ok(None)
@@ -75,7 +86,8 @@ fn layer_of(blocks: &Path, backing: &Path) -> Option<String> {
     let name = backing.file_name()?.to_str()?;
     let (inode, hex) = name.split_once('-')?;
     let ours = backing.starts_with(blocks) || backing.parent() == Some(Path::new("/"));
-    let well_formed = inode.parse::<u64>().is_ok() && hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let well_formed =
+        inode.parse::<u64>().is_ok() && hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit());
     (ours && well_formed).then(|| format!("sha256:{hex}"))
 }
 

@@ -58,7 +58,11 @@ impl BlobSource for IndexBlob {
     }
 }
 
-async fn find(artifacts: &ArtifactStore, image: &ResolvedImage, layer: &str) -> Result<ArtifactReader, SourceError> {
+async fn find(
+    artifacts: &ArtifactStore,
+    image: &ResolvedImage,
+    layer: &str,
+) -> Result<ArtifactReader, SourceError> {
     let blobs = artifacts.find(image, INDEX_KIND).await.map_err(|error| source_error(&error))?;
     let of_layer = |annotations: &std::collections::HashMap<String, String>| {
         annotations.get(LAYER_ANNOTATION).is_some_and(|digest| digest == layer)
@@ -85,7 +89,10 @@ impl BlockSource for LayerBlocks {
 
     fn read(self: Arc<Self>, offset: u64, len: usize) -> BoxFuture<'static, Result<Bytes, ReadError>> {
         async move {
-            self.0.read(offset, len).await.map_err(|error| ReadError { errno: libc::EIO, message: error.to_string() })
+            self.0
+                .read(offset, len)
+                .await
+                .map_err(|error| ReadError { errno: libc::EIO, message: error.to_string() })
         }
         .boxed()
     }

@@ -57,7 +57,8 @@ impl Node {
                 _ if unpacked => ("unpacked".to_owned(), 0, 0),
                 Some(layer) if layer.is_complete() => ("complete".to_owned(), layer.size(), layer.size()),
                 Some(layer) => {
-                    let state = failed.map_or_else(|| "streaming".to_owned(), |reason| format!("failed: {reason}"));
+                    let state =
+                        failed.map_or_else(|| "streaming".to_owned(), |reason| format!("failed: {reason}"));
                     (state, layer.local_bytes(), layer.size())
                 }
                 None => ("missing".to_owned(), 0, 0),
@@ -65,11 +66,19 @@ impl Node {
             layers.push(LayerStatus { digest: digest.clone(), state, bytes_local, bytes_total });
         }
         let complete = layers.iter().all(|layer| layer.state == "complete");
-        let users = self.lock(&self.images).get(&record.manifest_digest).map_or(0, |image| image.holders.len());
+        let users =
+            self.lock(&self.images).get(&record.manifest_digest).map_or(0, |image| image.holders.len());
         Ok(ImageStatus {
             reference: record.references.last().cloned().unwrap_or_default(),
             manifest_digest: record.manifest_digest,
-            state: if unpacked { "unpacked" } else if complete { "local" } else { "streaming" }.to_owned(),
+            state: if unpacked {
+                "unpacked"
+            } else if complete {
+                "local"
+            } else {
+                "streaming"
+            }
+            .to_owned(),
             users,
             bytes_local: layers.iter().map(|layer| layer.bytes_local).sum(),
             bytes_total: layers.iter().map(|layer| layer.bytes_total).sum(),

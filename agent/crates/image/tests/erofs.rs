@@ -74,7 +74,10 @@ fn blake3_of(path: &Path) -> u64 {
 }
 
 fn xattrs(path: &Path) -> String {
-    let out = Command::new("getfattr").args(["-h", "-d", "-m", "-", "--absolute-names", "-e", "hex"]).arg(path).output();
+    let out = Command::new("getfattr")
+        .args(["-h", "-d", "-m", "-", "--absolute-names", "-e", "hex"])
+        .arg(path)
+        .output();
     let text = String::from_utf8(out.expect("getfattr (package attr)").stdout).expect("text");
     let mut lines: Vec<&str> = text.lines().filter(|line| line.contains('=')).collect();
     lines.sort_unstable();
@@ -111,15 +114,18 @@ fn build(tree: &Path, out: &Path, form: Form) -> (PathBuf, PathBuf, erofs::Writt
     let bytes = fs::read(&tar).expect("read");
     let store = out.join("store");
     let mut indexer =
-        LayerIndexer::new(IndexOptions::default(), OnDisk(File::create(&store).expect("create"))).expect("indexer");
+        LayerIndexer::new(IndexOptions::default(), OnDisk(File::create(&store).expect("create")))
+            .expect("indexer");
     indexer.push(&bytes).expect("push");
     let digest = format!("sha256:{}", hex::encode(ring::digest::digest(&ring::digest::SHA256, &bytes)));
     let (index, sink) = indexer.finish(&digest).expect("index");
     sink.0.set_len(index.header().store_size.get()).expect("length");
     let mut merged = Tree::new();
-    merged.apply::<Box<dyn std::error::Error>>(
-        index.entries().expect("entries").map(|entry| entry.map_err(Into::into)),
-    ).expect("merge");
+    merged
+        .apply::<Box<dyn std::error::Error>>(
+            index.entries().expect("entries").map(|entry| entry.map_err(Into::into)),
+        )
+        .expect("merge");
     let image = out.join("image.erofs");
     let mut file = std::io::BufWriter::new(File::create(&image).expect("create"));
     let blocks = index.header().store_size.get() / 4096;
@@ -133,7 +139,12 @@ fn fsck(image: &Path, devices: &[&Path]) {
         command.arg(format!("--device={}", device.display()));
     }
     let out = command.arg(image).output().expect("fsck.erofs (package erofs-utils)");
-    assert!(out.status.success(), "{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    assert!(
+        out.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr)
+    );
 }
 
 /// Compares the mounted image with `tree`, and unmounts.

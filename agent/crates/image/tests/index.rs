@@ -102,8 +102,11 @@ fn check(files: &BTreeMap<String, Vec<u8>>, tar: &[u8], layer: &[u8], piece: usi
             assert_eq!(index.digest_algorithm().digest(bytes), chunk.digest);
         }
         for extent in item.extents {
-            let (store, at, len) =
-                (extent.store_offset.get() as usize, extent.tar_offset.get() as usize, extent.len.get() as usize);
+            let (store, at, len) = (
+                extent.store_offset.get() as usize,
+                extent.tar_offset.get() as usize,
+                extent.len.get() as usize,
+            );
             assert_eq!(memory.0[store..store + len], tar[at..at + len]);
         }
     }
@@ -130,7 +133,8 @@ fn check_spans(tar: &[u8], layer: &[u8], piece: usize) {
         let next = index.spans().get(number + 1);
         let end = next.map_or(tar.len(), |next| next.tar_offset.get() as usize);
         let from = span.compressed_offset.get() as usize;
-        let to = next.map_or(layer.len(), |next| next.compressed_offset.get() as usize + usize::from(next.bits > 0));
+        let to = next
+            .map_or(layer.len(), |next| next.compressed_offset.get() as usize + usize::from(next.bits > 0));
         let window_at = windows + span.window_offset.get() as usize;
         let window = &index.blob()[window_at..window_at + span.window_len.get() as usize];
         let mut out = Vec::new();
@@ -211,7 +215,12 @@ fn sparse_files_of_gnu_tar_are_read() {
     std::os::unix::fs::FileExt::write_all_at(&file, &[9; 5000], 300_000).expect("write");
     file.set_len(500_000).expect("length");
     let want = std::fs::read(dir.path().join("sparse")).expect("read");
-    for format in [&["--format=gnu"][..], &["--format=pax", "--sparse-version=0.0"], &["--format=pax", "--sparse-version=0.1"], &["--format=pax", "--sparse-version=1.0"]] {
+    for format in [
+        &["--format=gnu"][..],
+        &["--format=pax", "--sparse-version=0.0"],
+        &["--format=pax", "--sparse-version=0.1"],
+        &["--format=pax", "--sparse-version=1.0"],
+    ] {
         let out = std::process::Command::new("tar")
             .args(["-c", "-S", "-C"])
             .arg(dir.path())
@@ -221,7 +230,12 @@ fn sparse_files_of_gnu_tar_are_read() {
             .expect("tar");
         assert!(out.status.success(), "{format:?}");
         assert!(out.stdout.len() < 100_000, "{format:?} is not sparse");
-        check(&BTreeMap::from([("sparse".to_owned(), want.clone())]), &out.stdout, &pack(&out.stdout, Packing::Gzip(6)), 4096);
+        check(
+            &BTreeMap::from([("sparse".to_owned(), want.clone())]),
+            &out.stdout,
+            &pack(&out.stdout, Packing::Gzip(6)),
+            4096,
+        );
     }
 }
 

@@ -23,14 +23,20 @@ impl Layouts {
         if !root.is_dir() {
             return Err(io::Error::new(io::ErrorKind::NotADirectory, "it is not a directory"));
         }
-        Ok(Self { root: root.to_path_buf(), single: root.join("oci-layout").exists(), writing: Mutex::default() })
+        Ok(Self {
+            root: root.to_path_buf(),
+            single: root.join("oci-layout").exists(),
+            writing: Mutex::default(),
+        })
     }
 
     /// The layout of a repository, whether it is there or not. `None` if the name is not allowed.
     fn dir(&self, repository: &str) -> Option<PathBuf> {
         let allowed = |part: &str| {
             !part.is_empty()
-                && part.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._-".contains(&byte))
+                && part
+                    .bytes()
+                    .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._-".contains(&byte))
                 && !part.starts_with('.')
         };
         if !repository.split('/').all(allowed) {
@@ -58,7 +64,9 @@ impl Layouts {
     pub(crate) fn manifest(&self, repository: &str, name: &str) -> Option<(String, String)> {
         let entries = self.entries(repository);
         let field = |entry: &Value, name: &str| entry.get(name).and_then(Value::as_str).map(str::to_owned);
-        let tagged = |entry: &&Value| entry.pointer(&format!("/annotations/{REF_NAME}")).and_then(Value::as_str) == Some(name);
+        let tagged = |entry: &&Value| {
+            entry.pointer(&format!("/annotations/{REF_NAME}")).and_then(Value::as_str) == Some(name)
+        };
         let found = if name.contains(':') {
             entries.iter().find(|entry| field(entry, "digest").as_deref() == Some(name))
         } else {
@@ -101,7 +109,12 @@ impl Layouts {
     }
 
     /// Descriptors of the manifests whose subject is `digest`, oldest first.
-    pub(crate) fn referrers(&self, repository: &str, digest: &str, artifact_type: Option<&str>) -> Vec<Value> {
+    pub(crate) fn referrers(
+        &self,
+        repository: &str,
+        digest: &str,
+        artifact_type: Option<&str>,
+    ) -> Vec<Value> {
         let mut found = Vec::new();
         for entry in self.entries(repository) {
             let Some(own) = entry.get("digest").and_then(Value::as_str) else { continue };
@@ -127,7 +140,12 @@ impl Layouts {
     }
 
     /// Stores a blob whose digest the caller has checked.
-    pub(crate) fn put_blob(&self, repository: &str, digest: &str, from: tempfile::NamedTempFile) -> io::Result<()> {
+    pub(crate) fn put_blob(
+        &self,
+        repository: &str,
+        digest: &str,
+        from: tempfile::NamedTempFile,
+    ) -> io::Result<()> {
         let path = self.blob(repository, digest).ok_or(io::ErrorKind::InvalidInput)?;
         self.prepare(repository)?;
         if let Some(parent) = path.parent() {

@@ -48,7 +48,12 @@ impl Bucket {
 }
 
 /// Takes connections until told to stop.
-pub(crate) async fn accept(listener: TcpListener, link: Link, shared: Arc<Shared>, stopped: watch::Receiver<bool>) {
+pub(crate) async fn accept(
+    listener: TcpListener,
+    link: Link,
+    shared: Arc<Shared>,
+    stopped: watch::Receiver<bool>,
+) {
     let bucket = Arc::new(Bucket {
         bytes_per_second: link.rate_bits_per_second.map(|bits| bits as f64 / 8.0),
         free_at: Mutex::new(Instant::now()),

@@ -51,7 +51,12 @@ fn split<'a>(path: &'a str, kind: &str) -> Option<(&'a str, &'a str)> {
     Some((path.get(..at)?, path.get(at + kind.len()..)?))
 }
 
-async fn route(path: &str, request: Request<Incoming>, shared: &Arc<Shared>, faults: Option<Faults>) -> Response<Body> {
+async fn route(
+    path: &str,
+    request: Request<Incoming>,
+    shared: &Arc<Shared>,
+    faults: Option<Faults>,
+) -> Response<Body> {
     if let Some((repository, rest)) = split(path, "/blobs/uploads") {
         return upload(repository, rest.trim_matches('/'), request, shared).await;
     }
@@ -94,7 +99,12 @@ async fn route(path: &str, request: Request<Incoming>, shared: &Arc<Shared>, fau
     error(StatusCode::NOT_FOUND, "UNSUPPORTED", "no such path")
 }
 
-async fn manifest(repository: &str, name: &str, request: &Request<Incoming>, shared: &Arc<Shared>) -> Response<Body> {
+async fn manifest(
+    repository: &str,
+    name: &str,
+    request: &Request<Incoming>,
+    shared: &Arc<Shared>,
+) -> Response<Body> {
     let found = shared.layouts.manifest(repository, name);
     let Some((digest, media_type)) = found else {
         return error(StatusCode::NOT_FOUND, "MANIFEST_UNKNOWN", "no such manifest");
@@ -129,12 +139,14 @@ async fn blob(
     let Ok(meta) = tokio::fs::metadata(&path).await else { return unknown() };
     let size = meta.len();
     let faults = faults.unwrap_or_default();
-    let header = request.headers().get(RANGE).and_then(|value| value.to_str().ok()).filter(|_| !faults.ignore_ranges);
+    let header =
+        request.headers().get(RANGE).and_then(|value| value.to_str().ok()).filter(|_| !faults.ignore_ranges);
     let (start, end, partial) = match header.map(|header| parse_range(header, size)) {
         None | Some(Range::Ignored) => (0, size, false),
         Some(Range::Wanted(start, end)) => (start, end, true),
         Some(Range::Unsatisfiable) => {
-            let mut response = error(StatusCode::RANGE_NOT_SATISFIABLE, "RANGE_INVALID", "the blob is shorter");
+            let mut response =
+                error(StatusCode::RANGE_NOT_SATISFIABLE, "RANGE_INVALID", "the blob is shorter");
             set(&mut response, CONTENT_RANGE.as_str(), &format!("bytes */{size}"));
             return response;
         }
@@ -174,13 +186,21 @@ fn parse_range(header: &str, size: u64) -> Range {
         (Ok(start), _) if start >= size => Range::Unsatisfiable,
         (Ok(start), Ok(end)) if end >= start => Range::Wanted(start, end.saturating_add(1).min(size)),
         (Ok(start), Err(_)) if last.is_empty() => Range::Wanted(start, size),
-        (Err(_), Ok(count)) if first.is_empty() && count > 0 && size > 0 => Range::Wanted(size.saturating_sub(count), size),
+        (Err(_), Ok(count)) if first.is_empty() && count > 0 && size > 0 => {
+            Range::Wanted(size.saturating_sub(count), size)
+        }
         _ => Range::Ignored,
     }
 }
 
 /// Streams a part of a file, with the faults that were asked for.
-async fn file_body(path: &Path, start: u64, end: u64, shared: Arc<Shared>, faults: Faults) -> std::io::Result<Body> {
+async fn file_body(
+    path: &Path,
+    start: u64,
+    end: u64,
+    shared: Arc<Shared>,
+    faults: Faults,
+) -> std::io::Result<Body> {
     let mut file = tokio::fs::File::open(path).await?;
     file.seek(SeekFrom::Start(start)).await?;
     let total = end - start;
@@ -213,7 +233,12 @@ async fn file_body(path: &Path, start: u64, end: u64, shared: Arc<Shared>, fault
     Ok(BodyExt::boxed_unsync(StreamBody::new(stream)))
 }
 
-async fn upload(repository: &str, session: &str, request: Request<Incoming>, shared: &Arc<Shared>) -> Response<Body> {
+async fn upload(
+    repository: &str,
+    session: &str,
+    request: Request<Incoming>,
+    shared: &Arc<Shared>,
+) -> Response<Body> {
     let query: Vec<(String, String)> =
         url::form_urlencoded::parse(request.uri().query().unwrap_or("").as_bytes()).into_owned().collect();
     let digest = query.iter().find(|(key, _)| key == "digest").map(|(_, value)| value.clone());
@@ -236,7 +261,9 @@ async fn upload(repository: &str, session: &str, request: Request<Incoming>, sha
             Ok(size) => accepted(&repository, session, size),
             Err(failure) => internal(&failure),
         },
-        (Method::PUT, Some(digest)) => finish_upload(&repository, Some(session), &digest, request, shared).await,
+        (Method::PUT, Some(digest)) => {
+            finish_upload(&repository, Some(session), &digest, request, shared).await
+        }
         (Method::DELETE, _) => empty(StatusCode::NO_CONTENT),
         _ => error(StatusCode::BAD_REQUEST, "BLOB_UPLOAD_INVALID", "an upload ends with PUT and a digest"),
     }
@@ -282,7 +309,9 @@ async fn finish_upload(
         return internal(&failure);
     }
     let (shared, repository, digest) = (Arc::clone(shared), repository.to_owned(), digest.to_owned());
-    let stored = tokio::task::spawn_blocking(move || shared.layouts.take_session(&repository, &session, &digest).map(|fits| (fits, repository, digest)));
+    let stored = tokio::task::spawn_blocking(move || {
+        shared.layouts.take_session(&repository, &session, &digest).map(|fits| (fits, repository, digest))
+    });
     match stored.await.map_err(std::io::Error::other).flatten() {
         Ok((true, repository, digest)) => {
             let mut response = empty(StatusCode::CREATED);
@@ -295,7 +324,12 @@ async fn finish_upload(
     }
 }
 
-async fn put_manifest(repository: String, name: String, request: Request<Incoming>, shared: &Arc<Shared>) -> Response<Body> {
+async fn put_manifest(
+    repository: String,
+    name: String,
+    request: Request<Incoming>,
+    shared: &Arc<Shared>,
+) -> Response<Body> {
     let media_type = request.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let media_type = media_type.unwrap_or("application/vnd.oci.image.manifest.v1+json").to_owned();
     let limited = http_body_util::Limited::new(request.into_body(), MAX_MANIFEST);
@@ -323,7 +357,9 @@ async fn put_manifest(repository: String, name: String, request: Request<Incomin
 /// `/_sluice/`: counters and faults.
 async fn control(path: &str, request: Request<Incoming>, shared: &Arc<Shared>) -> Response<Body> {
     match (request.method(), path) {
-        (&Method::GET, "stats") => json_answer(StatusCode::OK, "application/json", &json!(shared.counters.read())),
+        (&Method::GET, "stats") => {
+            json_answer(StatusCode::OK, "application/json", &json!(shared.counters.read()))
+        }
         (&Method::POST, "reset") => {
             shared.counters.reset();
             empty(StatusCode::NO_CONTENT)
@@ -371,7 +407,9 @@ fn error(status: StatusCode, code: &str, message: &str) -> Response<Body> {
 fn internal(failure: &std::io::Error) -> Response<Body> {
     match failure.kind() {
         std::io::ErrorKind::NotFound => error(StatusCode::NOT_FOUND, "BLOB_UPLOAD_UNKNOWN", "no such upload"),
-        std::io::ErrorKind::InvalidInput => error(StatusCode::BAD_REQUEST, "NAME_INVALID", "not a repository or digest"),
+        std::io::ErrorKind::InvalidInput => {
+            error(StatusCode::BAD_REQUEST, "NAME_INVALID", "not a repository or digest")
+        }
         _ => error(StatusCode::INTERNAL_SERVER_ERROR, "UNKNOWN", &failure.to_string()),
     }
 }

@@ -99,7 +99,10 @@ impl ArtifactReader {
 
 impl ArtifactStore {
     /// The object store at `url` (`file://`, `s3://`, `gs://`, `az://`); options as in `environment`, e.g. `AWS_REGION`.
-    pub fn objects(url: &str, environment: impl IntoIterator<Item = (String, String)>) -> Result<Self, RegistryError> {
+    pub fn objects(
+        url: &str,
+        environment: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, RegistryError> {
         let failed = |reason: String| RegistryError::ObjectStore { url: url.to_owned(), reason };
         let parsed = url::Url::parse(url).map_err(|error| failed(error.to_string()))?;
         if let Some(dir) = url.strip_prefix("file://") {
@@ -232,13 +235,17 @@ impl Client {
         kind: Kind,
     ) -> Result<Option<Vec<(ArtifactBlob, ArtifactReader)>>, RegistryError> {
         let Some(index) = self.referrers(image, kind.artifact_type).await? else { return Ok(None) };
-        let entries = index.get("manifests").and_then(serde_json::Value::as_array).cloned().unwrap_or_default();
+        let entries =
+            index.get("manifests").and_then(serde_json::Value::as_array).cloned().unwrap_or_default();
         let of_kind = |entry: &&serde_json::Value| {
             entry.get("artifactType").and_then(serde_json::Value::as_str) == Some(kind.artifact_type)
         };
         // The last one pushed stands last in both schemes.
-        let Some(digest) =
-            entries.iter().rfind(of_kind).and_then(|entry| entry.get("digest")).and_then(serde_json::Value::as_str)
+        let Some(digest) = entries
+            .iter()
+            .rfind(of_kind)
+            .and_then(|entry| entry.get("digest"))
+            .and_then(serde_json::Value::as_str)
         else {
             return Ok(None);
         };
@@ -276,7 +283,8 @@ impl Client {
                 },
                 Err(error) if error.is_not_found() => {}
                 // Registries without the API answer all sorts of refusals to it.
-                Err(RegistryError::Status { status, .. }) if (400..500).contains(&status) && status != 429 => {}
+                Err(RegistryError::Status { status, .. })
+                    if (400..500).contains(&status) && status != 429 => {}
                 Err(error) => return Err(error),
             }
         }
@@ -297,12 +305,25 @@ impl Client {
 
     async fn push_blob(&self, image: &ResolvedImage, bytes: Bytes) -> Result<(), RegistryError> {
         let digest = sha256(&bytes);
-        let head = self.metadata(image, Method::HEAD, format!("blobs/{digest}"), HeaderMap::new(), None, Needs::Push);
+        let head = self.metadata(
+            image,
+            Method::HEAD,
+            format!("blobs/{digest}"),
+            HeaderMap::new(),
+            None,
+            Needs::Push,
+        );
         if self.ask(&head).await.is_ok() {
             return Ok(());
         }
-        let start =
-            self.metadata(image, Method::POST, "blobs/uploads/".to_owned(), HeaderMap::new(), Some(Bytes::new()), Needs::Push);
+        let start = self.metadata(
+            image,
+            Method::POST,
+            "blobs/uploads/".to_owned(),
+            HeaderMap::new(),
+            Some(Bytes::new()),
+            Needs::Push,
+        );
         let answer = self.ask(&start).await?;
         let wrong = |reason: &str| RegistryError::Protocol {
             host: answer.host.clone(),
@@ -311,7 +332,8 @@ impl Client {
         };
         let location = answer.response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
         let location = location.ok_or_else(|| wrong("it gave no location"))?;
-        let mut url = answer.response.url().join(location).map_err(|_| wrong("its location is no address"))?;
+        let mut url =
+            answer.response.url().join(location).map_err(|_| wrong("its location is no address"))?;
         url.query_pairs_mut().append_pair("digest", &digest);
         let url = url.to_string();
         drop(answer);
@@ -320,12 +342,24 @@ impl Client {
         self.ask(&self.metadata(image, Method::PUT, url, headers, Some(bytes), Needs::Push)).await.map(|_| ())
     }
 
-    async fn push_referrer(&self, image: &ResolvedImage, kind: Kind, manifest: Bytes) -> Result<(), RegistryError> {
+    async fn push_referrer(
+        &self,
+        image: &ResolvedImage,
+        kind: Kind,
+        manifest: Bytes,
+    ) -> Result<(), RegistryError> {
         let digest = sha256(&manifest);
         let size = manifest.len();
         let mut headers = HeaderMap::new();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(MANIFEST_TYPE));
-        let put = self.metadata(image, Method::PUT, format!("manifests/{digest}"), headers, Some(manifest), Needs::Push);
+        let put = self.metadata(
+            image,
+            Method::PUT,
+            format!("manifests/{digest}"),
+            headers,
+            Some(manifest),
+            Needs::Push,
+        );
         let answer = self.ask(&put).await?;
         if answer.response.headers().contains_key("oci-subject") {
             return Ok(());

@@ -78,7 +78,10 @@ impl Challenge {
 }
 
 /// Credentials for `registry` from Docker's configuration, helpers included. Blocks on a helper.
-pub(crate) fn credentials(config: Option<&Path>, registry: &str) -> Result<Option<(String, String)>, RegistryError> {
+pub(crate) fn credentials(
+    config: Option<&Path>,
+    registry: &str,
+) -> Result<Option<(String, String)>, RegistryError> {
     let Some(file) = config.and_then(|path| std::fs::File::open(path).ok()) else { return Ok(None) };
     let name = if registry == "docker.io" { "https://index.docker.io/v1/" } else { registry };
     match docker_credential::get_credential_from_reader(file, name) {

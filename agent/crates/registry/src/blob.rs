@@ -37,7 +37,11 @@ impl Blob {
     }
 
     /// The bytes of a range, in order. An error ends the stream; dropping it ends the transfer.
-    pub fn read(&self, range: Range<u64>, background: bool) -> BoxStream<'static, Result<Bytes, RegistryError>> {
+    pub fn read(
+        &self,
+        range: Range<u64>,
+        background: bool,
+    ) -> BoxStream<'static, Result<Bytes, RegistryError>> {
         let this = self.clone();
         let opened = async move {
             match this.open(range, background).await {
@@ -70,7 +74,8 @@ impl Blob {
         let mut headers = HeaderMap::new();
         if !whole {
             let value = format!("bytes={}-{}", range.start, range.end - 1);
-            let value = HeaderValue::from_str(&value).map_err(|error| RegistryError::Config(error.to_string()))?;
+            let value =
+                HeaderValue::from_str(&value).map_err(|error| RegistryError::Config(error.to_string()))?;
             headers.insert(RANGE, value);
         }
         let ask = Ask {
@@ -96,7 +101,8 @@ impl Blob {
         };
         match answer.response.status() {
             StatusCode::PARTIAL_CONTENT => {
-                let header = answer.response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
+                let header =
+                    answer.response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
                 let want = format!("bytes {}-{}/", range.start, range.end - 1);
                 match header {
                     Some(header) if header.starts_with(&want) => Ok(0),
@@ -127,7 +133,10 @@ fn body(
                 let mut piece = match body.next().await {
                     Some(Ok(piece)) => piece,
                     Some(Err(error)) => {
-                        return Some((Err(RegistryError::Unreachable { host, reason: reason(&error) }), None));
+                        return Some((
+                            Err(RegistryError::Unreachable { host, reason: reason(&error) }),
+                            None,
+                        ));
                     }
                     None => {
                         let reason = format!("blob {digest} ended {left} bytes early");

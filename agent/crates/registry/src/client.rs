@@ -109,13 +109,19 @@ impl Client {
                 .tcp_nodelay(true)
                 .tls_danger_accept_invalid_certs(insecure);
             for path in &config.extra_ca {
-                let bad = |reason: String| RegistryError::Config(format!("certificate {}: {reason}", path.display()));
+                let bad = |reason: String| {
+                    RegistryError::Config(format!("certificate {}: {reason}", path.display()))
+                };
                 let pem = std::fs::read(path).map_err(|error| bad(error.to_string()))?;
-                for certificate in reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| bad(error.to_string()))? {
+                for certificate in
+                    reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| bad(error.to_string()))?
+                {
                     builder = builder.add_root_certificate(certificate);
                 }
             }
-            builder.build().map_err(|error| RegistryError::Config(format!("cannot make an HTTP client: {error}")))
+            builder
+                .build()
+                .map_err(|error| RegistryError::Config(format!("cannot make an HTTP client: {error}")))
         };
         Ok(Self {
             inner: Arc::new(Inner {
@@ -172,7 +178,9 @@ impl Client {
             if !again || attempt >= ATTEMPTS {
                 return Err(error);
             }
-            let jitter = 0.5 + f64::from(std::time::SystemTime::now().elapsed().unwrap_or_default().subsec_nanos() % 1000) / 1000.0;
+            let jitter = 0.5
+                + f64::from(std::time::SystemTime::now().elapsed().unwrap_or_default().subsec_nanos() % 1000)
+                    / 1000.0;
             tokio::time::sleep(wait.unwrap_or(pause.mul_f64(jitter)).min(LONGEST_RETRY_AFTER)).await;
             pause *= 2;
         }
@@ -203,7 +211,8 @@ impl Client {
         for renewed in [false, true] {
             let response = self.send(ask, endpoint, &url, authorization.as_ref()).await?;
             if response.status() == StatusCode::UNAUTHORIZED && !renewed {
-                let challenge = response.headers().get(WWW_AUTHENTICATE).and_then(|value| value.to_str().ok());
+                let challenge =
+                    response.headers().get(WWW_AUTHENTICATE).and_then(|value| value.to_str().ok());
                 let Some(challenge) = challenge.and_then(Challenge::parse) else {
                     return Ok(Answer { response, host, slots });
                 };
@@ -269,8 +278,9 @@ impl Client {
             request = request.header(name, value);
         }
         if let Some(Authorization(value)) = authorization {
-            let mut value = HeaderValue::from_str(value)
-                .map_err(|_| RegistryError::Config("the credentials hold characters no header may have".to_owned()))?;
+            let mut value = HeaderValue::from_str(value).map_err(|_| {
+                RegistryError::Config("the credentials hold characters no header may have".to_owned())
+            })?;
             value.set_sensitive(true);
             request = request.header(AUTHORIZATION, value);
         }
@@ -301,16 +311,25 @@ impl Client {
             },
             Challenge::Bearer { realm, service, scope: asked } => {
                 let asked = asked.as_deref().unwrap_or(scope);
-                auth::fetch_token(&self.inner.http, &realm, service.as_deref(), asked, credentials.as_ref()).await?
+                auth::fetch_token(&self.inner.http, &realm, service.as_deref(), asked, credentials.as_ref())
+                    .await?
             }
         };
         self.lock(&self.inner.tokens).put(host, scope, token.clone(), life);
         Ok(Some(token))
     }
 
-    async fn slots(&self, host: &str, background: bool) -> (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>) {
+    async fn slots(
+        &self,
+        host: &str,
+        background: bool,
+    ) -> (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>) {
         let gate = {
-            let total = if self.inner.config.connections_per_host == 0 { 8 } else { self.inner.config.connections_per_host };
+            let total = if self.inner.config.connections_per_host == 0 {
+                8
+            } else {
+                self.inner.config.connections_per_host
+            };
             let mut gates = self.lock(&self.inner.gates);
             gates
                 .entry(host.to_owned())
@@ -326,7 +345,10 @@ impl Client {
 
     fn known_location(&self, url: &str) -> Option<String> {
         let locations = self.lock(&self.inner.locations);
-        locations.get(url).filter(|(_, since)| since.elapsed() < LOCATION_LIFE).map(|(location, _)| location.clone())
+        locations
+            .get(url)
+            .filter(|(_, since)| since.elapsed() < LOCATION_LIFE)
+            .map(|(location, _)| location.clone())
     }
 
     fn is_plain(&self, registry: &str) -> bool {
@@ -341,14 +363,19 @@ impl Client {
     }
 
     /// A small document, whole: at most `limit` bytes.
-    pub(crate) async fn document(&self, ask: &Ask<'_>, limit: usize) -> Result<(Bytes, HeaderMap), RegistryError> {
+    pub(crate) async fn document(
+        &self,
+        ask: &Ask<'_>,
+        limit: usize,
+    ) -> Result<(Bytes, HeaderMap), RegistryError> {
         let answer = self.ask(ask).await?;
         let headers = answer.response.headers().clone();
         let host = answer.host.clone();
         let mut body = answer.response.bytes_stream();
         let mut out = Vec::new();
         while let Some(piece) = body.next().await {
-            let piece = piece.map_err(|error| RegistryError::Unreachable { host: host.clone(), reason: reason(&error) })?;
+            let piece = piece
+                .map_err(|error| RegistryError::Unreachable { host: host.clone(), reason: reason(&error) })?;
             out.extend_from_slice(&piece);
             if out.len() > limit {
                 return Err(RegistryError::Protocol {

@@ -44,21 +44,26 @@ struct Host {
 }
 
 /// Endpoints for `registry`, from `dir/REGISTRY/hosts.toml` or `dir/_default/hosts.toml` if there, the registry itself last.
-pub(crate) fn endpoints(dir: Option<&Path>, registry: &str, plain_http: bool) -> Result<Vec<Endpoint>, RegistryError> {
+pub(crate) fn endpoints(
+    dir: Option<&Path>,
+    registry: &str,
+    plain_http: bool,
+) -> Result<Vec<Endpoint>, RegistryError> {
     let text = dir.and_then(|dir| {
         let names = [registry.to_owned(), registry.replace(':', "_"), "_default".to_owned()];
         names.iter().find_map(|name| std::fs::read_to_string(dir.join(name).join("hosts.toml")).ok())
     });
     let file: HostsFile = match text {
-        Some(text) => toml::from_str(&text)
-            .map_err(|error| RegistryError::Config(format!("hosts.toml of {registry} is not valid: {error}")))?,
+        Some(text) => toml::from_str(&text).map_err(|error| {
+            RegistryError::Config(format!("hosts.toml of {registry} is not valid: {error}"))
+        })?,
         None => HostsFile::default(),
     };
     let mut endpoints = Vec::new();
     for (url, table) in file.host {
-        let host: Host = table
-            .try_into()
-            .map_err(|error| RegistryError::Config(format!("hosts.toml of {registry}, host {url}: {error}")))?;
+        let host: Host = table.try_into().map_err(|error| {
+            RegistryError::Config(format!("hosts.toml of {registry}, host {url}: {error}"))
+        })?;
         let has = |capability: &str| {
             host.capabilities.as_ref().is_none_or(|list| list.iter().any(|one| one == capability))
         };

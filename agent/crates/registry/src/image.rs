@@ -61,7 +61,9 @@ impl ResolvedImage {
             .diff_ids()
             .clone();
         if diff_ids.len() != parsed.layers().len() {
-            return Err(bad("its manifest and its configuration have different numbers of layers".to_owned()));
+            return Err(
+                bad("its manifest and its configuration have different numbers of layers".to_owned()),
+            );
         }
         let layers = parsed.layers().iter().zip(diff_ids).map(|(layer, diff_id)| Layer {
             digest: layer.digest().to_string(),
@@ -90,14 +92,19 @@ impl Client {
         if manifest.config().size() > MAX_CONFIG {
             return Err(bad("its configuration is larger than 8 MiB".to_owned()));
         }
-        let config_blob = self.blob(reference, &manifest.config().digest().to_string(), manifest.config().size());
+        let config_blob =
+            self.blob(reference, &manifest.config().digest().to_string(), manifest.config().size());
         let config = config_blob.read_all(0..manifest.config().size(), false).await?;
         verify(&config, manifest.config().digest(), &format!("the configuration of {reference}"))?;
         ResolvedImage::from_parts(reference.clone(), digest, bytes, config)
     }
 
     /// A manifest's bytes and digest, checked if it was asked for by digest.
-    pub(crate) async fn manifest(&self, reference: &Reference, name: &str) -> Result<(Bytes, String), RegistryError> {
+    pub(crate) async fn manifest(
+        &self,
+        reference: &Reference,
+        name: &str,
+    ) -> Result<(Bytes, String), RegistryError> {
         let mut headers = HeaderMap::new();
         headers.insert(ACCEPT, HeaderValue::from_static(ACCEPTED));
         let ask = Ask {
@@ -150,9 +157,10 @@ fn choose(index: &ImageIndex, reference: &Reference) -> Result<String, RegistryE
         other => Arch::Other(other.to_owned()),
     };
     let fits = |entry: &&oci_spec::image::Descriptor| {
-        entry.platform().as_ref().is_none_or(|platform| {
-            *platform.architecture() == arch && *platform.os() == Os::Linux
-        })
+        entry
+            .platform()
+            .as_ref()
+            .is_none_or(|platform| *platform.architecture() == arch && *platform.os() == Os::Linux)
     };
     let chosen = index.manifests().iter().find(fits);
     chosen.map(|entry| entry.digest().to_string()).ok_or_else(|| RegistryError::Image {
@@ -171,7 +179,9 @@ fn verify(bytes: &[u8], digest: &Digest, what: &str) -> Result<(), RegistryError
     let algorithm = match digest.algorithm().as_ref() {
         "sha256" => &ring::digest::SHA256,
         "sha512" => &ring::digest::SHA512,
-        other => return Err(RegistryError::Config(format!("{what}: digests of kind {other} are not supported"))),
+        other => {
+            return Err(RegistryError::Config(format!("{what}: digests of kind {other} are not supported")));
+        }
     };
     if hex::encode(ring::digest::digest(algorithm, bytes)) == digest.digest() {
         return Ok(());

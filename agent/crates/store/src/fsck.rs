@@ -34,7 +34,9 @@ impl Store {
         for image in self.images()? {
             for layer in &image.layers {
                 if self.inner.state.layer(layer)?.is_none() && !self.unpacked_path(layer)?.exists() {
-                    report.problems.push(format!("image {}: layer {layer} is missing", image.manifest_digest));
+                    report
+                        .problems
+                        .push(format!("image {}: layer {layer} is missing", image.manifest_digest));
                 }
             }
         }
@@ -69,7 +71,10 @@ impl Store {
                 report.chunks_checked += 1;
                 if !matches(&file, &chunk, &index, &mut buffer) {
                     bad = true;
-                    report.problems.push(format!("layer {}: bytes {start}..{end} are not what they were", layer.digest()));
+                    report.problems.push(format!(
+                        "layer {}: bytes {start}..{end} are not what they were",
+                        layer.digest()
+                    ));
                     layer.unverify(start..end.next_multiple_of(BLOCK_SIZE));
                 }
             }
@@ -84,5 +89,6 @@ impl Store {
 
 fn matches(file: &fs::File, chunk: &ChunkRecord, index: &LayerIndex, buffer: &mut [u8]) -> bool {
     let Some(bytes) = buffer.get_mut(..chunk.len.get() as usize) else { return false };
-    file.read_exact_at(bytes, chunk.store_offset.get()).is_ok() && index.digest_algorithm().digest(bytes) == chunk.digest
+    file.read_exact_at(bytes, chunk.store_offset.get()).is_ok()
+        && index.digest_algorithm().digest(bytes) == chunk.digest
 }

@@ -195,7 +195,9 @@ impl Layer {
         let end_of = |extent: &ExtentRecord| extent.store_offset.get() + extent.len.get();
         let mut number = self.extents.partition_point(|extent| end_of(extent) <= range.start)?;
         let mut found = Vec::new();
-        while let Some(extent) = self.extents.get(number)?.filter(|extent| extent.store_offset.get() < range.end) {
+        while let Some(extent) =
+            self.extents.get(number)?.filter(|extent| extent.store_offset.get() < range.end)
+        {
             found.push(extent);
             number += 1;
         }

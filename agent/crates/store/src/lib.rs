@@ -251,7 +251,8 @@ impl Store {
     /// Removes layers that no image names and `in_use` does not hold.
     pub fn gc(&self, in_use: &dyn Fn(&str) -> bool) -> Result<Freed, StoreError> {
         let images = self.images()?;
-        let wanted = |digest: &str| images.iter().any(|image| image.layers.iter().any(|layer| layer == digest));
+        let wanted =
+            |digest: &str| images.iter().any(|image| image.layers.iter().any(|layer| layer == digest));
         let mut freed = Freed::default();
         for digest in self.layers()? {
             if !wanted(&digest) && !in_use(&digest) {
@@ -311,11 +312,14 @@ impl Store {
         fs::rename(staged, &dir).on("move", staged)?;
         let parent = self.inner.root.join("layers");
         File::open(&parent).and_then(|file| file.sync_all()).on("flush", &parent)?;
-        self.inner.state.put_layer(&digest, &state::LayerRecord {
-            diff_id: index.header().diff_id_text(),
-            store_size: index.header().store_size.get(),
-            complete,
-        })
+        self.inner.state.put_layer(
+            &digest,
+            &state::LayerRecord {
+                diff_id: index.header().diff_id_text(),
+                store_size: index.header().store_size.get(),
+                complete,
+            },
+        )
     }
 
     /// Temporary files, and directories of layers that were never recorded.

@@ -35,7 +35,8 @@ pub async fn first_pull(
 ) -> Result<FirstPull, StreamError> {
     let (sender, receiver) = mpsc::channel(PIECES_WAITING);
     let (to_store, expected, expected_diff_id) = (store.clone(), digest.to_owned(), diff_id.to_owned());
-    let indexing = tokio::task::spawn_blocking(move || index(&to_store, receiver, &expected, &expected_diff_id));
+    let indexing =
+        tokio::task::spawn_blocking(move || index(&to_store, receiver, &expected, &expected_diff_id));
     let sent = send(&*source, scheduler, sender, progress).await;
     let indexed = indexing
         .await
@@ -83,8 +84,10 @@ async fn send(
             }
         }
         if offset < source.size() {
-            let error = failed
-                .unwrap_or_else(|| SourceError { message: "the transfer ended early".to_owned(), transient: true });
+            let error = failed.unwrap_or_else(|| SourceError {
+                message: "the transfer ended early".to_owned(),
+                transient: true,
+            });
             attempt += 1;
             if !error.transient || attempt >= ATTEMPTS {
                 return Err(error);

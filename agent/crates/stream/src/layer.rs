@@ -219,13 +219,8 @@ impl StreamedLayer {
             source,
         })?;
         let tar_end = self.spans.get(spans.end).map_or(self.tar_size, |span| span.tar_offset.get());
-        let run = Run {
-            tar: span.tar_offset.get()..tar_end,
-            span,
-            window,
-            compressed,
-            algorithm: self.algorithm,
-        };
+        let run =
+            Run { tar: span.tar_offset.get()..tar_end, span, window, compressed, algorithm: self.algorithm };
         let _place = self.parts.scheduler.decoding_place(lane).await;
         let layer = Arc::clone(&self.parts.layer);
         let came = run::fetch(run, layer, &*self.parts.blob, lane, Arc::clone(&self.arrived)).await?;
@@ -236,9 +231,10 @@ impl StreamedLayer {
     /// Compressed bytes of spans: one more than to the next span's if that begins inside a byte.
     fn compressed(&self, spans: Range<usize>) -> Range<u64> {
         let start = self.spans.get(spans.start).map_or(0, |span| span.compressed_offset.get());
-        let end = self.spans.get(spans.end).map_or(self.layer_size, |next| {
-            next.compressed_offset.get() + u64::from(next.bits > 0)
-        });
+        let end = self
+            .spans
+            .get(spans.end)
+            .map_or(self.layer_size, |next| next.compressed_offset.get() + u64::from(next.bits > 0));
         start..end.min(self.layer_size)
     }
 
@@ -360,11 +356,18 @@ fn check_and_complete(store: &Store, layer: &Layer) -> Result<(), StreamError> {
     let index = LayerIndex::from_blob(blob).map_err(|error| StreamError::index(digest, &error))?;
     let mut context = ring::digest::Context::new(&ring::digest::SHA256);
     let read = |offset: u64, buffer: &mut [u8]| {
-        if layer.try_read(offset, buffer)? { Ok(()) } else { Err(std::io::Error::other("a verified block is gone")) }
+        if layer.try_read(offset, buffer)? {
+            Ok(())
+        } else {
+            Err(std::io::Error::other("a verified block is gone"))
+        }
     };
-    index.replay_tar(read, |bytes| context.update(bytes)).map_err(|error| StreamError::index(digest, &error))?;
+    index
+        .replay_tar(read, |bytes| context.update(bytes))
+        .map_err(|error| StreamError::index(digest, &error))?;
     let sum = context.finish();
-    let actual = format!("sha256:{}", sum.as_ref().iter().map(|byte| format!("{byte:02x}")).collect::<String>());
+    let actual =
+        format!("sha256:{}", sum.as_ref().iter().map(|byte| format!("{byte:02x}")).collect::<String>());
     if actual != layer.diff_id() {
         return Err(StreamError::DiffId {
             layer: digest.to_owned(),
@@ -412,7 +415,12 @@ impl Outage {
     }
 
     /// Waits a while if trying again may help and the time-out has not passed; gives the error back otherwise.
-    async fn pause(&mut self, error: &StreamError, layer: &str, range: Range<u64>) -> Result<(), StreamError> {
+    async fn pause(
+        &mut self,
+        error: &StreamError,
+        layer: &str,
+        range: Range<u64>,
+    ) -> Result<(), StreamError> {
         let since = *self.since.get_or_insert_with(Instant::now);
         let size = range.end - range.start;
         if !error.is_transient() || since.elapsed() >= self.timeout {

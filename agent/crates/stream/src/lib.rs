@@ -36,7 +36,9 @@ pub enum StreamError {
         source: SourceError,
     },
     /// What came is not what the index says.
-    #[error("layer {layer}: bytes at offset {offset} are not what its index says ({what}); the registry or the index is corrupt")]
+    #[error(
+        "layer {layer}: bytes at offset {offset} are not what its index says ({what}); the registry or the index is corrupt"
+    )]
     Corrupt {
         /// Digest of the layer.
         layer: String,
@@ -46,7 +48,9 @@ pub enum StreamError {
         what: String,
     },
     /// The whole layer is not what the image's configuration says.
-    #[error("layer {layer}: its contents have diffID {actual}, the image says {expected}; the stream index lied")]
+    #[error(
+        "layer {layer}: its contents have diffID {actual}, the image says {expected}; the stream index lied"
+    )]
     DiffId {
         /// Digest of the layer.
         layer: String,

@@ -55,7 +55,9 @@ pub(crate) async fn fetch(
         }
     }
     drop(sender);
-    let decoded = decoding.await.map_err(|error| StreamError::Store { layer: digest.clone(), message: error.to_string() })?;
+    let decoded = decoding
+        .await
+        .map_err(|error| StreamError::Store { layer: digest.clone(), message: error.to_string() })?;
     match (decoded, failed) {
         (Ok(()), _) => Ok(came),
         // A body that broke off explains a decoder that had too little.
@@ -66,7 +68,12 @@ pub(crate) async fn fetch(
     }
 }
 
-fn decode(run: &Run, layer: &Layer, mut pieces: mpsc::Receiver<Bytes>, arrived: &Notify) -> Result<(), StreamError> {
+fn decode(
+    run: &Run,
+    layer: &Layer,
+    mut pieces: mpsc::Receiver<Bytes>,
+    arrived: &Notify,
+) -> Result<(), StreamError> {
     let corrupt = |what: String| StreamError::Corrupt { layer: layer.digest().to_owned(), offset: 0, what };
     let mut decoder = Decoder::at_span(&run.span, &run.window).map_err(|error| corrupt(error.to_string()))?;
     let mut cutter = Cutter::new(layer, run.tar.start, run.algorithm)?;
@@ -145,7 +152,13 @@ impl<'a> Cutter<'a> {
     }
 
     /// Takes content for the chunk at `store`, at most to the chunk's or the extent's end.
-    fn content(&mut self, store: u64, extent_left: u64, bytes: &[u8], arrived: &Notify) -> Result<usize, StreamError> {
+    fn content(
+        &mut self,
+        store: u64,
+        extent_left: u64,
+        bytes: &[u8],
+        arrived: &Notify,
+    ) -> Result<usize, StreamError> {
         if self.chunk.as_ref().is_none_or(|chunk| store >= chunk.end()) {
             self.open_chunk(store)?;
         }
@@ -169,7 +182,8 @@ impl<'a> Cutter<'a> {
 
     fn open_chunk(&mut self, store: u64) -> Result<(), StreamError> {
         let io = |error: std::io::Error| StreamError::io(self.layer.digest(), &error);
-        let record = self.layer.chunk_at(store).map_err(io)?.ok_or_else(|| self.corrupt(store, "no such chunk"))?;
+        let record =
+            self.layer.chunk_at(store).map_err(io)?.ok_or_else(|| self.corrupt(store, "no such chunk"))?;
         let start = record.store_offset.get();
         let end = start + u64::from(record.len.get());
         let extents = self.layer.extents(start..end).map_err(io)?;
@@ -181,7 +195,11 @@ impl<'a> Cutter<'a> {
         let first = extents.first().map_or(start, |extent| covered(extent).0);
         self.chunk = Some(OpenChunk {
             record,
-            left: extents.iter().map(|extent| covered(extent).1).sum::<u64>().saturating_sub(store.saturating_sub(first)),
+            left: extents
+                .iter()
+                .map(|extent| covered(extent).1)
+                .sum::<u64>()
+                .saturating_sub(store.saturating_sub(first)),
             wanted: store == first && !self.layer.has(start..end),
             bytes: Vec::new(),
         });
@@ -205,8 +223,10 @@ impl<'a> Cutter<'a> {
     }
 
     fn load_extent(&mut self) -> Result<(), StreamError> {
-        self.extent =
-            self.layer.extent(self.next_extent).map_err(|error| StreamError::io(self.layer.digest(), &error))?;
+        self.extent = self
+            .layer
+            .extent(self.next_extent)
+            .map_err(|error| StreamError::io(self.layer.digest(), &error))?;
         self.next_extent += 1;
         Ok(())
     }

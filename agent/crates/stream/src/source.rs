@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use bytes::Bytes;
-use futures::stream::BoxStream;
 use futures::StreamExt;
+use futures::stream::BoxStream;
 
 use crate::Lane;
 
@@ -43,14 +43,21 @@ impl BlobSource for MemorySource {
 }
 
 /// Reads a small range whole.
-pub(crate) async fn read_all(source: &dyn BlobSource, range: Range<u64>, lane: Lane) -> Result<Vec<u8>, SourceError> {
+pub(crate) async fn read_all(
+    source: &dyn BlobSource,
+    range: Range<u64>,
+    lane: Lane,
+) -> Result<Vec<u8>, SourceError> {
     let want = range.end - range.start;
     let mut stream = source.read(range, lane);
     let mut out = Vec::new();
     while let Some(piece) = stream.next().await {
         out.extend_from_slice(&piece?);
         if out.len() as u64 > want {
-            return Err(SourceError { message: "more bytes came than were asked for".to_owned(), transient: false });
+            return Err(SourceError {
+                message: "more bytes came than were asked for".to_owned(),
+                transient: false,
+            });
         }
     }
     if out.len() as u64 == want {

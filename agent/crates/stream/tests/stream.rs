@@ -12,7 +12,8 @@ use futures::stream::BoxStream;
 use sluice_image::index::{IndexOptions, LayerIndex, LayerIndexer, NoSink};
 use sluice_store::Store;
 use sluice_stream::{
-    BlobSource, Lane, LayerParts, MemorySource, Scheduler, SourceError, StreamError, StreamedLayer, first_pull,
+    BlobSource, Lane, LayerParts, MemorySource, Scheduler, SourceError, StreamError, StreamedLayer,
+    first_pull,
 };
 
 /// A blob whose first reads fail, and whose bytes are damaged while `damage` is set.
@@ -30,7 +31,8 @@ impl BlobSource for Faulty {
 
     fn read(&self, range: Range<u64>, lane: Lane) -> BoxStream<'static, Result<Bytes, SourceError>> {
         let away = || Err(SourceError { message: "connection refused".to_owned(), transient: true });
-        if self.failures.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok() {
+        if self.failures.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok()
+        {
             let half = range.start..range.start + (range.end - range.start) / 2;
             let start = MemorySource(self.blob.clone()).read(half, lane);
             return start.chain(futures::stream::iter([away()])).boxed();
@@ -40,8 +42,10 @@ impl BlobSource for Faulty {
             let middle = bytes.len() / 2;
             bytes[middle] ^= 0x10;
         }
-        futures::stream::iter(bytes.chunks(10_000).map(|part| Ok(Bytes::copy_from_slice(part))).collect::<Vec<_>>())
-            .boxed()
+        futures::stream::iter(
+            bytes.chunks(10_000).map(|part| Ok(Bytes::copy_from_slice(part))).collect::<Vec<_>>(),
+        )
+        .boxed()
     }
 }
 
@@ -61,7 +65,8 @@ fn sample() -> Sample {
     let mut contents = Vec::new();
     for number in 0_u32..60 {
         let len = if number % 7 == 0 { 500_000 } else { number * 531 + 1 };
-        let content: Vec<u8> = (0..len).map(|at| ((at ^ number).wrapping_mul(2_654_435_761) >> 25) as u8).collect();
+        let content: Vec<u8> =
+            (0..len).map(|at| ((at ^ number).wrapping_mul(2_654_435_761) >> 25) as u8).collect();
         let mut header = tar::Header::new_gnu();
         header.set_size(u64::from(len));
         header.set_mode(0o644);
@@ -85,7 +90,12 @@ fn sample() -> Sample {
     Sample { layer: layer.into(), index, content }
 }
 
-fn streamed(store: &Store, sample: &Sample, source: impl BlobSource + 'static, outage: Duration) -> Arc<StreamedLayer> {
+fn streamed(
+    store: &Store,
+    sample: &Sample,
+    source: impl BlobSource + 'static,
+    outage: Duration,
+) -> Arc<StreamedLayer> {
     let toc_len = sample.index.header().toc_len() as usize;
     let index = LayerIndex::from_blob(sample.index.blob()[..toc_len].to_vec()).expect("toc");
     let parts = LayerParts {
@@ -137,7 +147,10 @@ async fn a_read_waits_for_a_source_that_is_away() {
     store.remove_layer(&digest_of(&sample.layer)).expect("remove");
     let layer = streamed(&store, &sample, source, Duration::from_millis(200));
     let error = layer.read(sample.content[59].0, 1).await.expect_err("read without a source");
-    assert!(error.to_string().contains("connection refused") || matches!(error, StreamError::Fetch { .. }), "{error}");
+    assert!(
+        error.to_string().contains("connection refused") || matches!(error, StreamError::Fetch { .. }),
+        "{error}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -33,7 +33,11 @@ pub struct GzipDecoder {
 
 impl std::fmt::Debug for GzipDecoder {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("GzipDecoder").field("state", &self.state).field("offset", &self.offset).finish_non_exhaustive()
+        formatter
+            .debug_struct("GzipDecoder")
+            .field("state", &self.state)
+            .field("offset", &self.offset)
+            .finish_non_exhaustive()
     }
 }
 

@@ -180,13 +180,18 @@ impl Decoder {
         let wrong = |what| DecodeError::Span { offset, what };
         match span.kind {
             kind if kind == SpanKind::Plain as u8 => Ok(Self::Plain { offset, output: Vec::new() }),
-            kind if kind == SpanKind::GzipMember as u8 => Ok(Self::Gzip(Box::new(gzip::GzipDecoder::new(offset)))),
-            kind if kind == SpanKind::ZstdFrame as u8 => Ok(Self::Zstd(Box::new(zstd::ZstdDecoder::new(offset)?))),
+            kind if kind == SpanKind::GzipMember as u8 => {
+                Ok(Self::Gzip(Box::new(gzip::GzipDecoder::new(offset))))
+            }
+            kind if kind == SpanKind::ZstdFrame as u8 => {
+                Ok(Self::Zstd(Box::new(zstd::ZstdDecoder::new(offset)?)))
+            }
             kind if kind == SpanKind::DeflateBlock as u8 => {
                 let window = if window_frame.is_empty() {
                     Vec::new()
                 } else {
-                    ::zstd::bulk::decompress(window_frame, WINDOW).map_err(|_| wrong("its window is damaged"))?
+                    ::zstd::bulk::decompress(window_frame, WINDOW)
+                        .map_err(|_| wrong("its window is damaged"))?
                 };
                 if span.bits > 7 {
                     return Err(wrong("its bit offset is above 7"));

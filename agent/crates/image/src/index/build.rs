@@ -357,7 +357,9 @@ impl<S: ContentSink> Contents<S> {
         self.fill_hole(offset)?;
         while !bytes.is_empty() {
             let chunk_size = self.chunk_size as usize;
-            let Some(open) = &mut self.open else { return Err(IndexError::Corrupt("content without a file")) };
+            let Some(open) = &mut self.open else {
+                return Err(IndexError::Corrupt("content without a file"));
+            };
             let taken = bytes.len().min(chunk_size - open.chunk.len());
             let (now, rest) = bytes.split_at_checked(taken).unwrap_or((bytes, &[]));
             open.chunk.extend_from_slice(now);
@@ -488,7 +490,10 @@ impl Hashing {
         let (queue, pieces) = sync_channel::<(bool, Vec<u8>)>(8);
         let (give_back, spare) = sync_channel(8);
         let thread = std::thread::spawn(move || {
-            let mut contexts = [ring::digest::Context::new(&ring::digest::SHA256), ring::digest::Context::new(&ring::digest::SHA256)];
+            let mut contexts = [
+                ring::digest::Context::new(&ring::digest::SHA256),
+                ring::digest::Context::new(&ring::digest::SHA256),
+            ];
             for (is_tar, mut piece) in pieces {
                 if let Some(context) = contexts.get_mut(usize::from(is_tar)) {
                     context.update(&piece);

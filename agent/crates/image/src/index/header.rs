@@ -17,7 +17,9 @@ pub const MAX_TOC: u64 = 512 << 20;
 pub const MAX_SECTION: u64 = 8 << 30;
 
 /// Where a section stands in the blob.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 #[repr(C)]
 pub struct Section {
     /// From the blob's first byte.
@@ -88,7 +90,8 @@ pub struct IndexHeader {
 impl IndexHeader {
     /// Reads the header at the front of `bytes`.
     pub fn parse(bytes: &[u8]) -> Result<Self, IndexError> {
-        let (header, _) = Self::read_from_prefix(bytes).map_err(|_| IndexError::Corrupt("shorter than its header"))?;
+        let (header, _) =
+            Self::read_from_prefix(bytes).map_err(|_| IndexError::Corrupt("shorter than its header"))?;
         if header.magic != MAGIC {
             return Err(IndexError::Corrupt("it does not begin with SLUICEIX"));
         }

@@ -4,9 +4,9 @@ use std::io::Read;
 
 use zerocopy::FromBytes;
 
+use super::IndexError;
 use super::header::{HEADER_LEN, IndexHeader, Section};
 use super::layout::{Layout, chunk_record, chunks, extents};
-use super::IndexError;
 use crate::decode::{Compression, MAX_WINDOW_FRAME};
 use crate::entry::{Entry, EntryKind};
 use crate::records::{ChunkRecord, DigestAlgorithm, ExtentRecord, SpanRecord};
@@ -24,8 +24,10 @@ impl LayerIndex {
     /// From a blob, or from its first [`IndexHeader::toc_len`] bytes.
     pub fn from_blob(blob: Vec<u8>) -> Result<Self, IndexError> {
         let header = IndexHeader::parse(&blob)?;
-        let toc_len = usize::try_from(header.toc_len()).map_err(|_| IndexError::Corrupt("larger than memory"))?;
-        let toc = blob.get(HEADER_LEN..toc_len).ok_or(IndexError::Corrupt("shorter than its table of contents"))?;
+        let toc_len =
+            usize::try_from(header.toc_len()).map_err(|_| IndexError::Corrupt("larger than memory"))?;
+        let toc =
+            blob.get(HEADER_LEN..toc_len).ok_or(IndexError::Corrupt("shorter than its table of contents"))?;
         if *blake3::hash(toc).as_bytes() != header.toc_digest {
             return Err(IndexError::Corrupt("its table of contents does not match its digest"));
         }
@@ -296,8 +298,10 @@ impl<'a> TocReader<'a> {
                 let store_offset = self.layout.place(size)?;
                 item.extents = extents(content, self.tar_offset, store_offset);
                 for chunk in chunks(size, store_offset, self.index.header.chunk_size.get()) {
-                    let (digest, rest) =
-                        self.digests.split_first_chunk::<32>().ok_or(IndexError::Corrupt("it lacks digests"))?;
+                    let (digest, rest) = self
+                        .digests
+                        .split_first_chunk::<32>()
+                        .ok_or(IndexError::Corrupt("it lacks digests"))?;
                     item.chunks.push(chunk_record(chunk, *digest));
                     self.digests = rest;
                 }

@@ -167,10 +167,14 @@ impl TarParser {
             return Ok(Step::Skeleton);
         }
         let extensions = std::mem::take(&mut self.extensions);
-        let raw_name = self.long_name.take().or_else(|| extensions.path.clone()).unwrap_or_else(|| header.name());
+        let raw_name =
+            self.long_name.take().or_else(|| extensions.path.clone()).unwrap_or_else(|| header.name());
         let raw_name = extensions.sparse.name.clone().unwrap_or(raw_name);
-        let raw_link =
-            self.long_link.take().or_else(|| extensions.link_path.clone()).unwrap_or_else(|| header.link_name());
+        let raw_link = self
+            .long_link
+            .take()
+            .or_else(|| extensions.link_path.clone())
+            .unwrap_or_else(|| header.link_name());
         let mtime = match extensions.mtime {
             Some(mtime) => mtime,
             None => Timestamp { seconds: header.mtime()?, nanoseconds: 0 },
@@ -193,7 +197,9 @@ impl TarParser {
         };
         match &entry.kind {
             TarKind::File(_) if type_flag == b'S' => self.begin_gnu_sparse(header, entry, size),
-            TarKind::File(_) if extensions.sparse.is_sparse() => self.begin_pax_sparse(extensions.sparse, entry, size),
+            TarKind::File(_) if extensions.sparse.is_sparse() => {
+                self.begin_pax_sparse(extensions.sparse, entry, size)
+            }
             TarKind::File(_) => self.begin_file(entry, Content { size, stored: size, segments: None }),
             TarKind::Unknown(_) => {
                 self.skip(padded(size).ok_or_else(|| self.bad("size"))?);
@@ -249,7 +255,12 @@ impl TarParser {
         Ok(Step::Entry(Box::new(entry)))
     }
 
-    fn begin_gnu_sparse(&mut self, header: &Header<'_>, entry: TarEntry, stored: u64) -> Result<Step, TarError> {
+    fn begin_gnu_sparse(
+        &mut self,
+        header: &Header<'_>,
+        entry: TarEntry,
+        stored: u64,
+    ) -> Result<Step, TarError> {
         if header.dialect() != Dialect::Gnu {
             return Err(self.bad("sparse"));
         }
@@ -324,7 +335,11 @@ impl TarParser {
         Ok((taken, Step::Skeleton))
     }
 
-    fn gnu_sparse_bytes(&mut self, input: &[u8], mut pending: Box<Pending>) -> Result<(usize, Step), TarError> {
+    fn gnu_sparse_bytes(
+        &mut self,
+        input: &[u8],
+        mut pending: Box<Pending>,
+    ) -> Result<(usize, Step), TarError> {
         let taken = self.gather(input);
         if self.block.len() < TAR_BLOCK {
             self.state = State::GnuSparse { pending };
@@ -356,8 +371,7 @@ impl TarParser {
             return Ok((taken, Step::Skeleton));
         }
         text.append(&mut self.block);
-        pending.stored =
-            pending.stored.checked_sub(TAR_BLOCK as u64).ok_or_else(|| self.bad("sparse"))?;
+        pending.stored = pending.stored.checked_sub(TAR_BLOCK as u64).ok_or_else(|| self.bad("sparse"))?;
         if text.len() as u64 > MAX_EXTENSION {
             return Err(self.too_large("sparse map", MAX_EXTENSION));
         }
@@ -485,7 +499,9 @@ mod tests {
         let mut header = tar::Header::new_gnu();
         header.set_size(5);
         header.set_mode(0o644);
-        builder.append_data(&mut header, format!("{}/file", "long".repeat(60)), &b"hello"[..]).expect("append");
+        builder
+            .append_data(&mut header, format!("{}/file", "long".repeat(60)), &b"hello"[..])
+            .expect("append");
         let mut header = tar::Header::new_ustar();
         header.set_entry_type(tar::EntryType::Symlink);
         header.set_size(0);

@@ -36,7 +36,8 @@ impl Extensions {
             if records.iter().all(|byte| *byte == 0) {
                 break;
             }
-            let (key, value, rest) = record(records).ok_or(TarError::Field { offset, field: "pax record" })?;
+            let (key, value, rest) =
+                record(records).ok_or(TarError::Field { offset, field: "pax record" })?;
             self.take(key, value).ok_or(TarError::Field { offset, field: "pax value" })?;
             records = rest;
         }
