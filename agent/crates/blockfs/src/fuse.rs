@@ -3,6 +3,7 @@
 //! A read whose bytes are local is answered in the FUSE thread. One that must wait for the network never holds that thread: it
 //! is answered later by a task. Root only: no `allow_other`, and the directory above is 0700.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -29,10 +30,18 @@ const MAX_BACKGROUND: u16 = u16::MAX;
 const THREADS: usize = 2;
 const READ_AHEAD: u32 = 1 << 20;
 
-/// The files, by inode number and by name.
+thread_local! {
+    /// Where a FUSE thread copies local bytes. Allocating it for each read would cost a page fault per page.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A file's name and its bytes.
+type Named = (String, Arc<dyn BlockSource>);
+
+/// The files, by inode number.
 #[derive(Debug, Default)]
 struct Files {
-    by_inode: RwLock<HashMap<u64, (String, Arc<dyn BlockSource>)>>,
+    by_inode: RwLock<HashMap<u64, Named>>,
     next: AtomicU64,
 }
 
@@ -121,6 +130,19 @@ impl Transport {
         let files = self.files.by_inode.read().unwrap_or_else(PoisonError::into_inner);
         files.get(&inode.0).map(|(_, source)| Arc::clone(source))
     }
+
+    /// Answers when the bytes are there; nobody is held up by it but the reader.
+    fn read_later(&self, source: Arc<dyn BlockSource>, offset: u64, len: usize, reply: ReplyData) {
+        self.runtime.spawn(async move {
+            match read_whole(&source, offset, len).await {
+                Ok(bytes) => reply.data(&bytes),
+                Err(error) => {
+                    tracing::error!(offset, size = len, %error, "a read fails");
+                    reply.error(Errno::from_i32(error.errno));
+                }
+            }
+        });
+    }
 }
 
 fn attributes(inode: INodeNo, size: Option<u64>) -> FileAttr {
@@ -208,25 +230,18 @@ impl Filesystem for Transport {
         if len == 0 {
             return reply.data(&[]);
         }
-        let mut buffer = vec![0; len];
-        match source.try_read(offset, &mut buffer) {
-            Ok(true) => reply.data(&buffer),
-            Ok(false) => {
-                self.runtime.spawn(async move {
-                    match read_whole(&source, offset, len).await {
-                        Ok(bytes) => reply.data(&bytes),
-                        Err(error) => {
-                            tracing::error!(offset, size = len, %error, "a read fails");
-                            reply.error(Errno::from_i32(error.errno));
-                        }
-                    }
-                });
+        BUFFER.with_borrow_mut(|buffer| {
+            buffer.resize(len.max(buffer.len()), 0);
+            let bytes = &mut buffer[..len];
+            match source.try_read(offset, bytes) {
+                Ok(true) => reply.data(bytes),
+                Ok(false) => self.read_later(source, offset, len, reply),
+                Err(error) => {
+                    tracing::error!(offset, size = len, %error, "cannot read the layer store");
+                    reply.error(Errno::EIO);
+                }
             }
-            Err(error) => {
-                tracing::error!(offset, size = len, %error, "cannot read the layer store");
-                reply.error(Errno::EIO);
-            }
-        }
+        });
     }
 
     /// A loop device flushes its file when it is released; there is nothing to flush.
