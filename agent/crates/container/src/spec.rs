@@ -36,7 +36,9 @@ const MASKED: [&str; 9] = [
     "/proc/sched_debug",
     "/sys/firmware",
 ];
-const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+// Docker's, and the tmpfs that runc (1.1) leaves writable above the cgroup v1 hierarchies.
+const READ_ONLY: [&str; 6] =
+    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger", "/sys/fs/cgroup"];
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A directory or file of the node in the container.
@@ -210,12 +212,6 @@ fn mounts(options: &SpecOptions) -> Vec<Value> {
     ];
     // A bind of the node's /sys would bring the writable mounts below it along: cgroups, debugfs, bpf.
     mounts.push(mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "ro"]));
-    mounts.push(mount(
-        "/sys/fs/cgroup",
-        "cgroup",
-        "cgroup",
-        &["nosuid", "noexec", "nodev", "relatime", "ro"],
-    ));
     if options.network == Network::Host {
         for file in ["/etc/resolv.conf", "/etc/hosts"].into_iter().filter(|file| Path::new(file).exists()) {
             mounts.push(mount(file, "bind", file, &["bind", "ro"]));

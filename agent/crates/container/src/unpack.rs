@@ -264,9 +264,9 @@ impl Unpacker {
             }
             TarKind::HardLink(target) => {
                 let (target_parent, target_name) = split(target);
-                let target = fd_path(&open_dir_inside(&self.root, target_parent)?, target_name);
+                let target_parent = open_dir_inside(&self.root, target_parent)?;
                 make_way(&path)?;
-                return fs::hard_link(target, path);
+                return fs::hard_link(fd_path(&target_parent, target_name), path);
             }
             TarKind::Symlink(target) => {
                 make_way(&path)?;
@@ -299,8 +299,8 @@ impl Unpacker {
         let (parent, name) = split(path);
         let parent = self.make_dirs(parent)?;
         match fs::symlink_metadata(fd_path(&parent, name)) {
-            Ok(meta) if !is_whiteout(&meta) => return Err(Errno::ENOTDIR.into()),
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(meta) if !is_whiteout(&meta) => Err(Errno::ENOTDIR.into()),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => make_dir(&parent, name),
         }
     }

@@ -10,23 +10,23 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use sluice_container::{Bundle, BundleOptions, SpecOptions};
 
 /// The suite runs with each of them.
-pub const RUNTIMES: [&str; 2] = ["runc", "crun"];
+pub(crate) const RUNTIMES: [&str; 2] = ["runc", "crun"];
 const TOOLS: [&str; 11] =
     ["sh", "cat", "id", "ls", "mkdir", "readlink", "sleep", "stat", "touch", "tty", "rm"];
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1001:app:/home/app:/bin/sh\n";
 const GROUP: &str = "root:x:0:\napp:x:1001:\nextra:x:1002:app\nmore:x:1003:app,root\n";
-pub const CONFIG: &str =
+pub(crate) const CONFIG: &str =
     r#"{"config":{"Entrypoint":["/bin/sh","-c"],"Cmd":["echo from the image"],"Env":["FROM=image"]}}"#;
 
 /// What containers are made of; removed with its directory when dropped.
-pub struct Root {
-    pub dir: tempfile::TempDir,
-    pub lower: PathBuf,
-    pub runtime: PathBuf,
+pub(crate) struct Root {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) lower: PathBuf,
+    pub(crate) runtime: PathBuf,
 }
 
 impl Root {
-    pub fn new(runtime: &str) -> Self {
+    pub(crate) fn new(runtime: &str) -> Self {
         let runtime = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"]
             .map(|dir| Path::new(dir).join(runtime))
             .into_iter()
@@ -54,7 +54,7 @@ impl Root {
         Self { dir, lower, runtime }
     }
 
-    pub fn options(&self) -> BundleOptions {
+    pub(crate) fn options(&self) -> BundleOptions {
         BundleOptions {
             dir: self.dir.path().join("containers"),
             id: format!(
@@ -68,7 +68,7 @@ impl Root {
     }
 
     /// Runs to the end; asserts that nothing stays.
-    pub fn run(&self, options: &SpecOptions) -> Outcome {
+    pub(crate) fn run(&self, options: &SpecOptions) -> Outcome {
         let bundle = Bundle::create(self.options(), options).expect("bundle");
         let output = bundle.command().stdin(Stdio::null()).output().expect("runtime");
         bundle.remove(false).expect("remove");
@@ -81,11 +81,11 @@ impl Root {
     }
 
     /// Runs a shell script with what else is asked for.
-    pub fn script(&self, script: &str, options: SpecOptions) -> Outcome {
+    pub(crate) fn script(&self, script: &str, options: SpecOptions) -> Outcome {
         self.run(&SpecOptions { command: vec![script.to_owned()], ..options })
     }
 
-    pub fn assert_nothing_left(&self) {
+    pub(crate) fn assert_nothing_left(&self) {
         assert_eq!(self.mounts(), Vec::<PathBuf>::new(), "mounts stay");
         let containers = self.dir.path().join("containers");
         let left: Vec<_> = fs::read_dir(&containers)
@@ -99,7 +99,7 @@ impl Root {
         assert_eq!(states, 0, "the runtime keeps state in {}", state.display());
     }
 
-    pub fn mounts(&self) -> Vec<PathBuf> {
+    pub(crate) fn mounts(&self) -> Vec<PathBuf> {
         let mounts = sluice_kernel::mounts().expect("mounts");
         mounts
             .into_iter()
@@ -111,30 +111,30 @@ impl Root {
 
 /// What a container left.
 #[derive(Debug)]
-pub struct Outcome {
-    pub code: Option<i32>,
-    pub stdout: String,
-    pub stderr: String,
+pub(crate) struct Outcome {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
 impl Outcome {
     /// Its output, if it was successful.
     #[track_caller]
-    pub fn text(&self) -> &str {
+    pub(crate) fn text(&self) -> &str {
         assert_eq!(self.code, Some(0), "{self:?}");
         self.stdout.trim_end()
     }
 }
 
 /// A container whose script has said `ready`.
-pub struct Running {
-    pub bundle: Bundle,
-    pub child: Child,
+pub(crate) struct Running {
+    pub(crate) bundle: Bundle,
+    pub(crate) child: Child,
     output: BufReader<ChildStdout>,
 }
 
 impl Running {
-    pub fn start(root: &Root, script: &str) -> Self {
+    pub(crate) fn start(root: &Root, script: &str) -> Self {
         let options = SpecOptions { command: vec![script.to_owned()], ..SpecOptions::default() };
         let bundle = Bundle::create(root.options(), &options).expect("bundle");
         let mut child =
@@ -147,7 +147,7 @@ impl Running {
     }
 
     /// The rest of its output and its exit code.
-    pub fn finish(&mut self) -> (String, Option<i32>) {
+    pub(crate) fn finish(&mut self) -> (String, Option<i32>) {
         let mut rest = String::new();
         self.output.read_to_string(&mut rest).expect("read");
         (rest, self.child.wait().expect("wait").code())
