@@ -217,7 +217,7 @@ impl Client {
                     return Ok(Answer { response, host, slots });
                 };
                 self.lock(&self.inner.tokens).forget(&host, &scope);
-                match self.authorize(ask.reference.registry(), &host, &scope, challenge).await? {
+                match self.authorize(&host, &scope, challenge).await? {
                     Some(fresh) => authorization = Some(fresh),
                     None => return Ok(Answer { response, host, slots }),
                 }
@@ -274,7 +274,9 @@ impl Client {
     ) -> Result<reqwest::Response, RegistryError> {
         let http = if endpoint.skip_verify { &self.inner.insecure } else { &self.inner.http };
         let mut request = http.request(ask.method.clone(), url).headers(ask.headers.clone());
-        for (name, value) in &endpoint.headers {
+        // Configured headers may hold credentials: they go to the endpoint alone, not where it redirects to.
+        let own = host_of(url) == host_of(&endpoint.base);
+        for (name, value) in endpoint.headers.iter().filter(|_| own) {
             request = request.header(name, value);
         }
         if let Some(Authorization(value)) = authorization {
@@ -295,12 +297,13 @@ impl Client {
 
     async fn authorize(
         &self,
-        registry: &str,
         host: &str,
         scope: &str,
         challenge: Challenge,
     ) -> Result<Option<Authorization>, RegistryError> {
-        let (config, name) = (self.inner.config.docker_config.clone(), registry.to_owned());
+        // Of the host that asks, never of the registry it stands for: a mirror must not get another's password.
+        let name = if host == "registry-1.docker.io" { "docker.io" } else { host };
+        let (config, name) = (self.inner.config.docker_config.clone(), name.to_owned());
         let credentials = tokio::task::spawn_blocking(move || auth::credentials(config.as_deref(), &name))
             .await
             .map_err(|error| RegistryError::Config(error.to_string()))??;
@@ -354,7 +357,7 @@ impl Client {
     fn is_plain(&self, registry: &str) -> bool {
         let host = registry.rsplit_once(':').map_or(registry, |(host, _)| host);
         matches!(host, "localhost" | "[::1]")
-            || host.starts_with("127.")
+            || host.parse::<std::net::Ipv4Addr>().is_ok_and(|address| address.is_loopback())
             || self.inner.config.plain_http.iter().any(|one| one == "*" || one == registry)
     }
 
