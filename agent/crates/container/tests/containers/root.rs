@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
 use sluice_container::{Bundle, BundleOptions, SpecOptions};
+use sluice_kernel::mount::{UnmountOptions, unmount};
 
 /// The suite runs with each of them.
 pub(crate) const RUNTIMES: [&str; 2] = ["runc", "crun"];
@@ -106,6 +107,17 @@ impl Root {
             .map(|mount| mount.target)
             .filter(|target| target.starts_with(self.dir.path()))
             .collect()
+    }
+}
+
+impl Drop for Root {
+    /// A failed test must not leave mounts, nor the directory be removed through them.
+    fn drop(&mut self) {
+        for target in self.mounts() {
+            if let Err(error) = unmount(&target, UnmountOptions { lazy: true, force: false }) {
+                eprintln!("{error}");
+            }
+        }
     }
 }
 
