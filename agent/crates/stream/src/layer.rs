@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::ops::Range;
+use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -100,7 +101,7 @@ impl StreamedLayer {
     }
 
     /// Reads a range, fetching what is not here; waits for a source that is away, up to the outage time-out.
-    pub async fn read(&self, offset: u64, len: usize) -> Result<Bytes, StreamError> {
+    pub async fn read(self: &Arc<Self>, offset: u64, len: usize) -> Result<Bytes, StreamError> {
         let counters = self.parts.scheduler.counters();
         counters.from_registry.fetch_add(1, Ordering::Relaxed);
         counters.waiting.fetch_add(1, Ordering::Relaxed);
@@ -122,32 +123,52 @@ impl StreamedLayer {
     }
 
     /// Makes a store range local.
-    async fn ensure(&self, range: Range<u64>, lane: Lane) -> Result<(), StreamError> {
+    async fn ensure(self: &Arc<Self>, range: Range<u64>, lane: Lane) -> Result<(), StreamError> {
         let mut outage = Outage::new(self.parts.outage_timeout);
         loop {
             if let Some(error) = self.lock_broken().clone() {
                 return Err(error);
             }
-            let arrived = self.arrived.notified();
-            tokio::pin!(arrived);
-            // Registered before looking, so that nothing that arrives in between is missed.
-            arrived.as_mut().enable();
+            let mut arrived = self.next_arrival();
             let missing = self.missing(range.clone())?;
             let Some(chunk) = missing.first() else { return Ok(()) };
-            let spans = self.spans_of(chunk)?;
-            let Some(claim) = self.claim(spans.clone(), lane) else {
+            let Some(claim) = self.claim(self.spans_of(chunk)?) else {
                 // Somebody fetches it already; a fetch that fails also wakes us.
                 arrived.await;
                 continue;
             };
-            match self.fetch(&claim, lane).await {
-                Ok(()) => outage.over(),
-                Err(error) => {
-                    drop(claim);
-                    outage.pause(&error, self.parts.layer.digest(), range.clone()).await?;
+            // Whoever waits leaves as soon as its own chunks are there: the rest of the span is likely to be asked for next.
+            let layer = Arc::clone(self);
+            let mut fetch = tokio::spawn(async move { layer.fetch(&claim, lane).await });
+            let fetched = loop {
+                tokio::select! {
+                    fetched = &mut fetch => break fetched,
+                    () = &mut arrived => {
+                        arrived = self.next_arrival();
+                        if self.missing(range.clone())?.is_empty() {
+                            return Ok(());
+                        }
+                    }
                 }
+            };
+            let fetched = fetched.unwrap_or_else(|error| {
+                Err(StreamError::Store {
+                    layer: self.parts.layer.digest().to_owned(),
+                    message: error.to_string(),
+                })
+            });
+            match fetched {
+                Ok(()) => outage.over(),
+                Err(error) => outage.pause(&error, self.parts.layer.digest(), range.clone()).await?,
             }
         }
+    }
+
+    /// Resolves when a chunk arrives or a fetch ends; registered from now on, so that nothing in between is missed.
+    fn next_arrival(&self) -> Pin<Box<tokio::sync::futures::OwnedNotified>> {
+        let mut arrived = Box::pin(Arc::clone(&self.arrived).notified_owned());
+        arrived.as_mut().enable();
+        arrived
     }
 
     fn missing(&self, range: Range<u64>) -> Result<Vec<ChunkRecord>, StreamError> {
@@ -179,16 +200,16 @@ impl StreamedLayer {
     }
 
     /// Claims spans for one fetch; `None` if any of them is being fetched.
-    fn claim(&self, spans: Range<usize>, _: Lane) -> Option<Claim<'_>> {
+    fn claim(self: &Arc<Self>, spans: Range<usize>) -> Option<Claim> {
         let mut under_way = self.lock_under_way();
         if spans.clone().any(|span| under_way.contains(&span)) {
             return None;
         }
         under_way.extend(spans.clone());
-        Some(Claim { layer: self, spans })
+        Some(Claim { layer: Arc::clone(self), spans })
     }
 
-    async fn fetch(&self, claim: &Claim<'_>, lane: Lane) -> Result<(), StreamError> {
+    async fn fetch(&self, claim: &Claim, lane: Lane) -> Result<(), StreamError> {
         let mut attempts = 0;
         loop {
             match self.fetch_once(claim, lane).await {
@@ -205,7 +226,7 @@ impl StreamedLayer {
         }
     }
 
-    async fn fetch_once(&self, claim: &Claim<'_>, lane: Lane) -> Result<(), StreamError> {
+    async fn fetch_once(&self, claim: &Claim, lane: Lane) -> Result<(), StreamError> {
         let spans = &claim.spans;
         let digest = || self.parts.layer.digest().to_owned();
         let Some(span) = self.spans.get(spans.start).copied() else {
@@ -248,7 +269,7 @@ impl StreamedLayer {
     }
 
     /// Fetches everything that is missing, in order, when nothing more urgent is to be done; then checks the whole.
-    pub async fn fill(&self) -> Result<(), StreamError> {
+    pub async fn fill(self: &Arc<Self>) -> Result<(), StreamError> {
         let mut offset = 0;
         let mut outage = Outage::new(Duration::MAX);
         let mut flushed = Instant::now();
@@ -283,7 +304,7 @@ impl StreamedLayer {
     }
 
     /// Fetches the run of spans that begins with `chunk`'s.
-    async fn fill_step(&self, chunk: &ChunkRecord) -> Result<(), StreamError> {
+    async fn fill_step(self: &Arc<Self>, chunk: &ChunkRecord) -> Result<(), StreamError> {
         let mut spans = self.spans_of(chunk)?;
         if self.random_access {
             let start = self.compressed(spans.clone()).start;
@@ -295,10 +316,8 @@ impl StreamedLayer {
             }
         }
         debug_assert!(FILL_RUN <= DEMAND_RUN);
-        let arrived = self.arrived.notified();
-        tokio::pin!(arrived);
-        arrived.as_mut().enable();
-        match self.claim(spans, Lane::Fill) {
+        let arrived = self.next_arrival();
+        match self.claim(spans) {
             Some(claim) => self.fetch(&claim, Lane::Fill).await,
             None => {
                 arrived.await;
@@ -380,12 +399,12 @@ fn check_and_complete(store: &Store, layer: &Layer) -> Result<(), StreamError> {
 
 /// Spans that one fetch brings. Dropped, it wakes those who waited for them, whatever came.
 #[derive(Debug)]
-struct Claim<'a> {
-    layer: &'a StreamedLayer,
+struct Claim {
+    layer: Arc<StreamedLayer>,
     spans: Range<usize>,
 }
 
-impl Drop for Claim<'_> {
+impl Drop for Claim {
     fn drop(&mut self) {
         let mut under_way = self.layer.lock_under_way();
         for span in self.spans.clone() {

@@ -109,7 +109,7 @@ fn streamed(
     StreamedLayer::new(parts, &index)
 }
 
-async fn check(layer: &StreamedLayer, sample: &Sample) {
+async fn check(layer: &Arc<StreamedLayer>, sample: &Sample) {
     for (start, content) in sample.content.iter().rev() {
         let got = layer.read(*start, content.len()).await.expect("read");
         assert!(got == content.as_slice(), "file at {start}");
