@@ -112,8 +112,8 @@ impl Node {
             let streamed = self.streamed(image, &layer)?;
             let blocks = Arc::new(LayerBlocks(Arc::clone(&streamed)));
             let blockfs = self.lock(&self.blockfs);
-            let path =
-                blockfs.as_ref().map(|blockfs| blockfs.add(digest.trim_start_matches("sha256:"), blocks));
+            let name = digest.trim_start_matches("sha256:");
+            let path = blockfs.as_ref().map(|blockfs| blockfs.add(name, blocks)).transpose()?;
             (Some(streamed), path)
         };
         let node_layer = Arc::new(NodeLayer {
@@ -181,7 +181,7 @@ impl Node {
             Device::adopt(found.number)?.hand_over(&layer.layer.data_path())?;
         }
         if let Some(blockfs) = self.lock(&self.blockfs).as_ref() {
-            blockfs.remove(fuse_path);
+            blockfs.remove(fuse_path)?;
         }
         tracing::info!(layer = layer.layer.digest(), "complete: the kernel reads it from now on");
         Ok(())

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use sluice_blockfs::{BlockFs, Device};
+use sluice_blockfs::{BlockFs, Device, Options};
 use sluice_kernel::mount::UnmountOptions;
 use sluice_registry::{Client, ResolvedImage};
 
@@ -29,7 +29,7 @@ impl Node {
             return Ok(());
         }
         let _runtime = runtime.enter();
-        *self.lock(&self.blockfs) = Some(BlockFs::mount(&blocks, runtime.clone())?);
+        *self.lock(&self.blockfs) = Some(BlockFs::mount(&blocks, Options::default(), runtime.clone())?);
         for found in sluice_kernel::loop_device::list()? {
             if let Some(digest) = layer_of(&blocks, &found.backing_file)
                 && let Err(error) = self.move_device(found.number, &digest)
