@@ -157,11 +157,6 @@ impl Node {
         fs::read_to_string(self.dir.join("state/daemon.log")).unwrap_or_default()
     }
 
-    /// The registry's directory of layouts.
-    pub(crate) fn layout(&self) -> PathBuf {
-        self.dir.join("images/image")
-    }
-
     /// Mount points and loop devices' files that are under this node's directory.
     pub(crate) fn leftovers(&self) -> Vec<String> {
         let name = self.dir.file_name().expect("a name").to_string_lossy().into_owned();
@@ -182,7 +177,6 @@ impl Drop for Node {
     fn drop(&mut self) {
         if self.path("state/sluice.sock").exists() {
             drop(self.run(&["node", "drain"]));
-            drop(self.run(&["stop"]));
         }
         drop(self.registry.kill());
         drop(self.registry.wait());

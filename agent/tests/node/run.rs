@@ -109,3 +109,28 @@ fn standalone_needs_no_daemon() {
     assert_eq!(said, "after");
     assert!(!node.path("state/sluice.sock").exists() || !node.run(&["status"]).status.success());
 }
+
+#[test]
+fn a_killed_commands_container_is_cleaned_up_when_it_ends() {
+    let node = Node::indexed("");
+    let shared = node.room("shared");
+    let volume = format!("{}:/mnt", shared.display());
+    let script =
+        "echo up > /mnt/up; while [ ! -e /mnt/go ]; do sleep 0.05; done; cat /data/changed > /mnt/read";
+    let mut command = node.command(&["run", "-v", &volume, &node.image(), "sh", "-c", script]);
+    let mut child = command.spawn().unwrap();
+    wait_until("the container is up", || shared.join("up").exists());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    node.kill_daemon();
+    node.ok(&["gc"]);
+    let containers = || std::fs::read_dir(node.path("root/containers")).unwrap().flatten().count();
+    assert_eq!(containers(), 2, "the runtime's directory, and the container's, which still runs");
+    std::fs::write(shared.join("go"), "").unwrap();
+    wait_until("the container has ended", || shared.join("read").exists());
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert_eq!(std::fs::read(shared.join("read")).unwrap(), b"after");
+    node.kill_daemon();
+    node.ok(&["gc"]);
+    assert_eq!(containers(), 1, "{}", node.log());
+}

@@ -56,7 +56,7 @@ fn main() {
 fn server(room: &Path, way: &str) {
     let way = WAYS.into_iter().find(|known| known.to_string() == way).expect("a way");
     let options = Options { patience: Duration::from_secs(3), ..options(way) };
-    sluice_blockfs::serve(&room.join("blocks"), &room.join("socket"), options).expect("serves");
+    sluice_blockfs::serve(&room.join("blocks"), &room.join("socket"), options, || Ok(())).expect("serves");
 }
 
 /// A layer whose registry is a file with everything in it, and whose local file fills as time goes by.

@@ -11,7 +11,8 @@ use tokio::sync::mpsc;
 
 use crate::{BlobSource, Lane, Scheduler, SourceError, StreamError};
 
-const PIECES_WAITING: usize = 64;
+/// Each may hold a receive buffer of up to 400 KiB.
+const PIECES_WAITING: usize = 8;
 const ATTEMPTS: u32 = 8;
 
 /// A layer that is now local, and the index that fell out.

@@ -12,8 +12,8 @@ use tokio::sync::{Notify, mpsc};
 
 use crate::{BlobSource, Lane, StreamError};
 
-/// Pieces of a body that may wait for the decoder.
-const PIECES_WAITING: usize = 16;
+/// Pieces of a body that may wait for the decoder; each may hold a receive buffer of up to 400 KiB.
+const PIECES_WAITING: usize = 4;
 
 /// What is to be fetched.
 #[derive(Debug)]

@@ -50,8 +50,13 @@ enum Parting {
 }
 
 /// Serves the agents that connect to `socket` one after the other, mounted on `dir`, until one of them says to unmount. A
-/// process of its own calls this, which does not die with any agent. Its parent may learn from the socket when it is ready.
-pub fn serve(dir: &Path, socket: &Path, options: Options) -> Result<(), BlockFsError> {
+/// process of its own calls this, which does not die with any agent. `ready` is called once agents can connect.
+pub fn serve(
+    dir: &Path,
+    socket: &Path,
+    options: Options,
+    ready: impl FnOnce() -> io::Result<()>,
+) -> Result<(), BlockFsError> {
     let failed = |source| BlockFsError::Server { path: socket.to_path_buf(), source };
     let (shared, ended) = Shared::start(dir, options)?;
     match std::fs::remove_file(socket) {
@@ -61,6 +66,7 @@ pub fn serve(dir: &Path, socket: &Path, options: Options) -> Result<(), BlockFsE
     let listener = UnixListener::bind(socket).map_err(failed)?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     std::thread::spawn(move || accept(&shared, &listener));
+    ready().map_err(failed)?;
     // The sender goes when the file system ends.
     if ended.recv().is_err() {
         tracing::debug!("the server was dropped");
