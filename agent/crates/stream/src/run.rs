@@ -215,7 +215,7 @@ impl<'a> Cutter<'a> {
         if self.algorithm.digest(&chunk.bytes) != chunk.record.digest {
             return Err(self.corrupt(offset, "digest mismatch"));
         }
-        if !self.layer.insert_verified(&chunk.record, &Bytes::from(chunk.bytes)) {
+        if !self.layer.insert_verified(&chunk.record, &Bytes::from(chunk.bytes), false) {
             return Err(StreamError::DiskFull { layer: self.layer.digest().to_owned() });
         }
         arrived.notify_waiters();
