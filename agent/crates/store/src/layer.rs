@@ -175,6 +175,14 @@ impl Layer {
         Ok(missing)
     }
 
+    /// The first chunk with bytes in `range` that is not verified.
+    pub fn first_missing(&self, range: Range<u64>) -> io::Result<Option<ChunkRecord>> {
+        if self.has(range.clone()) {
+            return Ok(None);
+        }
+        Ok(self.next_missing(range.start)?.filter(|chunk| chunk.store_offset.get() < range.end))
+    }
+
     /// The first chunk at or after `offset` that is not verified.
     pub fn next_missing(&self, offset: u64) -> io::Result<Option<ChunkRecord>> {
         let mut number = self.first_chunk(offset)?;

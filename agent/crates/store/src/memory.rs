@@ -52,7 +52,10 @@ impl Memory {
     pub(crate) fn keep(&self, start: u64, bytes: Bytes, urgent: bool, forget: impl Fn(Range<u64>)) -> bool {
         let len = bytes.len() as u64;
         let mut held = self.lock();
-        self.remove(&mut held, start);
+        if held.chunks.contains_key(&start) {
+            // The same bytes, since both were verified. To take them out even for a moment would show a hole.
+            return true;
+        }
         while !self.space.memory.take(len) {
             if !urgent {
                 return false;
@@ -113,7 +116,6 @@ impl Memory {
             let Some((start, bytes)) = first else { return Ok(()) };
             write(start, &bytes)?;
             let mut held = self.lock();
-            // Another chunk may have come to its place meanwhile: same bytes, since both were verified.
             self.remove(&mut held, start);
         }
     }
@@ -152,4 +154,23 @@ pub(crate) fn overlay(held: &[(u64, Bytes)], offset: u64, buffer: &mut [u8]) -> 
 
 fn padded(start: u64, len: usize) -> Range<u64> {
     start..start + (len as u64).next_multiple_of(BLOCK_SIZE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::StoreLimits;
+
+    #[test]
+    fn what_is_held_stays_when_it_comes_again() {
+        let limits = StoreLimits { memory_budget_bytes: 10_000, quota_bytes: None, reserve_bytes: 0 };
+        let memory = Memory::new(Arc::new(Space::new(std::path::Path::new("/"), limits)));
+        let nothing_goes = |range| panic!("{range:?} was forgotten");
+        assert!(memory.keep(4096, Bytes::from(vec![1; 6000]), false, nothing_goes));
+        // No room for another, but this one is there.
+        assert!(!memory.keep(0, Bytes::from(vec![2; 6000]), false, nothing_goes));
+        assert!(memory.keep(4096, Bytes::from(vec![1; 6000]), false, nothing_goes));
+        assert_eq!((memory.bytes(), memory.overlapping(8000..8001).len()), (6000, 1));
+        assert_eq!(memory.evictions(), 0);
+    }
 }
