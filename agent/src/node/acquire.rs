@@ -250,14 +250,17 @@ impl Node {
         let of_layer = |blob: &ArtifactBlob| blob.annotations.get(LAYER_ANNOTATION) == Some(&layer.digest);
         if let Some((blob, reader)) = indexes.iter().find(|(blob, _)| of_layer(blob)) {
             match read_index(layer, blob, reader).await {
-                Ok(index) if index.random_access() => {
+                Ok(index) => {
+                    if !index.random_access() {
+                        tracing::info!(
+                            layer = layer.digest,
+                            "no random access: the layer is streamed in order"
+                        );
+                    }
                     let store = self.store.clone();
                     tokio::task::spawn_blocking(move || store.add_layer(&index)).await??;
                     progress(layer.size);
                     return Ok(None);
-                }
-                Ok(_) => {
-                    tracing::info!(layer = layer.digest, "no random access: the layer is streamed in order")
                 }
                 Err(error) => {
                     events.note(format!("the index of layer {} is not used: {error:#}", layer.digest));
@@ -269,8 +272,15 @@ impl Node {
             bail!("layer {}: {reason}", layer.digest);
         }
         let blob = Arc::new(RegistryBlob(self.registry.blob(&image.reference, &layer.digest, layer.size)));
-        let pull =
-            first_pull(&self.store, &self.scheduler, blob, &layer.digest, &layer.diff_id, progress).await?;
+        let pull = first_pull(
+            &self.store,
+            &self.scheduler,
+            blob,
+            (&layer.digest, &layer.diff_id),
+            self.config.outage_timeout,
+            progress,
+        )
+        .await?;
         Ok(Some((layer.digest.clone(), pull.index)))
     }
 
