@@ -43,25 +43,37 @@ done
 /// Where an image is served from, in which form.
 const VARIANTS: [(&str, Form); 5] = [
     ("many", Form::Embedded),
-    ("many", Form::Pushed(&["--dest-compress-format", "zstd", "--dest-force-compress-format"])),
-    ("many", Form::Pushed(&["--format", "v2s2"])),
+    ("many", Form::Pushed { options: &["--dest-compress-format", "zstd"], media_type: "tar+zstd" }),
+    (
+        "many",
+        Form::Pushed { options: &["--format", "v2s2"], media_type: "docker.image.rootfs.diff.tar.gzip" },
+    ),
     ("medium", Form::Embedded),
-    ("medium", Form::Pushed(&["--format", "oci"])),
+    ("medium", Form::Pushed { options: &["--format", "oci"], media_type: "image.layer.v1.tar+gzip" }),
 ];
 
 #[derive(Debug, Clone, Copy)]
 enum Form {
     /// In the embedded registry, as made.
     Embedded,
-    /// In Debian's docker-registry, as skopeo pushes it with these options.
-    Pushed(&'static [&'static str]),
+    /// In Debian's docker-registry, as skopeo pushes it with these options, and what that makes of its layers.
+    Pushed { options: &'static [&'static str], media_type: &'static str },
+}
+
+impl std::fmt::Display for Form {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Embedded => f.write_str("embedded registry"),
+            Self::Pushed { media_type, .. } => write!(f, "docker-registry, {media_type}"),
+        }
+    }
 }
 
 /// Compares all variants; fails with the differences found.
 pub(crate) fn oracle() -> Result<()> {
     packages::install(&packages::RUNTIME)?;
     packages::install(&packages::TESTS)?;
-    let binary = sluice::build()?;
+    let binary = sluice::build_for_tests()?;
     let work = target().join("sluice-oracle");
     if work.exists() {
         fs::remove_dir_all(&work)
@@ -75,14 +87,16 @@ pub(crate) fn oracle() -> Result<()> {
     for (number, (name, form)) in VARIANTS.into_iter().enumerate() {
         let image = match form {
             Form::Embedded => embedded.image(name),
-            Form::Pushed(options) => docker.push(&served.join(name), &format!("{name}-{number}"), options)?,
+            Form::Pushed { options, media_type } => {
+                docker.push(&served.join(name), &format!("{name}-{number}"), options, media_type)?
+            }
         };
         let differences = compare(&binary, &work, &work.join(name).join("rootfs"), &image)?;
         if !differences.is_empty() {
-            bail!("{name}, {form:?}: {} differences\n{}", differences.len(), differences.join("\n"));
+            bail!("{name}, {form}: {} differences\n{}", differences.len(), differences.join("\n"));
         }
         println!(
-            "oracle: {name}, {form:?}: the mount equals what umoci unpacked, dpkg finds its files as they were"
+            "oracle: {name}, {form}: the mount equals what umoci unpacked, dpkg finds its files as they were"
         );
     }
     drop((embedded, docker));
@@ -146,7 +160,7 @@ impl DockerRegistry {
     }
 
     /// Pushes a layout's image by skopeo; its reference.
-    fn push(&self, layout: &Path, name: &str, options: &[&str]) -> Result<String> {
+    fn push(&self, layout: &Path, name: &str, options: &[&str], media_type: &str) -> Result<String> {
         let image = format!("{}/{name}:latest", self.address);
         output(
             Command::new("skopeo")
@@ -155,6 +169,15 @@ impl DockerRegistry {
                 .arg(format!("oci:{}:latest", layout.display()))
                 .arg(format!("docker://{image}")),
         )?;
+        let manifest = output(Command::new("skopeo").args([
+            "inspect",
+            "--raw",
+            "--tls-verify=false",
+            &format!("docker://{image}"),
+        ]))?;
+        if !manifest.contains(media_type) {
+            bail!("skopeo {options:?} made no {media_type} of {name}");
+        }
         Ok(image)
     }
 }
@@ -260,7 +283,7 @@ fn same_content(one: &Path, other: &Path) -> Result<bool> {
 
 /// All extended attributes below a directory, one path's in one item.
 fn attributes(root: &Path) -> Result<BTreeSet<String>> {
-    let dump = script("cd \"$1\" && getfattr -R -P -d -m - -e hex .", &[root])?;
+    let dump = script("cd \"$1\" && getfattr -R -P -h -d -m - -e hex .", &[root])?;
 
     Ok(dump.split("\n\n").map(str::trim).filter(|item| !item.is_empty()).map(str::to_owned).collect())
 }
