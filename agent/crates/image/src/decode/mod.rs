@@ -191,7 +191,7 @@ impl Decoder {
                     Vec::new()
                 } else {
                     ::zstd::bulk::decompress(window_frame, WINDOW)
-                        .map_err(|_| wrong("its window is damaged"))?
+                        .map_err(|_io| wrong("its window is damaged"))?
                 };
                 if span.bits > 7 {
                     return Err(wrong("its bit offset is above 7"));
@@ -218,7 +218,7 @@ pub fn decode_span(
     }
     let mut decoder = Decoder::at_span(span, window_frame)?;
     let mut input = compressed;
-    let mut left = usize::try_from(tar_len).map_err(|_| wrong("it is longer than memory"))?;
+    let mut left = usize::try_from(tar_len).map_err(|_io| wrong("it is longer than memory"))?;
     out.reserve(left);
     while left > 0 {
         let step = decoder.step(input)?;
