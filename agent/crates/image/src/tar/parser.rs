@@ -47,6 +47,8 @@ pub struct TarParser {
     block: Vec<u8>,
     header_offset: u64,
     extensions: Extensions,
+    /// Bytes of extension blocks since the last entry.
+    extension_bytes: u64,
     long_name: Option<Vec<u8>>,
     long_link: Option<Vec<u8>>,
     seen_zero_block: bool,
@@ -89,6 +91,7 @@ impl TarParser {
             block: Vec::with_capacity(TAR_BLOCK),
             header_offset: 0,
             extensions: Extensions::default(),
+            extension_bytes: 0,
             long_name: None,
             long_link: None,
             seen_zero_block: false,
@@ -160,13 +163,15 @@ impl TarParser {
         let type_flag = header.type_flag();
         if matches!(type_flag, b'L' | b'K' | b'x' | b'g') {
             let left = header.size()?;
-            if left > MAX_EXTENSION {
+            self.extension_bytes = self.extension_bytes.saturating_add(left);
+            if self.extension_bytes > MAX_EXTENSION {
                 return Err(self.too_large("extended header", MAX_EXTENSION));
             }
             self.state = State::Extension { type_flag, data: Vec::new(), left, padding: padding(left) };
             return Ok(Step::Skeleton);
         }
         let extensions = std::mem::take(&mut self.extensions);
+        self.extension_bytes = 0;
         let raw_name =
             self.long_name.take().or_else(|| extensions.path.clone()).unwrap_or_else(|| header.name());
         let raw_name = extensions.sparse.name.clone().unwrap_or(raw_name);
@@ -184,8 +189,6 @@ impl TarParser {
             None => header.size()?,
         };
         let kind = self.kind(header, &raw_name, raw_link, size)?;
-        let mut xattrs = extensions.xattrs;
-        xattrs.sort();
         let entry = TarEntry {
             path: self.path(&raw_name)?,
             kind,
@@ -193,7 +196,7 @@ impl TarParser {
             uid: extensions.uid.map_or_else(|| header.uid(), Ok)?,
             gid: extensions.gid.map_or_else(|| header.gid(), Ok)?,
             mtime,
-            xattrs,
+            xattrs: extensions.xattrs.into_iter().collect(),
         };
         match &entry.kind {
             TarKind::File(_) if type_flag == b'S' => self.begin_gnu_sparse(header, entry, size),
@@ -218,7 +221,8 @@ impl TarParser {
             return Err(self.too_large("link text", MAX_PATH as u64));
         }
         Ok(match header.type_flag() {
-            0 | b'0' if name.ends_with(b"/") => TarKind::Directory,
+            // As Go's archive/tar: only the type of the oldest archives; `0` is a file, whatever its name ends with.
+            0 if name.ends_with(b"/") => TarKind::Directory,
             0 | b'0' | b'7' | b'S' => TarKind::File(Content { size, stored: size, segments: None }),
             b'1' => TarKind::HardLink(self.path(&link)?),
             b'2' => TarKind::Symlink(link),
@@ -327,7 +331,8 @@ impl TarParser {
         match type_flag {
             b'L' => self.long_name = Some(text()),
             b'K' => self.long_link = Some(text()),
-            b'x' => self.extensions.read(&data, self.header_offset)?,
+            // As Go's archive/tar: a second one replaces the first.
+            b'x' => self.extensions = Extensions::read(&data, self.header_offset)?,
             // Global headers: ignored, as containerd does.
             _ => {}
         }
@@ -535,5 +540,55 @@ mod tests {
         assert_eq!(parse_map(b"2\n0\n5\n1"), Ok(None));
         assert_eq!(parse_map(b"x\n"), Err(()));
         assert_eq!(parse_map(b"0\n\0"), Ok(Some(Vec::new())));
+    }
+
+    fn member(type_flag: u8, name: &str, data: &[u8]) -> Vec<u8> {
+        let mut header = tar::Header::new_ustar();
+        header.as_mut_bytes()[156] = type_flag;
+        header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
+        header.set_size(data.len() as u64);
+        header.set_mode(0o644);
+        header.set_cksum();
+        let mut out = [header.as_bytes(), data].concat();
+        out.resize(out.len().next_multiple_of(TAR_BLOCK), 0);
+        out
+    }
+
+    fn xattr_record(name: &str, len: usize) -> Vec<u8> {
+        let body = format!(" SCHILY.xattr.user.{name}={}\n", "v".repeat(len));
+        let len =
+            (1..9).map(|digits| body.len() + digits).find(|len| len.to_string().len() + body.len() == *len);
+        format!("{}{body}", len.expect("a length")).into_bytes()
+    }
+
+    #[test]
+    fn extended_headers_before_an_entry_do_not_accumulate() {
+        let second =
+            [member(b'x', "x", &xattr_record("a", 9)), member(b'x', "x", &xattr_record("b", 9))].concat();
+        let entries = parse(&[second, member(b'0', "f", b"")].concat(), 512).expect("parse");
+        assert_eq!(entries[0].0.xattrs, [(b"user.b".to_vec(), b"v".repeat(9))]);
+        let large = member(b'x', "x", &xattr_record("a", 400_000));
+        let entry = member(b'0', "f", b"");
+        let apart =
+            [large.clone(), entry.clone(), large.clone(), entry.clone(), large.clone(), entry].concat();
+        assert_eq!(parse(&apart, 4096).expect("parse").len(), 3);
+        for block in [b'x', b'g', b'L', b'K'] {
+            let tar = [large.clone(), large.clone(), member(block, "x", &[b'a'; 400_000])].concat();
+            assert!(
+                matches!(parse(&tar, 4096), Err(TarError::TooLarge { limit: MAX_EXTENSION, .. })),
+                "{block}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_name_that_ends_with_a_slash_is_a_directory_in_old_archives_only() {
+        let tar =
+            [member(b'0', "file/", b"data"), member(0, "dir/", b""), member(b'5', "dir2", b"")].concat();
+        let found = parse(&tar, 512).expect("parse");
+        assert!(matches!(&found[0].0.kind, TarKind::File(content) if content.size == 4), "{found:?}");
+        assert_eq!((found[0].0.path.as_slice(), found[0].1.as_slice()), (&b"file"[..], &b"data"[..]));
+        assert_eq!(found[1].0.kind, TarKind::Directory);
+        assert_eq!(found[2].0.kind, TarKind::Directory);
     }
 }
