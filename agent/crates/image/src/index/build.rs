@@ -80,7 +80,7 @@ impl<S: ContentSink> LayerIndexer<S> {
             head: Vec::new(),
             compression: Compression::None,
             decoder: None,
-            hashing: Hashing::start(),
+            hashing: Hashing::start()?,
             contents: Contents::new(options.chunk_size, sink)?,
             parser: TarParser::new(false),
             spans: Vec::new(),
@@ -475,7 +475,7 @@ struct Hashing {
     tar: Vec<u8>,
     queue: Option<SyncSender<(bool, Vec<u8>)>>,
     spare: Receiver<Vec<u8>>,
-    thread: Option<std::thread::JoinHandle<LayerDigests>>,
+    thread: std::thread::JoinHandle<LayerDigests>,
 }
 
 /// SHA-256 of the blob and of the tar.
@@ -486,10 +486,10 @@ struct LayerDigests {
 }
 
 impl Hashing {
-    fn start() -> Self {
+    fn start() -> Result<Self, IndexError> {
         let (queue, pieces) = sync_channel::<(bool, Vec<u8>)>(8);
         let (give_back, spare) = sync_channel(8);
-        let thread = std::thread::spawn(move || {
+        let digests = move || {
             let mut contexts = [
                 ring::digest::Context::new(&ring::digest::SHA256),
                 ring::digest::Context::new(&ring::digest::SHA256),
@@ -508,8 +508,10 @@ impl Hashing {
                 digest
             });
             LayerDigests { compressed, tar }
-        });
-        Self { compressed: Vec::new(), tar: Vec::new(), queue: Some(queue), spare, thread: Some(thread) }
+        };
+        let thread = std::thread::Builder::new().name("layer-digests".to_owned()).spawn(digests);
+        let thread = thread.map_err(IndexError::Thread)?;
+        Ok(Self { compressed: Vec::new(), tar: Vec::new(), queue: Some(queue), spare, thread })
     }
 
     fn compressed(&mut self, bytes: &[u8]) {
@@ -536,16 +538,36 @@ impl Hashing {
 
     fn send(&self, is_tar: bool, piece: Vec<u8>) {
         if let Some(queue) = &self.queue {
-            // The thread ends only when the queue is dropped.
+            // The thread ends only when the queue is dropped, or by a panic, which `finish` passes on.
             drop(queue.send((is_tar, piece)));
         }
     }
 
-    fn finish(&mut self) -> LayerDigests {
+    fn finish(mut self) -> LayerDigests {
         let (compressed, tar) = (std::mem::take(&mut self.compressed), std::mem::take(&mut self.tar));
         self.send(false, compressed);
         self.send(true, tar);
         self.queue = None;
-        self.thread.take().and_then(|thread| thread.join().ok()).unwrap_or_default()
+        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_of_the_digest_thread_is_not_taken_for_digests() {
+        let (queue, pieces) = sync_channel(8);
+        let (_give_back, spare) = sync_channel(8);
+        let thread = std::thread::spawn(move || -> LayerDigests {
+            drop(pieces);
+            panic!("the digest thread is broken")
+        });
+        let mut hashing =
+            Hashing { compressed: Vec::new(), tar: Vec::new(), queue: Some(queue), spare, thread };
+        hashing.tar(&[1; 2 * HASH_PIECE]);
+        let finished = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| hashing.finish()));
+        assert!(finished.is_err(), "{finished:?}");
     }
 }

@@ -91,7 +91,7 @@ impl IndexHeader {
     /// Reads the header at the front of `bytes`.
     pub fn parse(bytes: &[u8]) -> Result<Self, IndexError> {
         let (header, _) =
-            Self::read_from_prefix(bytes).map_err(|_| IndexError::Corrupt("shorter than its header"))?;
+            Self::read_from_prefix(bytes).map_err(|_cast| IndexError::Corrupt("shorter than its header"))?;
         if header.magic != MAGIC {
             return Err(IndexError::Corrupt("it does not begin with SLUICEIX"));
         }

@@ -50,6 +50,9 @@ pub enum IndexError {
     /// A limit on untrusted layers is exceeded.
     #[error("layer exceeds a limit: {0}")]
     Limit(&'static str),
+    /// The system gave no thread.
+    #[error("cannot start the thread that computes a layer's digests: {0}")]
+    Thread(#[source] std::io::Error),
     /// Contents could not be stored or compressed.
     #[error("cannot keep the layer's contents: {0}")]
     Sink(#[source] std::io::Error),

@@ -12,6 +12,9 @@ use crate::entry::{Entry, EntryKind};
 use crate::records::{ChunkRecord, DigestAlgorithm, ExtentRecord, SpanRecord};
 use crate::tar::{Content, Step, TarKind, TarParser};
 
+/// Most bytes of span records accepted.
+const MAX_SPANS: u64 = 64 << 20;
+
 /// The table of contents of one layer, checked for consistency; windows may be absent.
 #[derive(Debug, Clone)]
 pub struct LayerIndex {
@@ -25,7 +28,7 @@ impl LayerIndex {
     pub fn from_blob(blob: Vec<u8>) -> Result<Self, IndexError> {
         let header = IndexHeader::parse(&blob)?;
         let toc_len =
-            usize::try_from(header.toc_len()).map_err(|_| IndexError::Corrupt("larger than memory"))?;
+            usize::try_from(header.toc_len()).map_err(|_range| IndexError::Corrupt("larger than memory"))?;
         let toc =
             blob.get(HEADER_LEN..toc_len).ok_or(IndexError::Corrupt("shorter than its table of contents"))?;
         if *blake3::hash(toc).as_bytes() != header.toc_digest {
@@ -116,24 +119,75 @@ fn slice<'a>(blob: &'a [u8], section: &Section) -> Result<&'a [u8], IndexError> 
         .ok_or(IndexError::Corrupt("a section lies outside the blob"))
 }
 
-/// Decompresses a whole section whose size the header bounds.
-fn expand(blob: &[u8], section: &Section, limit: u64) -> Result<Vec<u8>, IndexError> {
-    let raw_len = section.raw_len.get();
-    if raw_len > limit {
-        return Err(IndexError::Corrupt("a section is larger than it may be"));
+/// Raw bytes kept of a section that is read as a stream.
+const FRAME_BUFFER: usize = 64 * 1024;
+
+/// A compressed section, read in order: memory does not depend on the sizes that the blob claims.
+struct Frame<'a> {
+    decoder: zstd::stream::read::Decoder<'static, std::io::BufReader<&'a [u8]>>,
+    /// Raw bytes still to come out of the decoder.
+    left: u64,
+    buffer: Vec<u8>,
+    at: usize,
+    filled: usize,
+}
+
+impl<'a> Frame<'a> {
+    fn new(blob: &'a [u8], section: &Section) -> Result<Self, IndexError> {
+        let decoder = zstd::stream::read::Decoder::new(slice(blob, section)?)
+            .map_err(|_io| IndexError::Corrupt("a section does not decompress"))?;
+        let left = section.raw_len.get();
+        let size = usize::try_from(left).unwrap_or(usize::MAX).min(FRAME_BUFFER);
+        Ok(Self { decoder, left, buffer: vec![0; size], at: 0, filled: 0 })
     }
-    let raw = zstd::bulk::decompress(slice(blob, section)?, raw_len as usize)
-        .map_err(|_| IndexError::Corrupt("a section does not decompress"))?;
-    if raw.len() as u64 != raw_len {
-        return Err(IndexError::Corrupt("a section has not the size its header says"));
+
+    /// The next raw bytes; none at the end. An error if the section holds more or less than its header says.
+    fn bytes(&mut self) -> Result<&[u8], IndexError> {
+        if self.at == self.filled {
+            let want = self.buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+            self.at = 0;
+            // At the end one byte more is asked for: there must be none.
+            let mut beyond = [0];
+            let room = if want > 0 { self.buffer.get_mut(..want).unwrap_or(&mut []) } else { &mut beyond };
+            let read = self
+                .decoder
+                .read(room)
+                .map_err(|_io| IndexError::Corrupt("a section does not decompress"))?;
+            if (read > 0) != (want > 0) {
+                return Err(IndexError::Corrupt("a section has not the size its header says"));
+            }
+            self.filled = read;
+            self.left -= read as u64;
+        }
+        Ok(self.buffer.get(self.at..self.filled).unwrap_or(&[]))
     }
-    Ok(raw)
+
+    fn consume(&mut self, bytes: usize) {
+        self.at = (self.at + bytes).min(self.filled);
+    }
+
+    /// All of a section that has at most `limit` raw bytes.
+    fn read_all(mut self, limit: u64) -> Result<Vec<u8>, IndexError> {
+        if self.left > limit {
+            return Err(IndexError::Corrupt("a section is larger than it may be"));
+        }
+        let mut all = Vec::new();
+        loop {
+            let bytes = self.bytes()?;
+            if bytes.is_empty() {
+                return Ok(all);
+            }
+            let len = bytes.len();
+            all.extend_from_slice(bytes);
+            self.consume(len);
+        }
+    }
 }
 
 fn read_spans(header: &IndexHeader, blob: &[u8]) -> Result<Vec<SpanRecord>, IndexError> {
-    let raw = expand(blob, &header.spans, 64 << 20)?;
+    let raw = Frame::new(blob, &header.spans)?.read_all(MAX_SPANS)?;
     let spans = <[SpanRecord]>::ref_from_bytes(&raw)
-        .map_err(|_| IndexError::Corrupt("its spans are not whole records"))?
+        .map_err(|_cast| IndexError::Corrupt("its spans are not whole records"))?
         .to_vec();
     let mut last: Option<&SpanRecord> = None;
     for span in &spans {
@@ -172,14 +226,9 @@ pub struct TocItem {
 /// Iterator over the table of contents; memory does not grow with it but for 16 bytes a file.
 pub struct TocReader<'a> {
     index: &'a LayerIndex,
-    skeleton: zstd::stream::read::Decoder<'static, std::io::BufReader<&'a [u8]>>,
-    skeleton_left: u64,
-    buffer: Vec<u8>,
-    at: usize,
-    filled: usize,
+    skeleton: Frame<'a>,
     parser: TarParser,
-    files: Vec<u8>,
-    files_at: usize,
+    files: Frame<'a>,
     digests: &'a [u8],
     layout: Layout,
     tar_offset: u64,
@@ -198,15 +247,9 @@ impl<'a> TocReader<'a> {
         let header = &index.header;
         Ok(Self {
             index,
-            skeleton: zstd::stream::read::Decoder::new(index.section(&header.skeleton)?)
-                .map_err(|_| IndexError::Corrupt("its skeleton does not decompress"))?,
-            skeleton_left: header.skeleton.raw_len.get(),
-            buffer: vec![0; 64 * 1024],
-            at: 0,
-            filled: 0,
+            skeleton: Frame::new(&index.blob, &header.skeleton)?,
             parser: TarParser::new(true),
-            files: expand(&index.blob, &header.files, 1 << 30)?,
-            files_at: 0,
+            files: Frame::new(&index.blob, &header.files)?,
             digests: index.section(&header.digests)?,
             layout: Layout::default(),
             tar_offset: 0,
@@ -218,13 +261,13 @@ impl<'a> TocReader<'a> {
     /// The next entry; skeleton bytes on the way go to `skeleton_bytes`.
     fn next_step(&mut self, mut skeleton_bytes: impl FnMut(&[u8])) -> Result<Option<TocItem>, IndexError> {
         loop {
-            if self.at == self.filled && !self.refill()? {
+            let input = self.skeleton.bytes()?;
+            if input.is_empty() {
                 return self.end();
             }
-            let input = self.buffer.get(self.at..self.filled).unwrap_or(&[]);
             let (consumed, step) = self.parser.step(input)?;
             skeleton_bytes(input.get(..consumed).unwrap_or(input));
-            self.at += consumed;
+            self.skeleton.consume(consumed);
             self.tar_offset += consumed as u64;
             match step {
                 Step::Skeleton => {}
@@ -234,28 +277,13 @@ impl<'a> TocReader<'a> {
         }
     }
 
-    fn refill(&mut self) -> Result<bool, IndexError> {
-        let want = self.buffer.len().min(usize::try_from(self.skeleton_left).unwrap_or(usize::MAX));
-        self.at = 0;
-        self.filled = match self.buffer.get_mut(..want) {
-            Some(room) if want > 0 => self
-                .skeleton
-                .read(room)
-                .map_err(|_| IndexError::Corrupt("its skeleton does not decompress"))?,
-            _ => 0,
-        };
-        self.skeleton_left -= self.filled as u64;
-        Ok(self.filled > 0)
-    }
-
     fn end(&mut self) -> Result<Option<TocItem>, IndexError> {
         self.parser.finish()?;
         let header = &self.index.header;
-        if self.skeleton_left > 0
+        if !self.files.bytes()?.is_empty()
             || self.tar_offset != header.tar_size.get()
             || self.layout.next() != header.store_size.get()
             || !self.digests.is_empty()
-            || self.files_at != self.files.len()
             || self.entries != header.entry_count.get()
         {
             return Err(IndexError::Corrupt("its sections do not fit each other"));
@@ -325,8 +353,8 @@ impl<'a> TocReader<'a> {
     fn next_file(&mut self) -> Result<u64, IndexError> {
         let mut value = 0_u64;
         for shift in (0..63).step_by(7) {
-            let byte = *self.files.get(self.files_at).ok_or(IndexError::Corrupt("it lacks files"))?;
-            self.files_at += 1;
+            let byte = *self.files.bytes()?.first().ok_or(IndexError::Corrupt("it lacks files"))?;
+            self.files.consume(1);
             value |= u64::from(byte & 0x7f) << shift;
             if byte & 0x80 == 0 {
                 return Ok(value);
