@@ -12,7 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use sluice_blockfs::ImageMount;
 use sluice_image::erofs::{self, Form};
 use sluice_image::index::LayerIndex;
-use sluice_image::merge::Tree;
+use sluice_image::merge::{Dropped, Tree};
 use sluice_registry::artifact::{ArtifactBlob, ArtifactReader};
 use sluice_registry::{Client, Layer, ResolvedImage};
 use sluice_store::ImageRecord;
@@ -228,7 +228,10 @@ impl Node {
             pulled.extend(done);
         }
         drop(work);
-        let blocks = self.write_metadata(image).await?;
+        let (blocks, dropped) = self.write_metadata(image).await?;
+        for note in dropped.notes() {
+            events.note(note);
+        }
         self.publish_later(image, pulled);
         self.record(image, blocks)
     }
@@ -273,11 +276,12 @@ impl Node {
         Ok(Some((layer.digest.clone(), pull.index)))
     }
 
-    /// Merges the layers' tables of contents and writes the image's EROFS metadata; blocks of each layer's file.
-    async fn write_metadata(&self, image: &ResolvedImage) -> Result<Vec<u64>> {
+    /// Merges the layers' tables of contents and writes the image's EROFS metadata; blocks of each layer's file, and what
+    /// the layers have that the image cannot.
+    async fn write_metadata(&self, image: &ResolvedImage) -> Result<(Vec<u64>, Dropped)> {
         let (store, layers) = (self.store.clone(), image.layers.clone());
         let target = self.store.erofs_path(&image.manifest_digest)?;
-        tokio::task::spawn_blocking(move || -> Result<Vec<u64>> {
+        tokio::task::spawn_blocking(move || -> Result<(Vec<u64>, Dropped)> {
             let mut tree = Tree::new();
             let mut blocks = Vec::new();
             for layer in &layers {
@@ -295,7 +299,7 @@ impl Node {
             let file = file.into_inner().map_err(|error| anyhow!("cannot write the EROFS image: {error}"))?;
             file.as_file().sync_data()?;
             file.persist(&target).with_context(|| format!("cannot write {}", target.display()))?;
-            Ok(blocks)
+            Ok((blocks, tree.dropped()))
         })
         .await?
     }

@@ -307,6 +307,7 @@ struct Writer<'a, W> {
 impl<W: Write> Writer<'_, W> {
     fn super_block(&mut self, layer_blocks: &[u64], slots: usize) -> Result<(), ErofsError> {
         self.pad_to(SUPER_OFFSET)?;
+        let many_layers = |_range| ErofsError::TooLarge("too many layers");
         let block =
             |value: u64| u32::try_from(value).map_err(|_range| ErofsError::TooLarge("more than 16 TiB"));
         let super_block = SuperBlock {
@@ -315,7 +316,7 @@ impl<W: Write> Writer<'_, W> {
             feature_compat: COMPAT_MTIME.into(),
             block_bits: BLOCK_SIZE.trailing_zeros() as u8,
             ext_slots: 0,
-            root_nid: (self.plan.nid(0) as u16).into(),
+            root_nid: u16::try_from(self.plan.nid(0)).map_err(many_layers)?.into(),
             inodes: (self.plan.order.len() as u64).into(),
             build_time: 0.into(),
             build_time_nsec: 0.into(),
@@ -326,9 +327,7 @@ impl<W: Write> Writer<'_, W> {
             volume_name: [0; 16],
             feature_incompat: if slots > 0 { INCOMPAT_DEVICE_TABLE } else { 0 }.into(),
             compression: 0.into(),
-            extra_devices: u16::try_from(slots)
-                .map_err(|_range| ErofsError::TooLarge("too many layers"))?
-                .into(),
+            extra_devices: u16::try_from(slots).map_err(many_layers)?.into(),
             device_slot: (if slots > 0 { ((SUPER_OFFSET + SLOT) / SLOT) as u16 } else { 0 }).into(),
             dir_block_bits: 0,
             xattr_prefixes: 0,
@@ -549,13 +548,14 @@ fn encode_directory(names: &[(&[u8], u64, u8)]) -> Vec<u8> {
 }
 
 /// EROFS's number of an attribute's prefix, and the rest of its name. `None`: no kernel keeps such a name.
-fn xattr_prefix(name: &[u8]) -> Option<(u8, &[u8])> {
+pub(crate) fn xattr_prefix(name: &[u8]) -> Option<(u8, &[u8])> {
     match name {
         b"system.posix_acl_access" => Some((2, b"")),
         b"system.posix_acl_default" => Some((3, b"")),
         _ => [(1, &b"user."[..]), (4, b"trusted."), (6, b"security.")]
             .into_iter()
-            .find_map(|(index, prefix)| name.strip_prefix(prefix).map(|rest| (index, rest))),
+            .find_map(|(index, prefix)| Some((index, name.strip_prefix(prefix)?)))
+            .filter(|(_, rest)| !rest.is_empty()),
     }
 }
 

@@ -16,6 +16,11 @@ const MAX_LINKS: usize = 40;
 /// Deepest directory accepted.
 const MAX_DEPTH: usize = 1024;
 const ROOT: u32 = 0;
+/// Most layers accepted: a superblock has to name a device for each.
+pub const MAX_LAYERS: u16 = 16_000;
+/// Largest device numbers there are: Linux keeps 12 and 20 bits (`MINORBITS`), on disk as in memory.
+const MAX_MAJOR: u32 = (1 << 12) - 1;
+const MAX_MINOR: u32 = (1 << 20) - 1;
 
 /// Why layers cannot be merged.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -43,6 +48,9 @@ pub enum MergeError {
         /// What is wrong.
         what: &'static str,
     },
+    /// More layers than are accepted.
+    #[error("the image has more than {0} layers")]
+    TooManyLayers(u16),
     /// More entries than are accepted.
     #[error("the image has more than {0} entries")]
     TooMany(usize),
@@ -54,6 +62,28 @@ pub struct Tree {
     inodes: Vec<Inode>,
     xattrs: Interned,
     layer: u16,
+    dropped: Dropped,
+}
+
+/// What the layers have and the image cannot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Dropped {
+    /// Attributes that only overlayfs itself may set (`trusted.overlay.`): they would redirect it to other files.
+    pub overlay_xattrs: u64,
+    /// Attributes with names that no file system of Linux keeps: neither `user.`, `trusted.`, `security.` nor a POSIX list.
+    pub foreign_xattrs: u64,
+}
+
+impl Dropped {
+    /// A line for each kind of thing that was dropped, for whoever runs the image.
+    pub fn notes(&self) -> Vec<String> {
+        let lines = [
+            (self.overlay_xattrs, "of overlayfs (trusted.overlay.*), which images may not set"),
+            (self.foreign_xattrs, "with names that Linux does not keep"),
+        ];
+        let told = lines.into_iter().filter(|(count, _)| *count > 0);
+        told.map(|(count, what)| format!("{count} extended attributes {what}, were left out")).collect()
+    }
 }
 
 /// Sets of extended attributes, each kept once.
@@ -108,7 +138,8 @@ impl Default for Tree {
 impl Tree {
     /// An empty root directory, 0755, of root.
     pub fn new() -> Self {
-        let mut tree = Self { inodes: Vec::new(), xattrs: Interned::default(), layer: 0 };
+        let mut tree =
+            Self { inodes: Vec::new(), xattrs: Interned::default(), layer: 0, dropped: Dropped::default() };
         tree.xattrs.sets.push(Vec::new());
         tree.inodes.push(Inode::directory(ROOT));
         tree
@@ -119,11 +150,19 @@ impl Tree {
         &mut self,
         entries: impl Iterator<Item = Result<Entry, E>>,
     ) -> Result<(), E> {
+        if self.layer == MAX_LAYERS {
+            return Err(MergeError::TooManyLayers(MAX_LAYERS).into());
+        }
         for entry in entries {
             self.entry(entry?)?;
         }
         self.layer += 1;
         Ok(())
+    }
+
+    /// What was left out so far.
+    pub fn dropped(&self) -> Dropped {
+        self.dropped
     }
 
     /// How many inodes there are, those no name leads to included.
@@ -202,6 +241,11 @@ impl Tree {
                 Kind::Directory { parent: dir, children: BTreeMap::new() }
             }
             EntryKind::Symlink { target } => Kind::Symlink(target.into_boxed_slice()),
+            EntryKind::CharDevice { major, minor } | EntryKind::BlockDevice { major, minor }
+                if major > MAX_MAJOR || minor > MAX_MINOR =>
+            {
+                return Err(self.path_error(&entry.path, "its device number is above Linux's 4095:1048575"));
+            }
             EntryKind::CharDevice { major, minor } => Kind::CharDevice(major, minor),
             EntryKind::BlockDevice { major, minor } => Kind::BlockDevice(major, minor),
             EntryKind::Fifo => Kind::Fifo,
@@ -213,7 +257,8 @@ impl Tree {
     }
 
     fn set_attributes(&mut self, number: u32, entry: &Entry) {
-        let xattrs = self.xattrs.number(&entry.xattrs);
+        let kept = self.kept_xattrs(&entry.xattrs);
+        let xattrs = self.xattrs.number(&kept);
         if let Some(inode) = self.inodes.get_mut(number as usize) {
             inode.mode = (entry.mode & 0o7777) as u16;
             inode.uid = entry.uid;
@@ -221,6 +266,26 @@ impl Tree {
             inode.mtime = entry.mtime;
             inode.xattrs = xattrs;
         }
+    }
+
+    /// The attributes that the image can have; counts the others.
+    fn kept_xattrs<'x>(&mut self, xattrs: &'x Xattrs) -> std::borrow::Cow<'x, Xattrs> {
+        let is_overlay = |name: &[u8]| name.starts_with(b"trusted.overlay.");
+        let is_kept = |name: &[u8]| !is_overlay(name) && crate::erofs::xattr_prefix(name).is_some();
+        if xattrs.iter().all(|(name, _)| is_kept(name)) {
+            return std::borrow::Cow::Borrowed(xattrs);
+        }
+        let mut kept = Vec::new();
+        for (name, value) in xattrs {
+            if is_overlay(name) {
+                self.dropped.overlay_xattrs += 1;
+            } else if is_kept(name) {
+                kept.push((name.clone(), value.clone()));
+            } else {
+                self.dropped.foreign_xattrs += 1;
+            }
+        }
+        std::borrow::Cow::Owned(kept)
     }
 
     fn link_target(&self, target: &[u8], path: &[u8]) -> Result<u32, MergeError> {
@@ -558,5 +623,43 @@ mod tests {
             let error = merge(vec![vec![dir("d"), link]]).expect_err("accepted");
             assert!(error.to_string().contains(what), "{error}");
         }
+    }
+
+    #[test]
+    fn attributes_that_images_may_not_set_are_left_out_and_counted() {
+        let names =
+            ["security.capability", "system.nfs4_acl", "trusted.overlay.opaque", "trusted.x", "user.y"];
+        let mut with = dir("d").expect("entry");
+        with.xattrs = names.iter().map(|name| (name.as_bytes().to_vec(), b"y".to_vec())).collect();
+        let mut tree = Tree::new();
+        tree.apply::<MergeError>([Ok(with)].into_iter()).expect("merge");
+        let inode = tree.inode(tree.child(ROOT, b"d").expect("d").inode).expect("inode");
+        let kept: Vec<&[u8]> = tree.xattrs(inode.xattrs).iter().map(|(name, _)| name.as_slice()).collect();
+        assert_eq!(kept, [&b"security.capability"[..], b"trusted.x", b"user.y"]);
+        assert_eq!(tree.dropped(), Dropped { overlay_xattrs: 1, foreign_xattrs: 1 });
+        assert_eq!(tree.dropped().notes().len(), 2);
+        assert!(Tree::new().dropped().notes().is_empty());
+    }
+
+    #[test]
+    fn device_numbers_that_linux_cannot_hold_are_refused() {
+        for (major, minor, accepted) in
+            [(4095, 1_048_575, true), (4096, 0, false), (0, 1_048_576, false), (u32::MAX, u32::MAX, false)]
+        {
+            for kind in [EntryKind::CharDevice { major, minor }, EntryKind::BlockDevice { major, minor }] {
+                let merged = merge(vec![vec![entry("dev/x", kind)]]);
+                assert_eq!(merged.is_ok(), accepted, "{major}:{minor}: {merged:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn more_layers_than_are_accepted_are_refused() {
+        let mut tree = Tree::new();
+        for _ in 0..MAX_LAYERS {
+            tree.apply::<MergeError>(std::iter::empty()).expect("merge");
+        }
+        let error = tree.apply::<MergeError>(std::iter::empty()).expect_err("accepted");
+        assert_eq!(error, MergeError::TooManyLayers(MAX_LAYERS));
     }
 }
