@@ -440,6 +440,9 @@ pub(crate) async fn read_index(
         .with_context(|| format!("its annotation {TOC_ANNOTATION} is missing or wrong"))?;
     let bytes = reader.read_all(0..toc_len).await?;
     let index = LayerIndex::from_blob(bytes.to_vec())?;
+    if !index.has_own_tar() {
+        bail!("it claims to come from the layer's own table of contents, which only this node may read");
+    }
     let header = index.header();
     if header.layer_digest_text() != layer.digest {
         bail!("it is the index of layer {}", header.layer_digest_text());
