@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use super::{DIRENT, INODE, LAYOUT_INLINE, MAGIC, NID_UNIT, SUPER_OFFSET};
+use super::format::{DIRENT, INODE, LAYOUT_INLINE, MAGIC, NID_UNIT, SUPER_OFFSET};
 use crate::entry::Timestamp;
 use crate::records::BLOCK_SIZE;
 

@@ -6,7 +6,10 @@
 
 mod header;
 mod parser;
+#[cfg(test)]
+mod parser_tests;
 mod pax;
+mod sparse;
 
 pub use parser::{Content, Step, TarParser};
 
