@@ -28,6 +28,38 @@ fn main() -> Result<(), Failure> {
             put("erofs", &format!("{name}-{number}"), &image(tar, form)?)?;
         }
     }
+    for (name, text) in [
+        (
+            "file",
+            r#"{"version":1,"entries":[{"type":"reg","name":"f","size":9,"offset":100,"chunkDigest":"sha256:D"}]}"#,
+        ),
+        (
+            "chunks",
+            r#"{"version":1,"entries":[{"type":"dir","name":"d/","mode":493,"modtime":"2001-02-03T04:05:06.5Z"},
+               {"type":"reg","name":"d/f","size":9000,"offset":1,"chunkSize":4096,"chunkDigest":"sha256:D","digest":"sha256:D"},
+               {"type":"chunk","name":"d/f","offset":99,"chunkOffset":4096,"chunkDigest":"sha256:D","chunkType":"zeros"}]}"#,
+        ),
+        (
+            "kinds",
+            r#"{"version":1,"entries":[{"type":"symlink","name":"l","linkName":"../x","xattrs":{"user.a":"d29yZA=="}},
+               {"type":"hardlink","name":"h","linkName":"./f"},{"type":"char","name":"c","devMajor":1,"devMinor":3}]}"#,
+        ),
+    ] {
+        put(
+            "embedded",
+            name,
+            &[&[0], text.replace(":D", &format!(":{}", "5a".repeat(32))).as_bytes()].concat(),
+        )?;
+    }
+    put(
+        "embedded",
+        "annotations",
+        format!("\u{1}50:60:70:1\nsha256:{}\n{}", "5a".repeat(32), "x".repeat(99)).as_bytes(),
+    )?;
+    let mut pieces = vec![2, 0, 3, 20, 40, 5, 40, 6, 0, 7];
+    let member = packings(b"content")?.swap_remove(0).1;
+    pieces.extend([&[0; 20][..], &member, &vec![0; 40 - member.len()], &member].concat());
+    put("embedded", "pieces", &pieces)?;
     for (name, records) in [
         ("names", &b"12 path=a/b\n19 mtime=-1.250000\n15 linkpath=x\n"[..]),
         ("xattr", b"29 SCHILY.xattr.user.x=a=b\n\x00\n"),

@@ -55,6 +55,32 @@ pub fn from_checkpoints(compression: Compression, bytes: &[u8], piece: usize) {
     }
 }
 
+/// A span of listed pieces: the list, then what they are made of. How the bytes are cut does not matter.
+pub fn members(data: &[u8]) {
+    let Some((kind, rest)) = data.split_first() else { return };
+    let Some((list_len, rest)) = rest.split_first() else { return };
+    let (list, compressed) = rest.split_at(rest.len().min(usize::from(*list_len)));
+    let span = SpanRecord {
+        compressed_offset: 0.into(),
+        tar_offset: 0.into(),
+        window_offset: 0.into(),
+        window_len: 0.into(),
+        bits: 0,
+        kind: if kind % 2 == 0 { SpanKind::GzipMembers } else { SpanKind::ZstdFrames } as u8,
+        reserved: [0; 2],
+    };
+    let window = zstd::bulk::compress(list, 1).expect("compress");
+    let outputs = [usize::MAX, usize::from(kind / 2)].map(|piece| {
+        let mut out = Vec::new();
+        let ended = Decoder::at_span(&span, &window)
+            .and_then(|mut decoder| run(&mut decoder, compressed, piece, &mut out, &mut |_, _| {}));
+        (ended.is_ok(), out)
+    });
+    if outputs.iter().any(|(ended, _)| *ended) {
+        assert_eq!(outputs[0], outputs[1]);
+    }
+}
+
 fn run(
     decoder: &mut Decoder,
     bytes: &[u8],
