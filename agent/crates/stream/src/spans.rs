@@ -20,6 +20,8 @@ pub(crate) struct Spans {
     windows_offset: u64,
     /// False: decoding can begin at the first span only.
     pub(crate) random_access: bool,
+    /// Decoding goes on from one span into the next, so that a fetch may bring several.
+    pub(crate) continuous: bool,
 }
 
 /// Where a chunk's bytes come from.
@@ -40,6 +42,7 @@ impl Spans {
             tar_size: header.tar_size.get(),
             windows_offset: header.windows.offset.get(),
             random_access: index.random_access(),
+            continuous: index.spans_are_continuous(),
         }
     }
 
