@@ -6,6 +6,7 @@
 mod bench;
 mod containerd;
 mod demo;
+mod ebpf;
 mod image_maker;
 mod measure;
 mod oracle;
@@ -40,6 +41,8 @@ enum Command {
         #[command(subcommand)]
         bench: Bench,
     },
+    /// Build the eBPF programs, and install what that needs
+    Ebpf,
     /// Compare `sluice mount` with `umoci unpack`, path by path
     Oracle,
     /// Check dependency directions, file headers and other house rules
@@ -57,6 +60,7 @@ fn main() -> Result<()> {
         Command::Demo(args) => demo::demo(&args),
         Command::Test { filter } => test::test(filter.as_deref()),
         Command::Bench { bench: Bench::Start(args) } => bench::start(&args),
+        Command::Ebpf => ebpf::build().map(|object| println!("{}", object.display())),
         Command::Oracle => oracle::oracle(),
         Command::Tidy => tidy::tidy(),
     }

@@ -11,6 +11,7 @@ use crate::run::{output, show, target, top};
 
 /// Builds the release binary; its path.
 pub(crate) fn build() -> Result<PathBuf> {
+    crate::ebpf::build()?;
     show(
         Command::new("cargo")
             .args(["build", "--release", "--quiet", "--package", "sluice"])
