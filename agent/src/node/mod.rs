@@ -3,8 +3,10 @@
 mod acquire;
 mod layers;
 mod recover;
+mod snapshots;
 mod sources;
 mod status;
+mod switch;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -21,8 +23,10 @@ use sluice_stream::Scheduler;
 use crate::api::{FsckReport, GcReport, Holder, PullReport, Served};
 use crate::config::Config;
 use crate::daemon::EventSender;
+use crate::journal::Journal;
 pub(crate) use acquire::{read_index, unsupported};
 use layers::NodeLayer;
+pub(crate) use snapshots::NodeImages;
 
 /// Background fetches under way on a node at once.
 const BACKGROUND_FETCHES: usize = 3;
@@ -53,6 +57,10 @@ pub(crate) struct Node {
     images: Mutex<HashMap<String, Image>>,
     /// One preparation of an image at a time.
     preparing: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// What happened to images.
+    pub(crate) journal: Journal,
+    /// Whether new images are streamed.
+    switch: switch::Switch,
 }
 
 /// An image in use.
@@ -104,6 +112,8 @@ impl Node {
             images: Mutex::default(),
             preparing: Mutex::default(),
             cannot_stream: cannot_stream(),
+            journal: Journal::default(),
+            switch: switch::Switch::open(&config)?,
             config,
         });
         let starting = Arc::clone(&node);
