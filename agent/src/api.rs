@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::journal::NodeEvent;
+
 /// Who uses an image: it stays mounted until they release it, die or unmount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -14,6 +16,9 @@ pub(crate) enum Holder {
     Process(u32),
     /// A mount point (released when nothing is mounted there any more).
     MountPoint(PathBuf),
+    /// A snapshot of the containerd snapshotter, by its name for it (released by the snapshotter; not kept over a restart
+    /// of the daemon, after which the snapshotter asks again).
+    Snapshot(String),
 }
 
 /// `POST /v1/acquire`: make an image's root file system available.
@@ -78,6 +83,8 @@ pub(crate) enum Event {
     Note { text: String },
     /// How far an operation is.
     Progress { bytes_done: u64, bytes_total: u64 },
+    /// Something happened to an image of the node.
+    Happened { what: NodeEvent },
     /// The end, well: what the request asked for.
     Done { result: serde_json::Value },
     /// The end, badly.
@@ -151,4 +158,32 @@ pub(crate) struct FsckReport {
     pub(crate) layers: usize,
     pub(crate) chunks_checked: u64,
     pub(crate) problems: Vec<String>,
+}
+
+/// `POST /v1/events`: what happened to images, oldest first.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(crate) struct EventsRequest {
+    /// Go on with what happens from now on.
+    pub(crate) follow: bool,
+}
+
+/// `POST /v1/node`: the switch for new images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum NodeRequest {
+    Enable,
+    Disable,
+    Status,
+}
+
+/// Whether this node streams new images.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct NodeStatus {
+    /// New images are streamed where they can be.
+    pub(crate) streaming: bool,
+    /// Why not, if so.
+    pub(crate) reason: Option<String>,
+    /// The socket for containerd.
+    pub(crate) snapshotter: PathBuf,
+    pub(crate) images_in_use: usize,
 }

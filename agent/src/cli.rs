@@ -97,6 +97,22 @@ pub(crate) enum Command {
     Gc,
     /// Check the layer store: every verified chunk is read and compared with its digest
     Fsck,
+    /// Pull an image into containerd with the labels that its snapshotter needs to stream it
+    CtrPull(CtrPullArgs),
+    /// Show what happened to images on this node
+    Events {
+        /// Go on with what happens from now on
+        #[arg(short, long)]
+        follow: bool,
+        /// As JSON, one object a line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Switch streaming of new images on or off, or end all that is streamed
+    Node {
+        #[command(subcommand)]
+        action: NodeAction,
+    },
     /// Run the node's daemon in the foreground
     Daemon {
         /// Print `ready` on standard output once the socket is open
@@ -105,11 +121,6 @@ pub(crate) enum Command {
     },
     /// Stop the daemon; containers go on, and reads of what is not local wait for the next one
     Stop,
-    /// This node as a whole
-    Node {
-        #[command(subcommand)]
-        action: NodeAction,
-    },
     /// Serve block files, whichever daemon comes and goes
     #[command(hide = true)]
     BlockServer,
@@ -188,6 +199,33 @@ pub(crate) struct IndexArgs {
     pub(crate) dry_run: bool,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct CtrPullArgs {
+    /// Image reference
+    pub(crate) image: String,
+    /// containerd's socket [default: /run/containerd/containerd.sock]
+    #[arg(short, long, value_name = "SOCKET")]
+    pub(crate) address: Option<PathBuf>,
+    /// containerd's namespace
+    #[arg(short, long, default_value = "default")]
+    pub(crate) namespace: String,
+    /// containerd's name of the snapshotter
+    #[arg(long, value_name = "NAME", default_value = "sluice")]
+    pub(crate) snapshotter: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Subcommand)]
+pub(crate) enum NodeAction {
+    /// Stream new images
+    Enable,
+    /// Pull new images the ordinary way
+    Disable,
+    /// Tell whether new images are streamed
+    Status,
+    /// Unmount all images and stop the daemon: what still reads an image that is not local fails
+    Drain,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum IndexAction {
     /// Show the published index of an image
@@ -198,12 +236,6 @@ pub(crate) enum IndexAction {
         #[arg(long, value_name = "URL")]
         store: Option<String>,
     },
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum NodeAction {
-    /// Unmount all images and stop the daemon: what still reads an image that is not local fails
-    Drain,
 }
 
 #[derive(Debug, Args)]

@@ -14,6 +14,7 @@ use crate::cli::Global;
 const DEFAULT_CONFIG: &str = "/etc/sluice/config.toml";
 const DEFAULT_ROOT: &str = "/var/lib/sluice";
 const DEFAULT_STATE: &str = "/run/sluice";
+const DEFAULT_CONTAINERD: &str = "/run/containerd/containerd.sock";
 
 /// What the configuration file may say. Unknown keys are refused by name.
 #[derive(Debug, Default, Deserialize)]
@@ -27,6 +28,21 @@ struct RawConfig {
     stream: RawStream,
     store: RawStore,
     blocks: RawBlocks,
+    images: RawImages,
+    containerd: RawContainerd,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawImages {
+    allow: Option<Vec<String>>,
+    deny: Vec<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawContainerd {
+    address: Option<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -44,6 +60,7 @@ struct RawRegistry {
 struct RawStream {
     outage_timeout_s: Option<u64>,
     fill: Option<bool>,
+    enabled: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -118,6 +135,14 @@ pub(crate) struct Config {
     pub(crate) blocks: Options,
     /// The file that all this comes from.
     pub(crate) file: Option<PathBuf>,
+    /// Stream new images at all.
+    pub(crate) streaming_enabled: bool,
+    /// Patterns of references that may be streamed.
+    pub(crate) allow: Vec<String>,
+    /// Patterns of references that may not, whatever `allow` says.
+    pub(crate) deny: Vec<String>,
+    /// containerd's socket.
+    pub(crate) containerd: PathBuf,
 }
 
 impl Config {
@@ -152,12 +177,21 @@ impl Config {
             memory_budget_bytes: raw.store.memory_budget_mib.unwrap_or(24) << 20,
             blocks: raw.blocks.resolve(),
             file: global.config.clone(),
+            streaming_enabled: raw.stream.enabled.unwrap_or(true),
+            allow: raw.images.allow.unwrap_or_else(|| vec!["*".to_owned()]),
+            deny: raw.images.deny,
+            containerd: raw.containerd.address.unwrap_or_else(|| DEFAULT_CONTAINERD.into()),
         })
     }
 
     /// The daemon's socket.
     pub(crate) fn socket(&self) -> PathBuf {
         self.state.join("sluice.sock")
+    }
+
+    /// The socket that containerd's proxy plugin is pointed at.
+    pub(crate) fn snapshotter_socket(&self) -> PathBuf {
+        self.state.join("snapshotter.sock")
     }
 }
 

@@ -6,6 +6,7 @@ mod client;
 mod commands;
 mod config;
 mod daemon;
+mod journal;
 mod node;
 
 use std::process::ExitCode;
@@ -49,7 +50,7 @@ fn start_log(cli: &Cli) {
         _ => "debug",
     };
     let filter = tracing_subscriber::EnvFilter::try_from_env("SLUICE_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(format!("warn,sluice={level},sluice_stream={level},sluice_store={level},sluice_blockfs={level},sluice_registry={level}")));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(format!("warn,sluice={level},sluice_stream={level},sluice_store={level},sluice_blockfs={level},sluice_registry={level},sluice_containerd={level}")));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

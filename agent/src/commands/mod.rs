@@ -9,10 +9,13 @@ macro_rules! say {
 }
 
 mod check;
+mod ctr_pull;
 mod daemon;
+mod events;
 mod images;
 mod index;
 mod mount;
+mod node;
 mod progress;
 mod registry;
 mod run;
@@ -27,8 +30,9 @@ use anyhow::{Context, Result};
 use tokio::signal::unix::{SignalKind, signal};
 
 pub(crate) use index::index_blob;
+pub(crate) use status::size;
 
-use crate::cli::{Cli, Command, IndexAction, NodeAction};
+use crate::cli::{Cli, Command, IndexAction};
 use crate::client::Client;
 use crate::config::Config;
 
@@ -70,9 +74,11 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
         Command::Rm { image } => images::remove(&config, &global, image).await?,
         Command::Gc => images::gc(&config, &global).await?,
         Command::Fsck => return images::fsck(&config, &global).await,
+        Command::CtrPull(args) => ctr_pull::pull(&config, args).await?,
+        Command::Events { follow, json } => events::events(&config, follow, json).await?,
+        Command::Node { action } => node::node(&config, action).await?,
         Command::Daemon { announce } => daemon::serve(config, announce).await?,
         Command::Stop => daemon::stop(&config, false).await?,
-        Command::Node { action: NodeAction::Drain } => daemon::stop(&config, true).await?,
         Command::BlockServer => daemon::serve_blocks(&config)?,
         Command::Registry(args) => registry::serve(args).await?,
         Command::Man { dir } => shell::man(&dir)?,

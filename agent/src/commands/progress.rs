@@ -36,7 +36,7 @@ impl Progress {
                 self.bar.set_length(*bytes_total);
                 self.bar.set_position(*bytes_done);
             }
-            Event::Done { .. } | Event::Failed { .. } => {}
+            Event::Happened { .. } | Event::Done { .. } | Event::Failed { .. } => {}
         }
     }
 }

@@ -12,11 +12,17 @@ use axum::extract::{Json, State};
 use axum::response::Response;
 use axum::routing::post;
 use serde::Serialize;
+use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{mpsc, watch};
 
-use crate::api::{AcquireRequest, Event, ImageRequest, ReleaseRequest, StopRequest};
+use crate::api::{
+    AcquireRequest, Event, EventsRequest, ImageRequest, NodeRequest, ReleaseRequest, StopRequest,
+};
 use crate::config::Config;
+use crate::journal::NodeEvent;
 use crate::node::Node;
+
+mod snapshots;
 
 /// Events that may wait for a slow reader before the work is held up.
 const EVENTS_WAITING: usize = 64;
@@ -38,6 +44,7 @@ pub(crate) struct Running {
     node: Arc<Node>,
     stop: watch::Sender<Stop>,
     server: tokio::task::JoinHandle<std::io::Result<()>>,
+    snapshots: tokio::task::JoinHandle<()>,
 }
 
 impl Running {
@@ -45,6 +52,7 @@ impl Running {
     pub(crate) async fn stop(self, drain: bool) -> Result<()> {
         self.stop.send_replace(Stop::Leave);
         self.server.await.context("the server ended badly")??;
+        self.snapshots.await.context("the snapshotter ended badly")?;
         if drain { self.node.drain().await } else { self.node.leave().await }
     }
 
@@ -93,7 +101,8 @@ pub(crate) async fn start(config: Arc<Config>) -> Result<Running> {
             })
             .into_future(),
     );
-    Ok(Running { node, stop, server })
+    let snapshots = snapshots::start(&config, &node, stop.subscribe()).await?;
+    Ok(Running { node, stop, server, snapshots })
 }
 
 fn routes(shared: Shared) -> axum::Router {
@@ -105,6 +114,8 @@ fn routes(shared: Shared) -> axum::Router {
         .route("/v1/remove", post(remove))
         .route("/v1/gc", post(gc))
         .route("/v1/fsck", post(fsck))
+        .route("/v1/events", post(events))
+        .route("/v1/node", post(node))
         .route("/v1/stop", post(stop))
         .with_state(shared)
 }
@@ -135,6 +146,39 @@ async fn gc(State(shared): State<Shared>) -> Response {
 
 async fn fsck(State(shared): State<Shared>) -> Response {
     answer(move |_| async move { shared.node.fsck().await })
+}
+
+async fn events(State(shared): State<Shared>, Json(request): Json<EventsRequest>) -> Response {
+    let mut stopped = shared.stop.subscribe();
+    answer(move |sender| async move {
+        let (kept, mut coming) = shared.node.journal.follow();
+        for event in kept {
+            sender.happened(event).await;
+        }
+        while request.follow && !sender.is_closed() {
+            tokio::select! {
+                event = coming.recv() => match event {
+                    Ok(event) => sender.happened(event).await,
+                    Err(RecvError::Lagged(lost)) => sender.note(format!("{lost} events were lost")),
+                    Err(RecvError::Closed) => break,
+                },
+                () = sender.closed() => break,
+                () = async { drop(stopped.wait_for(|stop| *stop != Stop::No).await) } => break,
+            }
+        }
+        Ok(())
+    })
+}
+
+async fn node(State(shared): State<Shared>, Json(request): Json<NodeRequest>) -> Response {
+    answer(move |_| async move {
+        match request {
+            NodeRequest::Enable => shared.node.set_streaming(true)?,
+            NodeRequest::Disable => shared.node.set_streaming(false)?,
+            NodeRequest::Status => {}
+        }
+        Ok(shared.node.node_status())
+    })
 }
 
 async fn stop(State(shared): State<Shared>, Json(request): Json<StopRequest>) -> Response {
@@ -185,6 +229,23 @@ pub(crate) struct EventSender {
 }
 
 impl EventSender {
+    /// Events go to `sender`.
+    pub(crate) fn new(sender: mpsc::Sender<Event>) -> Self {
+        Self { sender }
+    }
+
+    /// Something happened to an image: waits for a slow reader.
+    async fn happened(&self, event: NodeEvent) {
+        if let Err(error) = self.sender.send(Event::Happened { what: event }).await {
+            tracing::trace!(%error, "an event found no reader");
+        }
+    }
+
+    /// Ready when the client went away.
+    async fn closed(&self) {
+        self.sender.closed().await;
+    }
+
     /// Something the user should know.
     pub(crate) fn note(&self, text: impl Into<String>) {
         self.offer(Event::Note { text: text.into() });

@@ -23,6 +23,7 @@ use super::sources::RegistryBlob;
 use super::{INDEX_KIND, Image, LAYER_ANNOTATION, Node, TOC_ANNOTATION};
 use crate::api::{AcquireRequest, Acquired, Holder, Served};
 use crate::daemon::EventSender;
+use crate::journal::{Pull, Reason};
 
 /// Layers decoded at once during a first pull: each has two threads of work.
 const LAYERS_AT_ONCE: usize = 3;
@@ -38,11 +39,14 @@ impl Node {
         events: EventSender,
     ) -> Result<Acquired> {
         let image = self.resolve(&request.reference, &events).await?;
+        let pull = Pull::begin(&image.reference.whole());
         let digest = image.manifest_digest.clone();
         let turn = Arc::clone(self.lock(&self.preparing).entry(digest.clone()).or_default());
         let _turn = turn.lock().await;
         if !self.lock(&self.images).contains_key(&digest) {
+            self.journal.pulling(&pull);
             let made = self.make(&image, request.stream, &events).await?;
+            self.announce(&pull, &made)?;
             self.lock(&self.images).insert(digest.clone(), made);
         }
         let acquired = {
@@ -118,15 +122,15 @@ impl Node {
         Ok(self.store.images()?.into_iter().filter(named).max_by_key(|image| image.last_used))
     }
 
-    async fn make(
+    pub(super) async fn make(
         self: &Arc<Self>,
         image: &ResolvedImage,
         stream: bool,
         events: &EventSender,
     ) -> Result<Image> {
-        let why_not = match (&self.cannot_stream, stream) {
+        let why_not = match (self.refuses(&image.reference.whole()), stream) {
             (_, false) => None,
-            (Some(reason), true) => Some(reason.clone()),
+            (Some(reason), true) => Some(reason),
             (None, true) => match self.make_mounted(image, events).await {
                 Ok(made) => return Ok(made),
                 Err(error) => Some(format!("{error:#}")),
@@ -135,7 +139,7 @@ impl Node {
         if let Some(reason) = &why_not {
             events
                 .note(format!("{} is not streamed: {reason}; pulling it the ordinary way", image.reference));
-            tracing::warn!(image = image.reference.to_string(), reason, "StreamingFellBack");
+            self.journal.emit(Reason::StreamingFellBack, &image.reference.whole(), reason.clone());
         }
         let lower_dirs = self.pull_ordinary(image, events).await?;
         self.record(image, Vec::new())?;
@@ -152,16 +156,31 @@ impl Node {
     }
 
     /// The image as one EROFS mount.
-    async fn make_mounted(self: &Arc<Self>, image: &ResolvedImage, events: &EventSender) -> Result<Image> {
+    pub(super) async fn make_mounted(
+        self: &Arc<Self>,
+        image: &ResolvedImage,
+        events: &EventSender,
+    ) -> Result<Image> {
         let record = self.prepare(image, events).await?;
+        self.mount_prepared(image, &image.manifest_digest, &record.layers, &record.layer_blocks).await
+    }
+
+    /// Mounts `layers` of `image` (lowest first, with their blocks), whose merged metadata is in the store as `key`.
+    pub(super) async fn mount_prepared(
+        self: &Arc<Self>,
+        image: &ResolvedImage,
+        key: &str,
+        digests: &[String],
+        layer_blocks: &[u64],
+    ) -> Result<Image> {
         let mut layers = Vec::new();
-        for (digest, blocks) in record.layers.iter().zip(&record.layer_blocks) {
+        for (digest, blocks) in digests.iter().zip(layer_blocks) {
             let layer =
                 self.node_layer(image, digest)?.with_context(|| format!("layer {digest} vanished"))?;
             layers.push((layer, *blocks));
         }
-        let metadata = self.store.erofs_path(&image.manifest_digest)?;
-        let dir = self.config.state.join("images").join(image.manifest_digest.trim_start_matches("sha256:"));
+        let metadata = self.store.erofs_path(key)?;
+        let dir = self.config.state.join("images").join(key.trim_start_matches("sha256:"));
         let with_content: Vec<_> =
             layers.iter().filter(|(_, blocks)| *blocks > 0).map(|(layer, _)| Arc::clone(layer)).collect();
         let mount = tokio::task::spawn_blocking(move || -> Result<ImageMount> {
@@ -179,7 +198,7 @@ impl Node {
             lower_dirs: vec![mount.dir().to_path_buf()],
             mount: Some(mount),
             config: String::from_utf8_lossy(&image.config).into_owned(),
-            layers: record.layers,
+            layers: digests.to_vec(),
             holders: Vec::new(),
         })
     }
@@ -325,7 +344,7 @@ impl Node {
 
     /// Merges the layers' tables of contents and writes the image's EROFS metadata; blocks of each layer's file, and what
     /// the layers have that the image cannot.
-    async fn write_metadata(&self, image: &ResolvedImage) -> Result<(Vec<u64>, Dropped)> {
+    pub(super) async fn write_metadata(&self, image: &ResolvedImage) -> Result<(Vec<u64>, Dropped)> {
         let (store, layers) = (self.store.clone(), image.layers.clone());
         let target = self.store.erofs_path(&image.manifest_digest)?;
         tokio::task::spawn_blocking(move || -> Result<(Vec<u64>, Dropped)> {
@@ -395,7 +414,11 @@ impl Node {
     }
 
     /// Every layer downloaded, verified and unpacked; the directories, topmost first.
-    async fn pull_ordinary(&self, image: &ResolvedImage, events: &EventSender) -> Result<Vec<PathBuf>> {
+    pub(super) async fn pull_ordinary(
+        &self,
+        image: &ResolvedImage,
+        events: &EventSender,
+    ) -> Result<Vec<PathBuf>> {
         let total = image.layers.iter().map(|layer| layer.size).sum();
         let mut done = 0;
         let mut dirs: Vec<PathBuf> = Vec::new();

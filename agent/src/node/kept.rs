@@ -42,6 +42,8 @@ impl KeptHolder {
     pub(super) fn alive(&self) -> Option<Holder> {
         let alive = match &self.holder {
             Holder::Process(_) => self.started.is_some() && started(&self.holder) == self.started,
+            // Only the snapshotter, which is part of the agent, could have released it.
+            Holder::Snapshot(_) => true,
             // A directory that cannot be asked is taken for mounted: better kept than pulled away.
             Holder::MountPoint(dir) => sluice_kernel::mount::is_mount_point(dir).unwrap_or(true),
         };

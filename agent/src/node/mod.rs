@@ -5,8 +5,10 @@ mod block_server;
 mod kept;
 mod layers;
 mod recover;
+mod snapshots;
 mod sources;
 mod status;
+mod switch;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -23,9 +25,11 @@ use sluice_stream::Scheduler;
 use crate::api::{FsckReport, GcReport, Holder, PullReport, Served};
 use crate::config::Config;
 use crate::daemon::EventSender;
+use crate::journal::Journal;
 pub(crate) use acquire::{read_index, unsupported};
 pub(crate) use block_server::socket as block_socket;
 use layers::NodeLayer;
+pub(crate) use snapshots::NodeImages;
 
 /// Background fetches under way on a node at once.
 const BACKGROUND_FETCHES: usize = 3;
@@ -58,6 +62,10 @@ pub(crate) struct Node {
     preparing: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// One writer of what is kept for the next agent.
     keeping: Mutex<()>,
+    /// What happened to images.
+    pub(crate) journal: Journal,
+    /// Whether new images are streamed.
+    switch: switch::Switch,
 }
 
 /// An image in use.
@@ -111,6 +119,8 @@ impl Node {
             preparing: Mutex::default(),
             keeping: Mutex::default(),
             cannot_stream: cannot_stream(),
+            journal: Journal::default(),
+            switch: switch::Switch::open(&config)?,
             config,
         });
         let starting = Arc::clone(&node);

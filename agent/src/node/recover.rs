@@ -138,15 +138,16 @@ impl Node {
         if holders.is_empty() {
             return Ok(None);
         }
-        let record = self
-            .store
-            .images()?
-            .into_iter()
+        // A part of an image, which containerd's snapshots may stand on, has a key of its own.
+        let records = self.store.images()?;
+        let record = records
+            .iter()
             .find(|record| record.manifest_digest == kept.manifest_digest)
+            .or_else(|| records.iter().find(|record| record.layers.starts_with(&kept.layers)))
             .context("the store does not know it")?;
         let mount = match &kept.mount {
             Some(dir) if sluice_kernel::mount::is_mount_point(dir)? => {
-                let image = resolved_by_last_name(&record)?;
+                let image = resolved_by_last_name(record)?;
                 let mut adopted = Vec::new();
                 for digest in &kept.layers {
                     let layer = self
@@ -167,7 +168,7 @@ impl Node {
             fell_back: kept.fell_back,
             lower_dirs: kept.lower_dirs,
             mount,
-            config: record.config,
+            config: record.config.clone(),
             layers: kept.layers,
             holders,
         }))

@@ -1,0 +1,262 @@
+//! The node as containerd's snapshotter knows it: layers offered, images mounted for snapshots and given back.
+//!
+//! A snapshot may stand on an image's lower layers only (another image shares them and brings its own above): such a part
+//! is an EROFS mount of its own, under the chain id of its topmost layer.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, bail};
+use sluice_containerd::{ImageMounts, Refusal, RemoteLayer, Usage, chain_ids};
+use sluice_registry::{Client, ResolvedImage};
+use tokio::sync::mpsc;
+
+use super::{Image, Node};
+use crate::api::{Holder, Served};
+use crate::daemon::EventSender;
+use crate::journal::{Pull, Reason};
+
+/// A node, for the snapshotter.
+#[derive(Debug)]
+pub(crate) struct NodeImages(pub(crate) Arc<Node>);
+
+/// The layers of an image up to some layer.
+struct Part {
+    image: ResolvedImage,
+    /// The image's manifest digest, or the chain id if it is not the whole.
+    key: String,
+    /// How many layers.
+    layers: usize,
+}
+
+#[tonic::async_trait]
+impl ImageMounts for NodeImages {
+    async fn offer(&self, layer: &RemoteLayer) -> Result<(), Refusal> {
+        self.0.offer(layer).await.map_err(|error| refusal(&error))
+    }
+
+    async fn acquire(&self, layer: &RemoteLayer, holder: &str) -> Result<Vec<PathBuf>, Refusal> {
+        let held = self.0.acquire_part(layer, holder).await;
+        held.map_err(|error| refusal(&error))
+    }
+
+    async fn release(&self, holder: &str) {
+        let snapshot = Holder::Snapshot(holder.to_owned());
+        let held: Vec<String> = {
+            let images = self.0.lock(&self.0.images);
+            let of_holder = images.iter().filter(|(_, image)| image.holders.contains(&snapshot));
+            of_holder.map(|(key, _)| key.clone()).collect()
+        };
+        // In turn with `acquire`: an unmount under way must not take the next mount away.
+        let mut turns = Vec::new();
+        for key in held {
+            turns.push(self.0.turn(&key).await);
+        }
+        if let Err(error) = self.0.release(&snapshot).await {
+            tracing::warn!(holder, error = format!("{error:#}"), "cannot release an image");
+        }
+    }
+
+    async fn forget(&self, manifest_digest: &str) {
+        self.release(&pulled(manifest_digest)).await;
+        if let Err(error) = self.0.remove(manifest_digest).await {
+            // Somebody else uses it (`sluice run`, say): it stays.
+            tracing::info!(manifest = manifest_digest, error = format!("{error:#}"), "the image stays");
+        }
+    }
+
+    async fn usage(&self, layer: &RemoteLayer) -> Usage {
+        match self.0.store.layer(&layer.layer_digest) {
+            Ok(Some(stored)) => Usage { bytes: stored.local_bytes(), inodes: 1 },
+            Ok(None) => Usage::default(),
+            Err(error) => {
+                tracing::warn!(layer = layer.layer_digest, %error, "its size is not known");
+                Usage::default()
+            }
+        }
+    }
+}
+
+fn refusal(error: &anyhow::Error) -> Refusal {
+    Refusal(format!("{error:#}"))
+}
+
+/// Holds an image from its pull until its last snapshot is gone, so that its containers start at once.
+fn pulled(manifest_digest: &str) -> String {
+    format!("pulled-{manifest_digest}")
+}
+
+impl Node {
+    /// Makes the whole image of `layer` ready for streaming, or says why it is to be pulled the ordinary way.
+    async fn offer(self: &Arc<Self>, layer: &RemoteLayer) -> Result<()> {
+        let holder = Holder::Snapshot(pulled(&layer.manifest_digest));
+        let pull = Pull::begin(&layer.image);
+        let ready = async {
+            if let Some(reason) = self.refuses(&layer.image) {
+                bail!("{reason}");
+            }
+            let events = silent();
+            let image = self.resolve_layer(layer, &events).await?;
+            part_of(image.clone(), layer)?;
+            let _turn = self.turn(&layer.manifest_digest).await;
+            if !self.hold(&layer.manifest_digest, &holder)? {
+                self.journal.pulling(&pull);
+                let made = self.make_mounted(&image, &events).await?;
+                self.announce(&pull, &made)?;
+                self.put(&layer.manifest_digest, made, &holder);
+            }
+            Ok(())
+        };
+        let ready: Result<()> = ready.await;
+        if let Err(error) = &ready {
+            let reason = format!("{error:#}; containerd pulls it the ordinary way");
+            self.journal.emit(Reason::StreamingFellBack, &layer.image, reason);
+        }
+        ready
+    }
+
+    /// The lower directories of the layers up to `layer`. A container is to start: what cannot be streamed any more is
+    /// pulled and unpacked here.
+    async fn acquire_part(self: &Arc<Self>, layer: &RemoteLayer, holder: &str) -> Result<Vec<PathBuf>> {
+        let events = silent();
+        let holder = Holder::Snapshot(holder.to_owned());
+        let part = part_of(self.resolve_layer(layer, &events).await?, layer)?;
+        let _turn = self.turn(&part.key).await;
+        if !self.hold(&part.key, &holder)? {
+            let made = match self.make_part(&part, &events).await {
+                Ok(made) => made,
+                Err(error) => {
+                    let reason = format!("{error:#}");
+                    self.journal.emit(Reason::StreamingFellBack, &layer.image, reason.clone());
+                    self.unpack_part(&part, &reason, &events).await.context(reason)?
+                }
+            };
+            self.put(&part.key, made, &holder);
+        }
+        let images = self.lock(&self.images);
+        let image = images.get(&part.key).context("the image was released meanwhile; try again")?;
+        Ok(image.lower_dirs.clone())
+    }
+
+    async fn make_part(self: &Arc<Self>, part: &Part, events: &EventSender) -> Result<Image> {
+        if let Some(reason) = &self.cannot_stream {
+            bail!("{reason}");
+        }
+        if part.key == part.image.manifest_digest {
+            return self.make_mounted(&part.image, events).await;
+        }
+        self.prepare(&part.image, events).await?;
+        let lower = part.truncated();
+        let (blocks, _dropped) = self.write_metadata(&lower).await?;
+        let digests: Vec<String> = lower.layers.iter().map(|layer| layer.digest.clone()).collect();
+        let made = self.mount_prepared(&part.image, &part.key, &digests, &blocks).await?;
+        // The kernel has it open; no image's record would ever remove it.
+        let metadata = self.store.erofs_path(&part.key)?;
+        std::fs::remove_file(&metadata).with_context(|| format!("cannot remove {}", metadata.display()))?;
+        Ok(made)
+    }
+
+    async fn unpack_part(&self, part: &Part, reason: &str, events: &EventSender) -> Result<Image> {
+        let lower = part.truncated();
+        Ok(Image {
+            reference: lower.reference.to_string(),
+            served: Served::Unpacked,
+            fell_back: Some(reason.to_owned()),
+            lower_dirs: self.pull_ordinary(&lower, events).await?,
+            mount: None,
+            config: String::from_utf8_lossy(&lower.config).into_owned(),
+            layers: lower.layers.iter().map(|layer| layer.digest.clone()).collect(),
+            holders: Vec::new(),
+        })
+    }
+
+    /// The image that a layer's labels speak of, pinned to the manifest that containerd resolved.
+    async fn resolve_layer(&self, layer: &RemoteLayer, events: &EventSender) -> Result<ResolvedImage> {
+        let named = Client::parse(&layer.image)?;
+        let pinned = sluice_registry::Reference::with_digest(
+            named.registry().to_owned(),
+            named.repository().to_owned(),
+            layer.manifest_digest.clone(),
+        );
+        let mut image = self.resolve(&pinned.whole(), events).await?;
+        if image.manifest_digest != layer.manifest_digest {
+            bail!("{} is not the manifest of an image for this platform", layer.manifest_digest);
+        }
+        image.reference = named;
+        Ok(image)
+    }
+
+    async fn turn(&self, key: &str) -> tokio::sync::OwnedMutexGuard<()> {
+        let turn = Arc::clone(self.lock(&self.preparing).entry(key.to_owned()).or_default());
+        turn.lock_owned().await
+    }
+
+    /// Adds a holder to an image in use; false if it is not in use.
+    fn hold(&self, key: &str, holder: &Holder) -> Result<bool> {
+        let mut images = self.lock(&self.images);
+        let Some(image) = images.get_mut(key) else { return Ok(false) };
+        if !image.holders.contains(holder) {
+            image.holders.push(holder.clone());
+            drop(images);
+            self.keep();
+        }
+        Ok(true)
+    }
+
+    fn put(&self, key: &str, mut image: Image, holder: &Holder) {
+        image.holders.push(holder.clone());
+        self.lock(&self.images).insert(key.to_owned(), image);
+        self.keep();
+    }
+
+    /// Says that an image is ready, and how it is served.
+    pub(super) fn announce(&self, pull: &Pull, made: &Image) -> Result<()> {
+        let (mut local, mut total) = (0, 0);
+        for digest in &made.layers {
+            if let Some(layer) = self.store.layer(digest)? {
+                local += layer.local_bytes();
+                total += layer.size();
+            }
+        }
+        self.journal.pulled(pull, local, total);
+        let image = &pull.image;
+        match made.served {
+            Served::Streamed => {
+                let message = format!("Image {image} is backed by image streaming.");
+                self.journal.emit(Reason::ImageStreaming, image, message);
+            }
+            Served::Local => {
+                let message = format!("Image {image} is on this node; nothing is streamed.");
+                self.journal.emit(Reason::ImageLocal, image, message);
+            }
+            Served::Unpacked => {}
+        }
+        Ok(())
+    }
+}
+
+impl Part {
+    fn truncated(&self) -> ResolvedImage {
+        let mut lower = self.image.clone();
+        lower.layers.truncate(self.layers);
+        lower.manifest_digest.clone_from(&self.key);
+        lower
+    }
+}
+
+/// Finds the layer in its image by its chain id, which speaks for its content and for all below it.
+fn part_of(image: ResolvedImage, layer: &RemoteLayer) -> Result<Part> {
+    let chain = chain_ids(image.layers.iter().map(|layer| layer.diff_id.as_str()));
+    let place = chain.iter().position(|id| *id == layer.chain_id);
+    let place = place.ok_or_else(|| {
+        anyhow!("{} has no layers with the chain id {}", layer.manifest_digest, layer.chain_id)
+    })?;
+    let whole = place + 1 == chain.len();
+    let key = if whole { image.manifest_digest.clone() } else { layer.chain_id.clone() };
+    Ok(Part { image, key, layers: place + 1 })
+}
+
+/// For work that nobody at a terminal waits for.
+fn silent() -> EventSender {
+    EventSender::new(mpsc::channel(1).0)
+}

@@ -1,0 +1,137 @@
+//! Containers and snapshots over restarts of containerd and of the agent, commits, removal and collection.
+
+use nix::sys::signal::Signal;
+use sluice_kernel::mount::is_mount_point;
+
+use crate::images::{Layer, varied};
+use crate::rig::Rig;
+
+#[test]
+fn a_container_outlives_restarts_of_containerd_and_of_the_agent() {
+    let mut rig = Rig::new("");
+    rig.images.add("app", varied(10), &["sh"]);
+    rig.index("app");
+    rig.ctr_pull("app");
+    rig.start("app", "long");
+    assert_eq!(rig.exec("long", "echo mine > /own; cat /data/top"), "the top\n");
+    rig.wait_until_local("app");
+
+    rig.end_containerd();
+    rig.start_containerd();
+    assert_eq!(rig.exec("long", "cat /own /data/top"), "mine\nthe top\n");
+
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        rig.end_agent(signal);
+        // All of the image is here: the kernel reads it without the agent.
+        assert_eq!(
+            rig.exec("long", "cat /own /data/top; sha256sum < /big | cat > /dev/null"),
+            "mine\nthe top\n"
+        );
+        rig.start_agent();
+        assert_eq!(rig.exec("long", "cat /own /data/top"), "mine\nthe top\n");
+        let id = format!("after-{signal}");
+        assert_eq!(
+            rig.run("sluice", "app", &id, "cat /data/top; ls /own 2>&1 | cat"),
+            "the top\nls: cannot access '/own': No such file or directory\n"
+        );
+    }
+
+    // The stopped container's snapshot can be mounted again: its image was acquired for it.
+    rig.ctr(&["tasks", "rm", "--force", "long"]);
+    rig.ctr(&["tasks", "start", "--detach", "long"]);
+    assert_eq!(rig.exec("long", "cat /own /data/top"), "mine\nthe top\n");
+    rig.stop("long");
+}
+
+#[test]
+fn an_agent_that_comes_back_serves_incomplete_images_to_new_containers() {
+    let mut rig = Rig::new("[stream]\nfill = false\n");
+    rig.images.add("app", varied(11), &["sh"]);
+    rig.index("app");
+    rig.ctr_pull("app");
+    rig.start("app", "before");
+    rig.end_agent(Signal::SIGKILL);
+    rig.start_agent();
+    // The container that was there goes on, with what it never read before.
+    assert_eq!(rig.exec("before", "cat /data/top"), "the top\n");
+    assert_eq!(rig.run("sluice", "app", "after", "cat /data/top"), "the top\n");
+    rig.stop("before");
+}
+
+#[test]
+fn a_container_is_committed_and_run_again() {
+    let rig = Rig::new("");
+    rig.images.add("app", varied(12), &["sh"]);
+    rig.ctr_pull("app");
+    rig.start("app", "worker");
+    rig.exec("worker", "echo new > /data/new; mv /opaque /moved");
+    rig.ctr(&["tasks", "rm", "--force", "worker"]);
+    let snapshots =
+        |arguments: &[&str]| rig.ctr(&[&["snapshots", "--snapshotter", "sluice"][..], arguments].concat());
+    let diff = snapshots(&["diff", "worker"]);
+    assert!(!diff.is_empty(), "a diff is a tar");
+    snapshots(&["commit", "saved", "worker"]);
+    assert!(snapshots(&["info", "saved"]).contains("Committed"));
+    let usage = snapshots(&["usage", "saved"]);
+    assert!(usage.contains("saved"), "{usage}");
+    snapshots(&["prepare", "again", "saved"]);
+    let target = rig.path("again");
+    std::fs::create_dir(&target).unwrap();
+    let mount = snapshots(&["mounts", target.to_str().unwrap(), "again"]);
+    crate::rig::ok(&std::process::Command::new("sh").arg("-c").arg(mount.trim()).output().unwrap());
+    assert_eq!(std::fs::read_to_string(target.join("data/new")).unwrap(), "new\n");
+    assert_eq!(std::fs::read_to_string(target.join("moved/above")).unwrap(), "seen");
+    assert!(!target.join("opaque").exists());
+    sluice_kernel::unmount(&target, Default::default()).unwrap();
+    rig.ctr(&["containers", "rm", "worker"]);
+}
+
+#[test]
+fn a_removed_image_leaves_nothing() {
+    let rig = Rig::new("[images]\ndeny = [\"*/ordinary:*\"]\n");
+    rig.images.add("app", varied(13), &["sh"]);
+    rig.images.add("ordinary", vec![Layer::new().tools()], &["sh"]);
+    rig.ctr_pull("app");
+    rig.ctr_pull("ordinary");
+    rig.start("app", "user");
+    rig.ctr(&["images", "rm", "--sync", &rig.reference("app")]);
+    assert_eq!(rig.exec("user", "cat /data/top"), "the top\n", "a removed image's container goes on");
+    rig.stop("user");
+    rig.ctr(&["images", "rm", "--sync", &rig.reference("ordinary")]);
+    // Collection runs by itself after removals; another removal of nothing waits for it.
+    rig.ctr(&["content", "prune", "references"]);
+    rig.wait("the snapshots are gone", || {
+        rig.ctr(&["snapshots", "--snapshotter", "sluice", "ls"]).lines().count() == 1
+    });
+    rig.wait("the image is forgotten", || rig.status()["images"].as_array().unwrap().is_empty());
+    assert_eq!(std::fs::read_dir(rig.path("root/containerd/snapshots")).unwrap().count(), 0);
+    assert_eq!(std::fs::read_dir(rig.path("root/layers")).unwrap().count(), 0);
+    let images: Vec<_> = std::fs::read_dir(rig.path("state/images")).unwrap().flatten().collect();
+    assert!(images.iter().all(|entry| !is_mount_point(&entry.path()).unwrap()), "{images:?}");
+}
+
+#[test]
+fn twenty_containers_of_five_images_start_at_once() {
+    let rig = Rig::new("");
+    let names: Vec<String> = (0..5).map(|number| format!("app{number}")).collect();
+    for (number, name) in names.iter().enumerate() {
+        let own = Layer::new().text("own", &format!("{name}\n"));
+        rig.images.add(name, varied(20 + number as u64).into_iter().chain([own]).collect(), &["sh"]);
+        rig.index(name);
+    }
+    std::thread::scope(|scope| {
+        for name in &names {
+            scope.spawn(|| rig.ctr_pull(name));
+        }
+    });
+    std::thread::scope(|scope| {
+        for number in 0..20 {
+            let (rig, name) = (&rig, &names[number % 5]);
+            scope.spawn(move || {
+                let said =
+                    rig.run("sluice", name, &format!("c{number}"), "cat /own /data/top; echo $$ > /mine");
+                assert_eq!(said, format!("{name}\nthe top\n"));
+            });
+        }
+    });
+}
