@@ -94,6 +94,12 @@ impl Rig {
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         self.agent = Some(child);
         assert_eq!(line.trim(), "ready", "{}", self.log("agent.log"));
+        if self.containerd.is_some() {
+            // containerd tried the socket while nobody listened, and tries it again a second later.
+            self.wait("containerd finds the snapshotter", || {
+                self.try_ctr(&["snapshots", "--snapshotter", "sluice", "ls"]).status.success()
+            });
+        }
     }
 
     /// Ends the agent by a signal and waits for it.
