@@ -9,7 +9,8 @@ use std::sync::{PoisonError, RwLock};
 use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
-use crate::StoreError;
+use crate::place::sync_dir;
+use crate::{OnFile, StoreError};
 
 const LAYERS: TableDefinition<&str, &[u8]> = TableDefinition::new("layers");
 /// Pages of verified maps, by layer digest and page number.
@@ -79,6 +80,9 @@ fn state<E: Into<redb::Error>>(error: E) -> StoreError {
 
 impl State {
     pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
+        if !path.exists() {
+            create(path)?;
+        }
         let opened = Self { path: path.to_path_buf(), database: RwLock::new(Some(open(path)?)) };
         opened.write(|write| {
             write.open_table(LAYERS).map_err(state)?;
@@ -286,6 +290,21 @@ impl State {
             Ok(leases)
         })
     }
+}
+
+/// Makes an empty database: elsewhere first, since half of one cannot be opened any more.
+fn create(path: &Path) -> Result<(), StoreError> {
+    let new = path.with_extension("new");
+    match std::fs::remove_file(&new) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).on("remove", &new)?,
+        _ => {}
+    }
+    drop(open(&new)?);
+    std::fs::rename(&new, path).on("move", &new)?;
+    let root = path.parent().unwrap_or(path);
+    sync_dir(root)?;
+    // The root itself may be new.
+    root.parent().map_or(Ok(()), sync_dir)
 }
 
 fn open(path: &Path) -> Result<Database, StoreError> {
