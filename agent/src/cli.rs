@@ -103,8 +103,16 @@ pub(crate) enum Command {
         #[arg(long, hide = true)]
         announce: bool,
     },
-    /// Stop the daemon; mounts that depend on it end with it
+    /// Stop the daemon; containers go on, and reads of what is not local wait for the next one
     Stop,
+    /// This node as a whole
+    Node {
+        #[command(subcommand)]
+        action: NodeAction,
+    },
+    /// Serve block files, whichever daemon comes and goes
+    #[command(hide = true)]
+    BlockServer,
     /// Serve a directory of OCI layouts as a registry
     Registry(RegistryArgs),
     /// Write the man pages into a directory
@@ -190,6 +198,12 @@ pub(crate) enum IndexAction {
         #[arg(long, value_name = "URL")]
         store: Option<String>,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum NodeAction {
+    /// Unmount all images and stop the daemon: what still reads an image that is not local fails
+    Drain,
 }
 
 #[derive(Debug, Args)]

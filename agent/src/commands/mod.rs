@@ -1,5 +1,12 @@
 //! The commands, each a thin translation between the terminal and the crates.
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "commands speak to a terminal")]
+#![allow(clippy::print_stderr, reason = "commands speak to a terminal")]
+
+/// Writes a line to standard output; returns early when nobody listens any more.
+macro_rules! say {
+    ($($text:tt)*) => {
+        $crate::commands::write_line(format_args!($($text)*))?
+    };
+}
 
 mod check;
 mod daemon;
@@ -12,6 +19,7 @@ mod run;
 mod shell;
 mod status;
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -20,9 +28,28 @@ use tokio::signal::unix::{SignalKind, signal};
 
 pub(crate) use index::index_blob;
 
-use crate::cli::{Cli, Command, IndexAction};
+use crate::cli::{Cli, Command, IndexAction, NodeAction};
 use crate::client::Client;
 use crate::config::Config;
+
+/// Standard output was closed: `sluice status | head` is no failure to speak of.
+#[derive(Debug)]
+pub(crate) struct Unheard;
+
+impl std::fmt::Display for Unheard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("standard output was closed")
+    }
+}
+
+impl std::error::Error for Unheard {}
+
+fn write_line(text: std::fmt::Arguments<'_>) -> Result<()> {
+    match writeln!(std::io::stdout().lock(), "{text}") {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Err(Unheard.into()),
+        written => written.context("cannot write to standard output"),
+    }
+}
 
 /// Runs one command; its exit code is the process's.
 pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
@@ -44,7 +71,9 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
         Command::Gc => images::gc(&config, &global).await?,
         Command::Fsck => return images::fsck(&config, &global).await,
         Command::Daemon { announce } => daemon::serve(config, announce).await?,
-        Command::Stop => daemon::stop(&config).await?,
+        Command::Stop => daemon::stop(&config, false).await?,
+        Command::Node { action: NodeAction::Drain } => daemon::stop(&config, true).await?,
+        Command::BlockServer => daemon::serve_blocks(&config)?,
         Command::Registry(args) => registry::serve(args).await?,
         Command::Man { dir } => shell::man(&dir)?,
         Command::Completions { shell } => shell::completions(shell),

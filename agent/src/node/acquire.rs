@@ -57,6 +57,7 @@ impl Node {
                 fell_back: found.fell_back.clone(),
             }
         };
+        self.keep();
         self.watch_holder(&request.holder)?;
         if events.is_closed() {
             self.release(&request.holder).await?;
@@ -65,7 +66,7 @@ impl Node {
     }
 
     /// Releases what a process holds when it ends, however it ends.
-    fn watch_holder(self: &Arc<Self>, holder: &Holder) -> Result<()> {
+    pub(super) fn watch_holder(self: &Arc<Self>, holder: &Holder) -> Result<()> {
         let Holder::Process(pid) = holder else { return Ok(()) };
         let pid = i32::try_from(*pid).context("not a process")?;
         let pidfd = sluice_kernel::process::pidfd_open(nix::unistd::Pid::from_raw(pid))

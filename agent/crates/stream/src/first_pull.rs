@@ -12,7 +12,8 @@ use tokio::sync::mpsc;
 use crate::outage::Outage;
 use crate::{BlobSource, Lane, Scheduler, SourceError, StreamError};
 
-const PIECES_WAITING: usize = 64;
+/// Each may hold a receive buffer of up to 400 KiB.
+const PIECES_WAITING: usize = 8;
 /// How often a pull that found no space looks whether there is some: nothing tells.
 const SPACE_POLL: Duration = Duration::from_millis(200);
 
