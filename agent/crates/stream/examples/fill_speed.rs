@@ -38,6 +38,14 @@ fn hex(digest: &ring::digest::Digest) -> String {
     digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// Processor time of this process so far (fields 14 and 15 of proc_pid_stat(5), in hundredths of a second).
+fn processor_time() -> Duration {
+    let stat = std::fs::read_to_string("/proc/self/stat").expect("proc");
+    let fields: Vec<&str> = stat.rsplit_once(") ").expect("a name").1.split(' ').collect();
+    let ticks: u64 = [11, 12].map(|at| fields[at].parse::<u64>().expect("a number")).iter().sum();
+    Duration::from_millis(ticks * 10)
+}
+
 /// Decompression and SHA-256, one after the other in one thread; bytes of tar.
 fn plain(layer: &[u8]) -> (u64, Duration) {
     let began = Instant::now();
@@ -87,16 +95,22 @@ async fn main() {
     let (index, _) = indexer.finish(&digest).expect("index");
     let mut ratios = Vec::new();
     for round in 0..rounds {
+        let start = processor_time();
         let (tar, plain) = plain(&layer);
+        let plain_cpu = processor_time() - start;
         let dir = tempfile::tempdir_in(path.parent().expect("a directory")).expect("a directory");
+        let start = processor_time();
         let filled = fill(&layer, &index, dir.path()).await;
+        let fill_cpu = processor_time() - start;
         let speed = |took: Duration| tar as f64 / took.as_secs_f64() / 1e6;
         let ratio = plain.as_secs_f64() / filled.as_secs_f64();
         println!(
-            "round {round}: {} MB of tar: fill {:.0} MB/s, plain {:.0} MB/s, ratio {ratio:.2}",
+            "round {round}: {} MB of tar: fill {:.0} MB/s, plain {:.0} MB/s, ratio {ratio:.2}; processor time {:.2} s and {:.2} s",
             tar / 1_000_000,
             speed(filled),
-            speed(plain)
+            speed(plain),
+            fill_cpu.as_secs_f64(),
+            plain_cpu.as_secs_f64()
         );
         ratios.push(ratio);
     }

@@ -151,7 +151,7 @@ fn child(dir: &Path, seed: u64) {
         };
         let reading = async {
             // Demand keeps the fill waiting: some children have none.
-            while seed % 3 == 0 {
+            while seed.is_multiple_of(3) {
                 let offset = random.below(layer.layer().size());
                 layer.read(offset, 1 + random.below(100_000) as usize).await.expect("read");
                 tokio::time::sleep(Duration::from_micros(random.below(30_000))).await;
@@ -317,9 +317,9 @@ fn kill_one(me: &Path, dir: &Path, seed: u64, after: Duration) -> bool {
     command.arg("--child").arg(dir).arg(seed.to_string()).stdout(Stdio::piped());
     let mut child: Child = command.spawn().expect("child");
     let mut ready = [0];
-    if seed % 8 != 0 {
-        // An end of file, if it ended already.
-        child.stdout.as_mut().expect("a pipe").read(&mut ready).expect("read");
+    if !seed.is_multiple_of(8) {
+        let count = child.stdout.as_mut().expect("a pipe").read(&mut ready).expect("read");
+        assert_eq!(count, 1, "child {seed} ended before its store was open");
     }
     std::thread::sleep(after);
     let ended = child.try_wait().expect("wait");
