@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use sluice_blockfs::{Choice, Options, Way};
+use sluice_store::StoreLimits;
 
 use crate::cli::Global;
 
@@ -67,6 +68,8 @@ struct RawStream {
 #[serde(default, deny_unknown_fields)]
 struct RawStore {
     memory_budget_mib: Option<u64>,
+    quota_mib: Option<u64>,
+    reserve_mib: Option<u64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -129,8 +132,8 @@ pub(crate) struct Config {
     pub(crate) outage_timeout: Duration,
     /// Fetch the rest of a streamed image in the background.
     pub(crate) fill: bool,
-    /// Bytes of verified content kept in memory until written.
-    pub(crate) memory_budget_bytes: u64,
+    /// What the layer store may take.
+    pub(crate) store_limits: StoreLimits,
     /// How block files are served.
     pub(crate) blocks: Options,
     /// The file that all this comes from.
@@ -174,7 +177,11 @@ impl Config {
             connections_per_host: raw.registry.connections_per_host.unwrap_or(8),
             outage_timeout: Duration::from_secs(raw.stream.outage_timeout_s.unwrap_or(600)),
             fill: raw.stream.fill.unwrap_or(true),
-            memory_budget_bytes: raw.store.memory_budget_mib.unwrap_or(24) << 20,
+            store_limits: StoreLimits {
+                memory_budget_bytes: raw.store.memory_budget_mib.unwrap_or(24) << 20,
+                quota_bytes: raw.store.quota_mib.map(|mib| mib << 20),
+                reserve_bytes: raw.store.reserve_mib.unwrap_or(64) << 20,
+            },
             blocks: raw.blocks.resolve(),
             file: global.config.clone(),
             streaming_enabled: raw.stream.enabled.unwrap_or(true),

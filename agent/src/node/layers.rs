@@ -45,6 +45,11 @@ impl NodeLayer {
         self.fuse_path.iter().cloned().chain([self.layer.data_path()]).collect()
     }
 
+    /// The file that blockfs serves for it, if any.
+    pub(super) fn served_path(&self) -> Option<&std::path::Path> {
+        self.fuse_path.as_deref()
+    }
+
     /// The layer's block device, shared by all images that have the layer. Blocks the thread.
     pub(super) fn device(&self) -> Result<Arc<Device>> {
         let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);

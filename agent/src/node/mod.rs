@@ -5,6 +5,7 @@ mod block_server;
 mod kept;
 mod layers;
 mod recover;
+mod room;
 mod snapshots;
 mod sources;
 mod status;
@@ -109,7 +110,7 @@ impl Node {
         }
         let registry = registry_client(&config)?;
         let node = Arc::new(Self {
-            store: Store::open(&config.root, config.memory_budget_bytes)?,
+            store: Store::open_with(&config.root, config.store_limits)?,
             artifacts: artifact_store(&config, None, &registry)?,
             registry,
             scheduler: Scheduler::new(BACKGROUND_FETCHES),
@@ -127,6 +128,7 @@ impl Node {
         let runtime = tokio::runtime::Handle::current();
         tokio::task::spawn_blocking(move || starting.recover(runtime)).await??;
         node.resume_adopted()?;
+        node.keep_room();
         Ok(node)
     }
 
@@ -134,7 +136,13 @@ impl Node {
     pub(crate) async fn release(self: &Arc<Self>, holder: &Holder) -> Result<()> {
         let mut unused = Vec::new();
         self.lock(&self.images).retain(|digest, image| {
+            let held = image.holders.len();
             image.holders.retain(|one| one != holder);
+            if image.holders.len() < held
+                && let Err(error) = self.store.touch_image(digest)
+            {
+                tracing::warn!(%digest, %error, "its last use is not recorded");
+            }
             if image.holders.is_empty() {
                 unused.extend(image.mount.take().map(|mount| (digest.clone(), mount)));
                 return false;
@@ -187,21 +195,15 @@ impl Node {
         for holder in self.unmounted_holders() {
             self.release(&holder).await?;
         }
-        let records = self.store.images()?;
-        let in_use: Vec<String> =
-            self.lock(&self.images).values().flat_map(|image| image.layers.clone()).collect();
-        let wanted = |digest: &str| {
-            in_use.iter().any(|one| one == digest)
-                || records.iter().any(|image| image.layers.iter().any(|one| one == digest))
-        };
-        // A container that outlived its holder may still read a layer through its device.
-        let devices = sluice_kernel::loop_device::list()?;
-        let attached = |layer: &NodeLayer| {
-            layer.paths().iter().any(|path| devices.iter().any(|one| one.backing_file == *path))
-        };
-        self.lock(&self.layers).retain(|digest, layer| wanted(digest) || attached(layer));
-        let kept: Vec<String> = self.lock(&self.layers).keys().cloned().collect();
-        let freed = self.store.gc(&|digest| in_use.iter().chain(&kept).any(|one| one == digest))?;
+        let in_use = self.in_use()?;
+        let recorded: Vec<String> = self.store.images()?.into_iter().flat_map(|image| image.layers).collect();
+        self.forget_layers(|digest| {
+            in_use.layers.contains(digest) || recorded.iter().any(|one| one == digest)
+        })
+        .await;
+        let store = self.store.clone();
+        let freed = tokio::task::spawn_blocking(move || store.gc(&|digest| in_use.layers.contains(digest)));
+        let freed = freed.await??;
         Ok(GcReport { layers_removed: freed.layers, bytes_freed: freed.bytes })
     }
 
