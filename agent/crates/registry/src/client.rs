@@ -449,3 +449,34 @@ fn why_not(reference: &str) -> Option<&'static str> {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_as_long_as_asked_within_the_limit() {
+        let client = Client::new(RegistryConfig::default()).expect("a client");
+        let endpoints = ["http://a/v2/", "http://b/v2/"].map(|base| {
+            let (resolve, pull, push) = (true, true, true);
+            Endpoint { base: base.to_owned(), resolve, pull, push, skip_verify: false, headers: Vec::new() }
+        });
+        let tries = || {
+            let of = |endpoint: &Endpoint| {
+                let error = Some(too_busy(&endpoint.base, Duration::ZERO, "it"));
+                Try { endpoint: Arc::new(endpoint.clone()), error }
+            };
+            endpoints.iter().map(of).collect::<Vec<_>>()
+        };
+        let wait = || client.wait(&tries(), &mut FIRST_PAUSE.clone());
+        assert!(wait().expect("a pause") < Duration::from_secs(1), "nobody asked for a wait");
+        client.inner.health.busy("http://a/v2/", Duration::from_secs(100));
+        assert!(wait().expect("a pause") < Duration::from_secs(1), "the other one did not ask for a wait");
+        client.inner.health.busy("http://b/v2/", Duration::from_secs(90));
+        let asked = wait().expect("a pause");
+        assert!(asked > Duration::from_secs(89) && asked < Duration::from_secs(91), "{asked:?}");
+        client.inner.health.busy("http://a/v2/", Duration::from_secs(500));
+        client.inner.health.busy("http://b/v2/", Duration::from_secs(400));
+        assert_eq!(wait(), None);
+    }
+}
