@@ -135,6 +135,20 @@ mod tests {
     }
 
     #[test]
+    fn anything_is_parsed_to_an_end() {
+        let alphabet = ["Bearer", "Basic", "realm", "=", "==", ",", " ", "\t", "\"", "\\", "x", "é"];
+        let mut state = 7_u64;
+        for _ in 0..20_000 {
+            let mut header = String::new();
+            for _ in 0..12 {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                header.push_str(alphabet[(state >> 33) as usize % alphabet.len()]);
+            }
+            assert!(Challenge::parse(&header).len() <= 12, "{header}");
+        }
+    }
+
+    #[test]
     fn tokens_are_preferred_over_several_headers() {
         let mut headers = HeaderMap::new();
         headers.append(WWW_AUTHENTICATE, "Basic realm=\"x\"".parse().expect("a value"));

@@ -138,6 +138,12 @@ fn read(file: Option<&Path>, registry: &str, plain_http: bool) -> Result<Vec<End
             let first = error.message().split(':').next().unwrap_or("").to_owned();
             bad(format!("host {}: {first}", without_secrets(&url)))
         };
+        for key in table.as_table().into_iter().flatten().map(|(key, _)| key) {
+            if !["capabilities", "skip_verify", "override_path", "header"].contains(&key.as_str()) {
+                let host = without_secrets(&url);
+                tracing::warn!(registry, host, key, "hosts.toml: this key is not used");
+            }
+        }
         let host: Host = table.try_into().map_err(wrong)?;
         endpoints.push(endpoint(&url, &host).map_err(bad)?);
     }

@@ -224,6 +224,57 @@ async fn endless_answers_are_bounded() {
     assert!(huge.expect_err("refused").to_string().contains("read into memory"));
 }
 
+const INSIDE: &str = "SLUICE_TEST_HELPER_IN_PATH";
+
+/// Run again by itself with a PATH in which credential helpers stand.
+#[tokio::test]
+async fn credential_helpers() {
+    if let Some(dir) = std::env::var_os(INSIDE) {
+        return with_helpers(Path::new(&dir)).await;
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    let helpers = [
+        ("found", "printf '{\"Username\":\"user\",\"Secret\":\"pass\"}'"),
+        ("identity", "printf '{\"Username\":\"<token>\",\"Secret\":\"re+fresh\"}'"),
+        ("none", "echo credentials not found in native keychain; exit 1"),
+        ("broken", "echo the secret is hidden; exit 1"),
+    ];
+    for (name, script) in helpers {
+        let path = dir.path().join(format!("docker-credential-{name}"));
+        std::fs::write(&path, format!("#!/bin/sh\ncat >/dev/null\n{script}\n")).expect("a file");
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&path, mode).expect("a mode");
+    }
+    let path = format!("{}:{}", dir.path().display(), std::env::var("PATH").expect("a path"));
+    let mut again = std::process::Command::new(std::env::current_exe().expect("this program"));
+    again.args(["--exact", "credential_helpers"]).env("PATH", path).env(INSIDE, dir.path());
+    let out = again.output().expect("a process");
+    let said = String::from_utf8_lossy(&out.stdout);
+    assert!(
+        out.status.success() && said.contains("1 passed"),
+        "{said}{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+}
+
+async fn with_helpers(dir: &Path) {
+    for (helper, method, login) in
+        [("found", "GET", Some("Basic dXNlcjpwYXNz")), ("identity", "POST", None), ("none", "GET", None)]
+    {
+        let (tiny, tokens) = (Tiny::new(), Arc::new(AtomicUsize::new(0)));
+        let fake = with_tokens(tiny.clone(), tokens, 300, usual).await;
+        let text = format!("{{\"credHelpers\":{{\"{}\":\"{helper}\"}}}}", fake.address);
+        assert_eq!(read(&with_docker(dir, &text), &fake, &tiny).await, Ok(true), "{helper}");
+        let asked = &fake.seen("/token")[0];
+        assert_eq!((asked.method.as_str(), asked.authorization.as_deref()), (method, login), "{helper}");
+    }
+    let (tiny, tokens) = (Tiny::new(), Arc::new(AtomicUsize::new(0)));
+    let fake = with_tokens(tiny.clone(), tokens, 300, usual).await;
+    let text = format!("{{\"credHelpers\":{{\"{}\":\"broken\"}}}}", fake.address);
+    let error = read(&with_docker(dir, &text), &fake, &tiny).await.expect_err("broken");
+    assert!(error.contains("docker-credential-broken failed") && !error.contains("hidden"), "{error}");
+}
+
 /// A registry that sends reads of the layer to `storage`, signed with a number that grows.
 async fn redirecting(tiny: Tiny, storage: impl Fn(usize) -> String + Send + Sync + 'static) -> Fake {
     let number = AtomicUsize::new(0);

@@ -5,11 +5,19 @@ mod support;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
+use std::time::{Duration, SystemTime};
 
+use base64::Engine;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use bytes::Bytes;
+use ring::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair};
+use serde_json::json;
 use sluice_registry::artifact::ArtifactStore;
 use sluice_registry::{Client, RegistryConfig, RegistryError};
 use sluice_registry_server::{Faults, Link, Server, ServerConfig};
+use support::fake::{Fake, Reply};
 use support::real::{DockerRegistry, FORMS, Options, push};
 use support::{KIND, client, digest, image, run};
 
@@ -204,6 +212,118 @@ async fn a_real_registry_asks_for_a_password() {
     store.publish(&image, KIND, vec![(HashMap::new(), Bytes::from("x"))]).await.expect("published");
     assert!(store.find(&image, KIND).await.expect("an answer").is_some());
     assert!(!format!("{client:?}").contains(right));
+}
+
+/// Signs tokens as docker-registry wants them: JSON web tokens, ES256, with their certificate.
+struct Signer {
+    key: EcdsaKeyPair,
+    certificate: String,
+    issued: AtomicUsize,
+}
+
+impl Signer {
+    fn new(certificate: &Path, key: &Path) -> Self {
+        let der = |path: &Path| {
+            let text = std::fs::read_to_string(path).expect("a PEM file");
+            let inner: String = text.lines().filter(|line| !line.starts_with("-----")).collect();
+            (STANDARD.decode(&inner).expect("base64"), inner)
+        };
+        let random = ring::rand::SystemRandom::new();
+        let key = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &der(key).0, &random);
+        Self { key: key.expect("a key"), certificate: der(certificate).1, issued: AtomicUsize::new(0) }
+    }
+
+    /// For what the scopes of a query ask, good until so many seconds from now.
+    fn token(&self, target: &str, life: i64) -> String {
+        let url = url::Url::parse(&format!("http://x{target}")).expect("an address");
+        let scopes: Vec<String> = url
+            .query_pairs()
+            .filter(|(key, _)| key == "scope")
+            .map(|(_, scope)| scope.into_owned())
+            .collect();
+        let access = scopes.iter().filter_map(|scope| {
+            let (kind, rest) = scope.split_once(':')?;
+            let (name, actions) = rest.rsplit_once(':')?;
+            Some(json!({ "type": kind, "name": name, "actions": actions.split(',').collect::<Vec<_>>() }))
+        });
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a time").as_secs() as i64;
+        let number = self.issued.fetch_add(1, Ordering::SeqCst);
+        let head = json!({ "typ": "JWT", "alg": "ES256", "x5c": [self.certificate] });
+        let claims = json!({
+            "iss": "test", "aud": "the registry", "sub": "user", "jti": number.to_string(), "iat": now - 300,
+            "nbf": now - 300, "exp": now + life, "access": access.collect::<Vec<_>>(),
+        });
+        let [head, claims] = [head, claims].map(|part| URL_SAFE_NO_PAD.encode(part.to_string()));
+        let signed = format!("{head}.{claims}");
+        let signature = self.key.sign(&ring::rand::SystemRandom::new(), signed.as_bytes()).expect("signed");
+        format!("{signed}.{}", URL_SAFE_NO_PAD.encode(signature))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_real_registry_wants_tokens_that_end() {
+    let work = tempfile::tempdir().expect("a directory");
+    let layout = image(work.path());
+    let (_, certificate, key) = certificates(work.path());
+    let signer = Signer::new(&certificate, &key);
+    // Seconds; the registry allows for clocks that differ by a minute.
+    let life = Arc::new(AtomicI64::new(300));
+    let (lives, right) = (Arc::clone(&life), "Basic dXNlcjpjb3JyZWN0IGhvcnNl");
+    let server = Fake::start(move |seen| {
+        if seen.authorization.as_deref() != Some(right) {
+            return Reply::new(401, "");
+        }
+        let token = signer.token(&seen.target, lives.load(Ordering::SeqCst));
+        Reply::new(200, json!({ "token": token, "expires_in": 300 }).to_string())
+    });
+    let server = server.await;
+    let realm = server.url("/token");
+    let registry =
+        DockerRegistry::start(&Options { tokens: Some((&realm, &certificate)), ..Options::default() });
+    let (remote, source) =
+        (format!("docker://{}/team/gzip:1", registry.address), format!("oci:{}:a", layout.display()));
+    let login = ["--dest-tls-verify=false", "--dest-creds", "user:correct horse"];
+    run("skopeo", &[&["copy", "--insecure-policy"], &login[..], &[&source, &remote]].concat());
+    let pushed = server.seen("/token").len();
+    assert!(pushed > 0, "skopeo asked for tokens");
+
+    let reference = Client::parse(&format!("{}/team/gzip:1", registry.address)).expect("a reference");
+    let docker = work.path().join("config.json");
+    let right = right.trim_start_matches("Basic ");
+    std::fs::write(&docker, format!("{{\"auths\":{{\"{}\":{{\"auth\":\"{right}\"}}}}}}", registry.address))
+        .expect("a file");
+    let client = client(RegistryConfig { docker_config: Some(docker), ..RegistryConfig::default() });
+    // Good for two seconds more, whatever is said of it.
+    life.store(-58, Ordering::SeqCst);
+    let image = client.resolve(&reference).await.expect("resolved");
+    let layer = &image.layers[0];
+    let blob = client.blob(&reference, &layer.digest, layer.size);
+    let whole = blob.read_all(0..layer.size, false).await.expect("read");
+    assert_eq!(digest(&whole), layer.digest);
+    let before = server.seen("/token").len();
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    life.store(300, Ordering::SeqCst);
+    assert!(blob.read_all(5..900, false).await.expect("a read does not notice") == whole[5..900]);
+    assert_eq!(server.seen("/token").len(), before + 1);
+    for _ in 0..3 {
+        blob.read_all(5..900, false).await.expect("read");
+    }
+    assert_eq!(server.seen("/token").len(), before + 1);
+    // Pushing takes another token than pulling.
+    let store = ArtifactStore::Referrers(client.clone());
+    store.publish(&image, KIND, vec![(HashMap::new(), Bytes::from("x"))]).await.expect("published");
+    assert!(server.seen("/token").last().expect("asked").is("pull%2Cpush"));
+    // A server that gives out only what has ended already.
+    life.store(-600, Ordering::SeqCst);
+    let client = Client::new(RegistryConfig {
+        docker_config: Some(work.path().join("config.json")),
+        ..RegistryConfig::default()
+    });
+    let error = client.expect("a client").resolve(&reference).await.expect_err("refused");
+    assert!(
+        error.to_string().contains("answered 401 to manifests/1 of team/gzip; check the credentials"),
+        "{error}"
+    );
 }
 
 #[test]

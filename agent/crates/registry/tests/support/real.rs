@@ -18,6 +18,8 @@ pub(crate) struct DockerRegistry {
 pub(crate) struct Options<'a> {
     /// Contents of an htpasswd file.
     pub(crate) htpasswd: Option<&'a str>,
+    /// Address of a token server, and the PEM file of the certificate its tokens are signed with.
+    pub(crate) tokens: Option<(&'a str, &'a Path)>,
     /// Certificate and key, PEM files.
     pub(crate) tls: Option<(&'a Path, &'a Path)>,
 }
@@ -46,6 +48,12 @@ impl DockerRegistry {
             let path = dir.path().join("htpasswd");
             std::fs::write(&path, text).expect("a file");
             config += &format!("auth:\n  htpasswd:\n    realm: test\n    path: {}\n", path.display());
+        }
+        if let Some((realm, certificate)) = options.tokens {
+            let certificate = certificate.display();
+            config += &format!(
+                "auth:\n  token:\n    realm: {realm}\n    service: the registry\n    issuer: test\n    rootcertbundle: {certificate}\n"
+            );
         }
         let path = dir.path().join("config.yml");
         std::fs::write(&path, config).expect("a file");
