@@ -1,6 +1,7 @@
 //! Where stream indexes live: beside the image as an OCI referrer (`referrers`), or in an object store.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -44,7 +45,7 @@ pub struct Kind {
 }
 
 /// Where artifacts live.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub enum ArtifactStore {
     /// Beside the image.
     Referrers(Client),
@@ -60,7 +61,7 @@ pub enum ArtifactStore {
 }
 
 /// A found blob that can be read by range.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub enum ArtifactReader {
     /// In the image's repository.
     Registry(Blob),
@@ -75,6 +76,27 @@ pub enum ArtifactReader {
         /// Bytes.
         size: u64,
     },
+}
+
+// Object stores' own Debug shows keys and tokens.
+impl fmt::Debug for ArtifactStore {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Referrers(_) => formatter.write_str("Referrers"),
+            Self::Objects { url, .. } => formatter.debug_tuple("Objects").field(url).finish(),
+        }
+    }
+}
+
+impl fmt::Debug for ArtifactReader {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Registry(blob) => formatter.debug_tuple("Registry").field(blob).finish(),
+            Self::Object { path, url, size, .. } => {
+                formatter.debug_tuple("Object").field(url).field(path).field(size).finish()
+            }
+        }
+    }
 }
 
 impl ArtifactReader {

@@ -188,6 +188,13 @@ async fn an_object_store_holds_artifacts_too() {
         let error = store.find(&image, KIND).await.expect_err("refused");
         assert!(error.to_string().contains(wanted) && !error.is_transient(), "{error}");
     }
+    let secrets = [("AZURE_STORAGE_ACCOUNT_NAME", "account"), ("AZURE_STORAGE_TOKEN", "secret")];
+    let azure = ArtifactStore::objects(
+        "az://container/x",
+        secrets.map(|(key, value)| (key.to_owned(), value.to_owned())),
+    );
+    let shown = format!("{:?}", azure.expect("a store"));
+    assert!(shown.contains("az://container/x") && !shown.contains("secret"), "{shown}");
     let error = ArtifactStore::objects("s3://key:secret@bucket?sig=secret", []).map(|_| ());
     assert!(!format!("{error:?}").contains("secret"), "{error:?}");
 }
