@@ -54,6 +54,7 @@ struct RawRegistry {
     docker_config: Option<PathBuf>,
     extra_ca: Vec<PathBuf>,
     connections_per_host: Option<usize>,
+    longest_retry_after_s: Option<u64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -128,6 +129,8 @@ pub(crate) struct Config {
     pub(crate) extra_ca: Vec<PathBuf>,
     /// Requests under way per registry host, over all images.
     pub(crate) connections_per_host: usize,
+    /// A registry that asks for a longer pause is reported as busy instead of waited for.
+    pub(crate) longest_retry_after: Duration,
     /// How long a blocked read waits for a registry that is away.
     pub(crate) outage_timeout: Duration,
     /// Fetch the rest of a streamed image in the background.
@@ -175,6 +178,7 @@ impl Config {
                 .or_else(|| docker_dir.map(|dir| dir.join("config.json"))),
             extra_ca: raw.registry.extra_ca,
             connections_per_host: raw.registry.connections_per_host.unwrap_or(8),
+            longest_retry_after: Duration::from_secs(raw.registry.longest_retry_after_s.unwrap_or(120)),
             outage_timeout: Duration::from_secs(raw.stream.outage_timeout_s.unwrap_or(600)),
             fill: raw.stream.fill.unwrap_or(true),
             store_limits: StoreLimits {

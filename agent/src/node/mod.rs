@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use sluice_blockfs::{BlockFs, ImageMount};
 use sluice_kernel::Abilities;
 use sluice_registry::artifact::{ArtifactStore, Kind};
-use sluice_registry::{Client, RegistryConfig};
+use sluice_registry::{Client, Limits, RegistryConfig};
 use sluice_store::Store;
 use sluice_stream::Scheduler;
 
@@ -84,13 +84,15 @@ struct Image {
 
 /// A registry client of this configuration.
 pub(crate) fn registry_client(config: &Config) -> Result<Client> {
-    Ok(Client::new(RegistryConfig {
+    let limits = Limits { longest_retry_after: config.longest_retry_after, ..Limits::default() };
+    let config = RegistryConfig {
         hosts_dir: config.hosts_dir.clone(),
         plain_http: config.plain_http.clone(),
         docker_config: config.docker_config.clone(),
         extra_ca: config.extra_ca.clone(),
         connections_per_host: config.connections_per_host,
-    })?)
+    };
+    Ok(Client::with_limits(config, limits)?)
 }
 
 /// Where stream indexes are kept: at `url`, in the configured object store, or beside the images.

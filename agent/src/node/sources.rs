@@ -15,7 +15,7 @@ use sluice_stream::{BlobSource, Lane, SourceError, StreamedLayer};
 use super::{INDEX_KIND, LAYER_ANNOTATION};
 
 fn source_error(error: &RegistryError) -> SourceError {
-    SourceError { message: error.to_string(), transient: error.is_transient() }
+    SourceError { message: error.to_string(), transient: error.may_pass() }
 }
 
 /// A layer blob in a registry.
