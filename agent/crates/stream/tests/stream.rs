@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::BoxStream;
+use sluice_image::index::embedded::EmbeddedToc;
 use sluice_image::index::{IndexOptions, LayerIndex, LayerIndexer, NoSink};
 use sluice_store::Store;
 use sluice_stream::{
@@ -187,4 +188,66 @@ async fn the_first_pull_keeps_a_layer_only_if_it_is_the_images() {
     let pulled = first_pull(&store, &scheduler, source(), &digest, &diff_id, |_| {}).await.expect("pull");
     assert!(pulled.layer.is_complete());
     assert_eq!(store.fsck().expect("fsck").problems, Vec::<String>::new());
+}
+
+/// A zstd:chunked layer: a frame for each file's content, other frames between them, the table at the end.
+fn chunked_sample() -> Sample {
+    let (mut layer, mut rows, mut contents) = (Vec::new(), Vec::new(), Vec::new());
+    for number in 0_u32..40 {
+        let len = if number % 3 == 0 { 800_000 } else { number * 531 + 1 };
+        let content: Vec<u8> =
+            (0..len).map(|at| ((at ^ number).wrapping_mul(2_654_435_761) >> 25) as u8).collect();
+        layer
+            .extend(zstd::bulk::compress(&vec![b'h'; 512 * (1 + number as usize % 3)], 3).expect("compress"));
+        let (offset, digest) = (layer.len(), digest_of(&content));
+        rows.push(format!(
+            r#"{{"type":"reg","name":"dir/file{number}","mode":420,"size":{len},"offset":{offset},"chunkDigest":"{digest}"}}"#
+        ));
+        layer.extend(zstd::bulk::compress(&content, 3).expect("compress"));
+        contents.push(content);
+    }
+    let text = format!(r#"{{"version":1,"entries":[{}]}}"#, rows.join(","));
+    let table = zstd::bulk::compress(text.as_bytes(), 3).expect("compress");
+    layer.extend([0x50, 0x2a, 0x4d, 0x18]);
+    layer.extend((table.len() as u32).to_le_bytes());
+    let position = format!("{}:{}:{}:1", layer.len(), table.len(), text.len());
+    let checksum = digest_of(&table);
+    layer.extend(&table);
+    let annotation = |key: &str| match key.strip_prefix("io.github.containers.zstd-chunked.") {
+        Some("manifest-position") => Some(position.as_str()),
+        Some("manifest-checksum") => Some(checksum.as_str()),
+        _ => None,
+    };
+    let toc = EmbeddedToc::find(annotation, layer.len() as u64, &[]).expect("right").expect("a table");
+    let index = toc.index(&table, &digest_of(&layer), &digest_of(b"not known")).expect("index");
+    assert!(index.spans().len() > 1, "{} spans", index.spans().len());
+    let mut content = Vec::new();
+    for (item, bytes) in index.toc().expect("toc").zip(contents) {
+        content.push((item.expect("item").chunks[0].store_offset.get(), bytes));
+    }
+    Sample { layer: layer.into(), index, content }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_is_streamed_by_its_own_table_of_contents() {
+    let (dir, sample) = (tempfile::tempdir().expect("dir"), chunked_sample());
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    let layer = streamed(&store, &sample, MemorySource(sample.layer.clone()), Duration::from_secs(5));
+    futures::future::join_all((0..4).map(|_| check(&layer, &sample))).await;
+    layer.fill().await.expect("fill");
+    assert!(layer.layer().is_complete());
+    assert_eq!(store.fsck().expect("fsck").problems, Vec::<String>::new());
+    // The same by the background fill alone, and with damaged bytes.
+    let dir = tempfile::tempdir().expect("dir");
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    let layer = streamed(&store, &sample, MemorySource(sample.layer.clone()), Duration::from_secs(5));
+    layer.fill().await.expect("fill");
+    check(&layer, &sample).await;
+    assert_eq!(store.fsck().expect("fsck").problems, Vec::<String>::new());
+    let dir = tempfile::tempdir().expect("dir");
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    let source = Faulty { blob: sample.layer.clone(), failures: AtomicU32::new(0), damage: true };
+    let layer = streamed(&store, &sample, source, Duration::from_secs(5));
+    let error = layer.fill().await.expect_err("filled");
+    assert!(matches!(error, StreamError::Corrupt { .. }), "{error}");
 }
