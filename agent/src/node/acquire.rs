@@ -18,6 +18,7 @@ use sluice_registry::{Client, Layer, ResolvedImage};
 use sluice_store::ImageRecord;
 use sluice_stream::first_pull;
 
+use super::embedded::embedded_index;
 use super::sources::RegistryBlob;
 use super::{INDEX_KIND, Image, LAYER_ANNOTATION, Node, TOC_ANNOTATION};
 use crate::api::{AcquireRequest, Acquired, Holder, Served};
@@ -269,6 +270,19 @@ impl Node {
         }
         if let Some(reason) = unsupported(&layer.media_type) {
             bail!("layer {}: {reason}", layer.digest);
+        }
+        match embedded_index(&self.registry, image, layer).await {
+            Ok(Some(index)) => {
+                let store = self.store.clone();
+                tokio::task::spawn_blocking(move || store.add_layer(&index)).await??;
+                progress(layer.size);
+                return Ok(None);
+            }
+            Ok(None) => {}
+            Err(error) => {
+                events.note(format!("layer {}'s own table of contents is not used: {error:#}", layer.digest));
+                tracing::warn!(layer = layer.digest, error = format!("{error:#}"), "embedded table refused");
+            }
         }
         let blob = Arc::new(RegistryBlob(self.registry.blob(&image.reference, &layer.digest, layer.size)));
         let pull =

@@ -1,6 +1,7 @@
 //! The node: images in use, their layers, and everything the crates do for them, wired together.
 
 mod acquire;
+mod embedded;
 mod layers;
 mod recover;
 mod sources;
@@ -22,6 +23,7 @@ use crate::api::{FsckReport, GcReport, Holder, PullReport, Served};
 use crate::config::Config;
 use crate::daemon::EventSender;
 pub(crate) use acquire::{read_index, unsupported};
+pub(crate) use embedded::embedded_index;
 use layers::NodeLayer;
 
 /// Background fetches under way on a node at once.
