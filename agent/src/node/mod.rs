@@ -2,6 +2,7 @@
 
 mod acquire;
 mod block_server;
+mod embedded;
 mod kept;
 mod layers;
 mod recover;
@@ -29,6 +30,7 @@ use crate::daemon::EventSender;
 use crate::journal::Journal;
 pub(crate) use acquire::{read_index, unsupported};
 pub(crate) use block_server::socket as block_socket;
+pub(crate) use embedded::embedded_index;
 use layers::NodeLayer;
 pub(crate) use snapshots::NodeImages;
 
