@@ -7,6 +7,7 @@ mod bench;
 mod containerd;
 mod demo;
 mod image_maker;
+mod install;
 mod measure;
 mod oracle;
 mod packages;
@@ -42,6 +43,10 @@ enum Command {
     },
     /// Compare `sluice mount` with `umoci unpack`, path by path
     Oracle,
+    /// Install Sluice on this node: program, configuration, units, containerd's proxy plugin
+    Install(install::Args),
+    /// Undo what `install` did
+    Uninstall(install::Args),
     /// Check dependency directions, file headers and other house rules
     Tidy,
 }
@@ -58,6 +63,8 @@ fn main() -> Result<()> {
         Command::Test { filter } => test::test(filter.as_deref()),
         Command::Bench { bench: Bench::Start(args) } => bench::start(&args),
         Command::Oracle => oracle::oracle(),
+        Command::Install(args) => install::install(&args),
+        Command::Uninstall(args) => install::uninstall(&args),
         Command::Tidy => tidy::tidy(),
     }
 }
