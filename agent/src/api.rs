@@ -42,6 +42,13 @@ pub(crate) struct ReleaseRequest {
     pub(crate) holder: Holder,
 }
 
+/// `POST /v1/stop`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct StopRequest {
+    /// Unmount images in use instead of leaving them to the next daemon.
+    pub(crate) drain: bool,
+}
+
 /// How an image's files are served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -108,7 +108,7 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Switch streaming of new images on or off; containers that run are left alone
+    /// Switch streaming of new images on or off, or end all that is streamed
     Node {
         #[command(subcommand)]
         action: NodeAction,
@@ -119,8 +119,11 @@ pub(crate) enum Command {
         #[arg(long, hide = true)]
         announce: bool,
     },
-    /// Stop the daemon; mounts that depend on it end with it
+    /// Stop the daemon; containers go on, and reads of what is not local wait for the next one
     Stop,
+    /// Serve block files, whichever daemon comes and goes
+    #[command(hide = true)]
+    BlockServer,
     /// Serve a directory of OCI layouts as a registry
     Registry(RegistryArgs),
     /// Write the man pages into a directory
@@ -219,6 +222,8 @@ pub(crate) enum NodeAction {
     Disable,
     /// Tell whether new images are streamed
     Status,
+    /// Unmount all images and stop the daemon: what still reads an image that is not local fails
+    Drain,
 }
 
 #[derive(Debug, Subcommand)]

@@ -19,6 +19,8 @@ use crate::daemon;
 #[derive(Debug)]
 pub(crate) struct Client {
     http: reqwest::Client,
+    /// How to start a daemon, should the one that was there end before it was asked.
+    starter: Option<(Arc<Config>, Global)>,
     /// Ends with the client.
     standalone: Option<daemon::Running>,
 }
@@ -34,7 +36,8 @@ impl Client {
             }
             None
         };
-        Ok(Self { http: http_client(config)?, standalone })
+        let starter = standalone.is_none().then(|| (Arc::clone(config), global.clone()));
+        Ok(Self { http: http_client(config)?, starter, standalone })
     }
 
     /// Connects to a daemon that runs, or says that none does.
@@ -42,7 +45,7 @@ impl Client {
         if !Self::alive(config).await {
             return Ok(None);
         }
-        Ok(Some(Self { http: http_client(config)?, standalone: None }))
+        Ok(Some(Self { http: http_client(config)?, starter: None, standalone: None }))
     }
 
     async fn alive(config: &Config) -> bool {
@@ -61,13 +64,15 @@ impl Client {
         body: &impl Serialize,
         mut on_event: impl FnMut(&Event),
     ) -> Result<A> {
-        let response = self
-            .http
-            .post(format!("http://sluice/v1/{path}"))
-            .json(body)
-            .send()
-            .await
-            .context("the daemon does not answer; see its log in the state directory")?;
+        let request = || self.http.post(format!("http://sluice/v1/{path}")).json(body).send();
+        let mut response = request().await;
+        if let (Err(error), Some((config, global))) = (&response, &self.starter)
+            && error.is_connect()
+        {
+            start_daemon(config, global)?;
+            response = request().await;
+        }
+        let response = response.context("the daemon does not answer; see its log in the state directory")?;
         let mut lines = LineBuffer::default();
         let mut body = response.bytes_stream();
         while let Some(piece) = body.next().await {
@@ -90,7 +95,7 @@ impl Client {
     /// Ends an in-process daemon in good order.
     pub(crate) async fn close(self) -> Result<()> {
         match self.standalone {
-            Some(running) => running.stop().await,
+            Some(running) => running.stop(true).await,
             None => Ok(()),
         }
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
+use sluice_blockfs::{Choice, Options, Way};
 
 use crate::cli::Global;
 
@@ -26,6 +27,7 @@ struct RawConfig {
     registry: RawRegistry,
     stream: RawStream,
     store: RawStore,
+    blocks: RawBlocks,
     images: RawImages,
     containerd: RawContainerd,
 }
@@ -67,6 +69,41 @@ struct RawStore {
     memory_budget_mib: Option<u64>,
 }
 
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawBlocks {
+    way: RawWay,
+    queue_depth: Option<u16>,
+    patience_s: Option<u64>,
+}
+
+/// How the kernel's reads reach us.
+#[derive(Debug, Default, Clone, Copy, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum RawWay {
+    /// io_uring where the kernel has it.
+    #[default]
+    Auto,
+    IoUring,
+    Classic,
+}
+
+impl RawBlocks {
+    fn resolve(&self) -> Options {
+        let default = Options::default();
+        Options {
+            choice: match self.way {
+                RawWay::Auto => Choice::Auto,
+                RawWay::IoUring => Choice::Only(Way::IoUring),
+                RawWay::Classic => Choice::Only(Way::Classic),
+            },
+            queue_depth: self.queue_depth.unwrap_or(default.queue_depth),
+            patience: self.patience_s.map_or(default.patience, Duration::from_secs),
+            ..default
+        }
+    }
+}
+
 /// The resolved configuration of this process.
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
@@ -94,6 +131,10 @@ pub(crate) struct Config {
     pub(crate) fill: bool,
     /// Bytes of verified content kept in memory until written.
     pub(crate) memory_budget_bytes: u64,
+    /// How block files are served.
+    pub(crate) blocks: Options,
+    /// The file that all this comes from.
+    pub(crate) file: Option<PathBuf>,
     /// Stream new images at all.
     pub(crate) streaming_enabled: bool,
     /// Patterns of references that may be streamed.
@@ -134,6 +175,8 @@ impl Config {
             outage_timeout: Duration::from_secs(raw.stream.outage_timeout_s.unwrap_or(600)),
             fill: raw.stream.fill.unwrap_or(true),
             memory_budget_bytes: raw.store.memory_budget_mib.unwrap_or(24) << 20,
+            blocks: raw.blocks.resolve(),
+            file: global.config.clone(),
             streaming_enabled: raw.stream.enabled.unwrap_or(true),
             allow: raw.images.allow.unwrap_or_else(|| vec!["*".to_owned()]),
             deny: raw.images.deny,

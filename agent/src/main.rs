@@ -20,8 +20,13 @@ use crate::config::Config;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     start_log(&cli);
+    if matches!(cli.command, Command::Daemon { .. }) {
+        sluice_kernel::process::return_freed_memory();
+    }
     match run(cli) {
         Ok(code) => code,
+        // As a shell reports SIGPIPE.
+        Err(error) if error.is::<commands::Unheard>() => ExitCode::from(141),
         Err(error) => {
             tracing::debug!(?error, "command failed");
             anstream_error(&error);

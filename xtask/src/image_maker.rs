@@ -31,17 +31,12 @@ pub(crate) const RECIPES: [Recipe; 3] = [
     },
     Recipe {
         name: "medium",
-        layers: &[&["python3"], &["python3-numpy"]],
+        layers: &[&["python3"], &["python3-numpy"], &["git"]],
         command: &["python3", "-c", "import numpy; print('ready', numpy.arange(10).sum())"],
     },
     Recipe {
         name: "large",
-        layers: &[
-            &["python3"],
-            &["python3-numpy"],
-            &["python3-scipy", "clang"],
-            &["default-jdk-headless", "libreoffice-core"],
-        ],
+        layers: &[&["python3"], &["python3-numpy"], &["python3-scipy", "clang"], &["default-jdk-headless"]],
         command: &["python3", "-c", "import numpy; print('ready', numpy.arange(10).sum())"],
     },
 ];
@@ -103,7 +98,10 @@ fn base(progress: &ProgressBar) -> Result<PathBuf> {
         output(Command::new("sh").args(["-c", ". /etc/os-release; echo ${VERSION_CODENAME:-stable}"]))?;
     output(Command::new("debootstrap").args(["--variant=minbase", suite.trim()]).arg(&staged))
         .context("debootstrap failed")?;
-    script("rm -rf \"$1\"/var/cache/apt/archives/*.deb \"$1\"/var/lib/apt/lists/*", &[&staged])?;
+    script(
+        "rm -rf \"$1\"/var/cache/apt/archives/*.deb; find \"$1\"/var/lib/apt/lists -type f -delete",
+        &[&staged],
+    )?;
     fs::rename(&staged, &base)?;
     Ok(base)
 }
@@ -123,7 +121,8 @@ fn install(work: &Path, number: usize, lower: &[PathBuf], packages: &[&str]) -> 
         printf '#!/bin/sh\\nexit 101\\n' > \"$0\"/usr/sbin/policy-rc.d; chmod 755 \"$0\"/usr/sbin/policy-rc.d
         chroot \"$0\" apt-get -qq update
         chroot \"$0\" apt-get -qq -y --no-install-recommends install \"$@\"
-        rm -rf \"$0\"/var/cache/apt/*.bin \"$0\"/var/cache/apt/archives/*.deb \"$0\"/var/lib/apt/lists/* \"$0\"/usr/sbin/policy-rc.d";
+        rm -rf \"$0\"/var/cache/apt/*.bin \"$0\"/var/cache/apt/archives/*.deb \"$0\"/usr/sbin/policy-rc.d
+        find \"$0\"/var/lib/apt/lists -type f -delete";
     let installed = output(
         Command::new("sh")
             .arg("-euc")

@@ -6,6 +6,7 @@
 mod bench;
 mod containerd;
 mod demo;
+mod ebpf;
 mod image_maker;
 mod install;
 mod measure;
@@ -41,6 +42,8 @@ enum Command {
         #[command(subcommand)]
         bench: Bench,
     },
+    /// Build the eBPF programs, and install what that needs
+    Ebpf,
     /// Compare `sluice mount` with `umoci unpack`, path by path
     Oracle,
     /// Install Sluice on this node: program, configuration, units, containerd's proxy plugin
@@ -62,6 +65,7 @@ fn main() -> Result<()> {
         Command::Demo(args) => demo::demo(&args),
         Command::Test { filter } => test::test(filter.as_deref()),
         Command::Bench { bench: Bench::Start(args) } => bench::start(&args),
+        Command::Ebpf => ebpf::build().map(|object| println!("{}", object.display())),
         Command::Oracle => oracle::oracle(),
         Command::Install(args) => install::install(&args),
         Command::Uninstall(args) => install::uninstall(&args),

@@ -1,14 +1,16 @@
 //! `cargo xtask oracle`: what `sluice mount` shows beside what `umoci unpack` makes of the same image.
 //!
-//! Two trees are walked side by side: types, modes, owners, times, sizes, links, contents, extended attributes. The image is
-//! a Debian one plus layers with whiteouts, an opaque directory, a capability and a hard link into a lower layer.
+//! Two trees are walked side by side: types, modes, owners, times, sizes, links, contents, extended attributes. One image is
+//! Python's; another a Debian one plus many layers with whiteouts, an opaque directory, a capability and a hard link into a lower
+//! layer. They come from the embedded registry and from Debian's, as OCI and Docker images, with gzip and zstd.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, Metadata};
 use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -32,52 +34,175 @@ for layer in a b c; do
 done
 tar --delete -f c.tar ./opt/deep/large
 for layer in a b c; do umoci raw add-layer --image "$2:latest" $layer.tar; done
+for number in $(seq 30); do
+  mkdir -p d/srv/$number; echo $number > d/srv/$number/file; echo $number > d/srv/last
+  tar --format=gnu --numeric-owner --sort=name -C d -cf d.tar .; umoci raw add-layer --image "$2:latest" d.tar; rm -r d
+done
 "#;
+
+/// Where an image is served from, in which form.
+const VARIANTS: [(&str, Form); 5] = [
+    ("many", Form::Embedded),
+    ("many", Form::Pushed { options: &["--dest-compress-format", "zstd"], media_type: "tar+zstd" }),
+    (
+        "many",
+        Form::Pushed { options: &["--format", "v2s2"], media_type: "docker.image.rootfs.diff.tar.gzip" },
+    ),
+    ("medium", Form::Embedded),
+    ("medium", Form::Pushed { options: &["--format", "oci"], media_type: "image.layer.v1.tar+gzip" }),
+];
+
+#[derive(Debug, Clone, Copy)]
+enum Form {
+    /// In the embedded registry, as made.
+    Embedded,
+    /// In Debian's docker-registry, as skopeo pushes it with these options, and what that makes of its layers.
+    Pushed { options: &'static [&'static str], media_type: &'static str },
+}
+
+impl std::fmt::Display for Form {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Embedded => f.write_str("embedded registry"),
+            Self::Pushed { media_type, .. } => write!(f, "docker-registry, {media_type}"),
+        }
+    }
+}
 
 /// Compares all variants; fails with the differences found.
 pub(crate) fn oracle() -> Result<()> {
     packages::install(&packages::RUNTIME)?;
     packages::install(&packages::TESTS)?;
-    let binary = sluice::build()?;
-    let images = image_maker::make(image_maker::recipe("small")?)?;
+    let binary = sluice::build_for_tests()?;
     let work = target().join("sluice-oracle");
     if work.exists() {
         fs::remove_dir_all(&work)
             .context("cannot remove an earlier comparison; is something mounted in it?")?;
     }
-    let (served, layers) = (work.join("images"), work.join("layers"));
+    let served = work.join("images");
     fs::create_dir_all(&served)?;
-    fs::create_dir_all(&layers)?;
-    let gzip = served.join("gzip");
-    script("cp -a \"$1\" \"$2\"", &[&images.join("small"), &gzip])?;
-    script(LAYERS, &[&layers, &gzip])?;
-    let at = |path: &Path| format!("oci:{}:latest", path.display());
-    let zstd = at(&served.join("zstd"));
-    output(Command::new("skopeo").args(["copy", "--dest-compress-format", "zstd", &at(&gzip), &zstd]))?;
-    let image = format!("{}:latest", gzip.display());
-    output(Command::new("umoci").args(["unpack", "--image", &image]).arg(work.join("bundle")))?;
-    let registry = Registry::start(&binary, &served, "10gbit", "0ms")?;
-    for variant in ["gzip", "zstd"] {
-        let differences = compare(&binary, &work, &registry.image(variant))?;
+    make_images(&work, &served)?;
+    let embedded = Registry::start(&binary, &served, "10gbit", "0ms")?;
+    let docker = DockerRegistry::start(&work)?;
+    for (number, (name, form)) in VARIANTS.into_iter().enumerate() {
+        let image = match form {
+            Form::Embedded => embedded.image(name),
+            Form::Pushed { options, media_type } => {
+                docker.push(&served.join(name), &format!("{name}-{number}"), options, media_type)?
+            }
+        };
+        let differences = compare(&binary, &work, &work.join(name).join("rootfs"), &image)?;
         if !differences.is_empty() {
-            bail!("{variant}: {} differences\n{}", differences.len(), differences.join("\n"));
+            bail!("{name}, {form}: {} differences\n{}", differences.len(), differences.join("\n"));
         }
-        println!("{variant}: the mount equals what umoci unpacked");
+        println!(
+            "oracle: {name}, {form}: the mount equals what umoci unpacked, dpkg finds its files as they were"
+        );
     }
-    drop(registry);
+    drop((embedded, docker));
     fs::remove_dir_all(&work).context("cannot remove what was compared")
 }
 
-fn compare(binary: &Path, work: &Path, image: &str) -> Result<Vec<String>> {
+/// The images of the comparison, and beside them what umoci makes of each.
+fn make_images(work: &Path, served: &Path) -> Result<()> {
+    let layers = work.join("layers");
+    fs::create_dir_all(&layers)?;
+    for (name, recipe) in [("many", "small"), ("medium", "medium")] {
+        let images = image_maker::make(image_maker::recipe(recipe)?)?;
+        let layout = served.join(name);
+        script("cp -a \"$1\" \"$2\"", &[&images.join(recipe), &layout])?;
+        if name == "many" {
+            script(LAYERS, &[&layers, &layout])?;
+        }
+        let image = format!("{}:latest", layout.display());
+        output(Command::new("umoci").args(["unpack", "--image", &image]).arg(work.join(name)))?;
+    }
+    Ok(())
+}
+
+/// Debian's docker-registry, which has no referrers API. Stopped when dropped.
+#[derive(Debug)]
+struct DockerRegistry {
+    child: Child,
+    address: String,
+}
+
+impl DockerRegistry {
+    fn start(work: &Path) -> Result<Self> {
+        // The port is free when the listener is gone; the registry takes no port 0.
+        let address = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+        let config = work.join("docker-registry.yml");
+        let root = work.join("docker-registry");
+        fs::write(
+            &config,
+            format!(
+                "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {root:?}}}}}\nhttp: {{addr: {address:?}}}\n"
+            ),
+        )?;
+        let log = File::create(work.join("docker-registry.log"))?;
+        let child = Command::new("docker-registry")
+            .arg("serve")
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("cannot start docker-registry")?;
+        let registry = Self { child, address };
+        let start = Instant::now();
+        while std::net::TcpStream::connect(&registry.address).is_err() {
+            if start.elapsed() > Duration::from_secs(20) {
+                bail!("docker-registry does not listen on {}", registry.address);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(registry)
+    }
+
+    /// Pushes a layout's image by skopeo; its reference.
+    fn push(&self, layout: &Path, name: &str, options: &[&str], media_type: &str) -> Result<String> {
+        let image = format!("{}/{name}:latest", self.address);
+        output(
+            Command::new("skopeo")
+                .args(["copy", "--quiet", "--dest-tls-verify=false"])
+                .args(options)
+                .arg(format!("oci:{}:latest", layout.display()))
+                .arg(format!("docker://{image}")),
+        )?;
+        let manifest = output(Command::new("skopeo").args([
+            "inspect",
+            "--raw",
+            "--tls-verify=false",
+            &format!("docker://{image}"),
+        ]))?;
+        if !manifest.contains(media_type) {
+            bail!("skopeo {options:?} made no {media_type} of {name}");
+        }
+        Ok(image)
+    }
+}
+
+impl Drop for DockerRegistry {
+    fn drop(&mut self) {
+        if let Err(error) = self.child.kill().and_then(|()| self.child.wait()) {
+            eprintln!("cannot stop docker-registry: {error}");
+        }
+    }
+}
+
+fn compare(binary: &Path, work: &Path, wanted: &Path, image: &str) -> Result<Vec<String>> {
     let sluice = Sluice::new(binary, &work.join("sluice"), "")?;
     let mount = work.join("mount");
     fs::create_dir_all(&mount)?;
     let dir = mount.to_string_lossy();
-    sluice.run(&["index", "--store", &format!("file://{}", work.join("indexes").display()), image])?;
+    sluice.run(&["index", image])?;
     sluice.run(&["mount", image, &dir])?;
-    let differences = trees(&work.join("bundle/rootfs"), &mount);
+    let differences = trees(wanted, &mount);
     sluice.run(&["umount", &dir])?;
-    differences
+    let mut differences = differences?;
+    let verified = sluice.run(&["run", image, "dpkg", "--verify"])?;
+    differences.extend(verified.lines().map(|line| format!("dpkg --verify: {line}")));
+    Ok(differences)
 }
 
 /// Differences between two trees, one line each.
@@ -158,7 +283,7 @@ fn same_content(one: &Path, other: &Path) -> Result<bool> {
 
 /// All extended attributes below a directory, one path's in one item.
 fn attributes(root: &Path) -> Result<BTreeSet<String>> {
-    let dump = script("cd \"$1\" && getfattr -R -P -d -m - -e hex .", &[root])?;
+    let dump = script("cd \"$1\" && getfattr -R -P -h -d -m - -e hex .", &[root])?;
 
     Ok(dump.split("\n\n").map(str::trim).filter(|item| !item.is_empty()).map(str::to_owned).collect())
 }

@@ -11,12 +11,19 @@ use crate::run::{output, show, target, top};
 
 /// Builds the release binary; its path.
 pub(crate) fn build() -> Result<PathBuf> {
+    crate::ebpf::build()?;
     show(
         Command::new("cargo")
             .args(["build", "--release", "--quiet", "--package", "sluice"])
             .current_dir(top()),
     )?;
     Ok(target().join("release/sluice"))
+}
+
+/// Builds the binary that tests use; its path.
+pub(crate) fn build_for_tests() -> Result<PathBuf> {
+    show(Command::new("cargo").args(["build", "--quiet", "--package", "sluice"]).current_dir(top()))?;
+    Ok(target().join("debug/sluice"))
 }
 
 /// `sluice` with a store and a state directory of its own. Its daemon is stopped when this is dropped.
@@ -66,7 +73,7 @@ impl Sluice {
     /// Stops the daemon and removes everything.
     pub(crate) fn forget(&self) -> Result<()> {
         if self.dir.join("config.toml").exists() {
-            self.run(&["stop"])?;
+            self.run(&["node", "drain"])?;
         }
         // The daemon answers before it ends: its lock says when it is gone.
         let lock = self.dir.join("root/lock");

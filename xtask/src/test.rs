@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use crate::run::{show, top};
-use crate::{packages, tidy};
+use crate::{ebpf, oracle, packages, tidy};
 
 /// Installs what tests need and runs them; root, FUSE and loop devices are needed.
 pub(crate) fn test(filter: Option<&str>) -> Result<()> {
@@ -16,11 +16,12 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
     packages::install(&packages::RUNTIME)?;
     packages::install(&packages::TESTS)?;
     tidy::tidy()?;
-    show(Command::new("cargo").args(["build", "--package", "sluice"]).current_dir(top()))?;
+    ebpf::build()?;
     let mut command = Command::new("cargo");
     command.args(["test", "--workspace", "--no-fail-fast"]).current_dir(top());
     if let Some(filter) = filter {
         command.arg(filter);
     }
-    show(&mut command)
+    show(&mut command)?;
+    if filter.is_none() { oracle::oracle() } else { Ok(()) }
 }

@@ -17,9 +17,9 @@ use crate::node::{
 pub(crate) async fn check(config: &Arc<Config>, name: &str, store: Option<String>) -> Result<ExitCode> {
     let registry = registry_client(config)?;
     let image = registry.resolve(&Client::parse(name)?).await?;
-    println!("{} {}", image.reference, image.manifest_digest);
+    say!("{} {}", image.reference, image.manifest_digest);
     if let Some(reason) = cannot_stream() {
-        println!("node: {reason}; images are pulled the ordinary way");
+        say!("node: {reason}; images are pulled the ordinary way");
     }
     let store = artifact_store(config, store.as_deref(), &registry)?;
     let blobs = store.find(&image, INDEX_KIND).await?.unwrap_or_default();
@@ -56,8 +56,8 @@ pub(crate) async fn check(config: &Arc<Config>, name: &str, store: Option<String
             },
         };
         all &= streams;
-        println!("{} {:>10}  {verdict}", layer.digest.get(..19).unwrap_or(&layer.digest), size(layer.size));
+        say!("{} {:>10}  {verdict}", layer.digest.get(..19).unwrap_or(&layer.digest), size(layer.size));
     }
-    println!("{}", if all { "streamable" } else { "not streamable yet; `sluice index` makes it so" });
+    say!("{}", if all { "streamable" } else { "not streamable yet; `sluice index` makes it so" });
     Ok(ExitCode::from(u8::from(!all)))
 }

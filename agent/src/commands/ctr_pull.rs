@@ -40,8 +40,8 @@ pub(crate) async fn pull(config: &Arc<Config>, args: CtrPullArgs) -> Result<()> 
         .pull(&plan, &source, &mut |text| eprintln!("sluice: {text}"))
         .await
         .with_context(|| format!("cannot pull {} into containerd", plan.reference))?;
-    println!("{} {}", plan.reference, plan.manifest_digest);
-    println!(
+    say!("{} {}", plan.reference, plan.manifest_digest);
+    say!(
         "{} layers: {} streamed, {} there before, {} downloaded",
         plan.layers.len(),
         report.served,

@@ -1,36 +1,47 @@
-//! `sluice daemon` and `sluice stop`.
+//! `sluice daemon`, `sluice stop`, `sluice node drain`, and the server of block files.
 
 use std::io::Write;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
+use crate::api::StopRequest;
 use crate::client::Client;
 use crate::config::Config;
-use crate::daemon;
+use crate::daemon::{self, Stop};
 
 /// Serves until told to stop by a signal or by `sluice stop`.
 pub(crate) async fn serve(config: Arc<Config>, announce: bool) -> Result<()> {
     let running = daemon::start(config).await?;
     if announce {
-        let mut stdout = std::io::stdout();
-        writeln!(stdout, "ready")
-            .and_then(|()| stdout.flush())
-            .context("nobody listens to the announcement")?;
+        say_ready()?;
     }
-    tokio::select! {
-        interrupted = super::interrupted() => interrupted?,
-        () = running.asked_to_stop() => {}
-    }
-    tracing::info!("stopping");
-    running.stop().await
+    let how = tokio::select! {
+        interrupted = super::interrupted() => interrupted.map(|()| Stop::Leave)?,
+        how = running.asked_to_stop() => how,
+    };
+    tracing::info!(?how, "stopping");
+    running.stop(how == Stop::Drain).await
 }
 
-/// Asks the daemon to stop and waits until its socket is closed.
-pub(crate) async fn stop(config: &Config) -> Result<()> {
+/// Serves block files until their file system is unmounted.
+pub(crate) fn serve_blocks(config: &Config) -> Result<()> {
+    let socket = crate::node::block_socket(config);
+    Ok(sluice_blockfs::serve(&config.state.join("blocks"), &socket, config.blocks, || {
+        say_ready().map_err(std::io::Error::other)
+    })?)
+}
+
+fn say_ready() -> Result<()> {
+    let mut stdout = std::io::stdout();
+    writeln!(stdout, "ready").and_then(|()| stdout.flush()).context("nobody listens to the announcement")
+}
+
+/// Asks the daemon to stop. Images in use are left to the next one, or unmounted with `drain`.
+pub(crate) async fn stop(config: &Config, drain: bool) -> Result<()> {
     let Some(client) = Client::connect_running(config).await? else {
-        println!("no daemon runs on {}", config.socket().display());
+        say!("no daemon runs on {}", config.socket().display());
         return Ok(());
     };
-    client.ask("stop", &()).await
+    client.ask("stop", &StopRequest { drain }).await
 }

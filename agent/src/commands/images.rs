@@ -19,7 +19,7 @@ pub(crate) async fn pull(config: &Arc<Config>, global: &Global, image: String) -
         client.follow("pull", &request, |event| progress.show(event)).await
     })
     .await?;
-    println!("{} {} ({} bytes local)", report.reference, report.manifest_digest, report.bytes_local);
+    say!("{} {} ({} bytes local)", report.reference, report.manifest_digest, report.bytes_local);
     Ok(())
 }
 
@@ -34,7 +34,7 @@ pub(crate) async fn remove(config: &Arc<Config>, global: &Global, image: String)
 /// Frees what nothing needs.
 pub(crate) async fn gc(config: &Arc<Config>, global: &Global) -> Result<()> {
     let report: GcReport = with_client(config, global, async |client| client.ask("gc", &()).await).await?;
-    println!("{} layers removed, {} bytes freed", report.layers_removed, report.bytes_freed);
+    say!("{} layers removed, {} bytes freed", report.layers_removed, report.bytes_freed);
     Ok(())
 }
 
@@ -43,9 +43,9 @@ pub(crate) async fn fsck(config: &Arc<Config>, global: &Global) -> Result<ExitCo
     let report: FsckReport =
         with_client(config, global, async |client| client.ask("fsck", &()).await).await?;
     for problem in &report.problems {
-        println!("{problem}");
+        say!("{problem}");
     }
-    println!(
+    say!(
         "{} layers, {} chunks checked, {} problems",
         report.layers,
         report.chunks_checked,

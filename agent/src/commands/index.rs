@@ -51,9 +51,9 @@ pub(crate) async fn build(config: &Arc<Config>, args: IndexArgs) -> Result<()> {
         .try_collect()
         .await?;
     drop(progress);
-    print_indexes(&indexes);
+    print_indexes(&indexes)?;
     let bytes: u64 = indexes.iter().map(|(_, index)| index.blob().len() as u64).sum();
-    println!(
+    say!(
         "{} of layers indexed in {:.1} s; index {} ({:.2} %)",
         size(total),
         start.elapsed().as_secs_f64(),
@@ -61,12 +61,12 @@ pub(crate) async fn build(config: &Arc<Config>, args: IndexArgs) -> Result<()> {
         bytes as f64 * 100.0 / total.max(1) as f64
     );
     if args.dry_run {
-        println!("dry run: nothing published");
+        say!("dry run: nothing published");
         return Ok(());
     }
     let blobs = indexes.iter().map(|(digest, index)| index_blob(digest, index)).collect();
     let digest = store.publish(&image, INDEX_KIND, blobs).await?;
-    println!("published {digest} for {}", image.manifest_digest);
+    say!("published {digest} for {}", image.manifest_digest);
     Ok(())
 }
 
@@ -137,21 +137,26 @@ pub(crate) async fn show(config: &Arc<Config>, name: &str, store: Option<String>
             Some((blob, reader)) => {
                 indexes.push((layer.digest.clone(), read_index(layer, blob, reader).await?))
             }
-            None => println!("layer {}: not in the index", layer.digest),
+            None => say!("layer {}: not in the index", layer.digest),
         }
     }
-    print_indexes(&indexes);
-    Ok(())
+    print_indexes(&indexes)
 }
 
-fn print_indexes(indexes: &[(String, LayerIndex)]) {
-    println!(
+fn print_indexes(indexes: &[(String, LayerIndex)]) -> Result<()> {
+    say!(
         "{:<20} {:>10} {:>10} {:>8} {:>8} {:>7} {:>10}  RANDOM",
-        "LAYER", "SIZE", "TAR", "ENTRIES", "CHUNKS", "SPANS", "INDEX"
+        "LAYER",
+        "SIZE",
+        "TAR",
+        "ENTRIES",
+        "CHUNKS",
+        "SPANS",
+        "INDEX"
     );
     for (digest, index) in indexes {
         let header = index.header();
-        println!(
+        say!(
             "{:<20} {:>10} {:>10} {:>8} {:>8} {:>7} {:>10}  {}",
             digest.get(..20).unwrap_or(digest),
             size(header.layer_size.get()),
@@ -163,4 +168,5 @@ fn print_indexes(indexes: &[(String, LayerIndex)]) {
             if index.random_access() { "yes" } else { "no" }
         );
     }
+    Ok(())
 }

@@ -1,5 +1,12 @@
 //! The commands, each a thin translation between the terminal and the crates.
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "commands speak to a terminal")]
+#![allow(clippy::print_stderr, reason = "commands speak to a terminal")]
+
+/// Writes a line to standard output; returns early when nobody listens any more.
+macro_rules! say {
+    ($($text:tt)*) => {
+        $crate::commands::write_line(format_args!($($text)*))?
+    };
+}
 
 mod check;
 mod ctr_pull;
@@ -15,6 +22,7 @@ mod run;
 mod shell;
 mod status;
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -27,6 +35,25 @@ pub(crate) use status::size;
 use crate::cli::{Cli, Command, IndexAction};
 use crate::client::Client;
 use crate::config::Config;
+
+/// Standard output was closed: `sluice status | head` is no failure to speak of.
+#[derive(Debug)]
+pub(crate) struct Unheard;
+
+impl std::fmt::Display for Unheard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("standard output was closed")
+    }
+}
+
+impl std::error::Error for Unheard {}
+
+fn write_line(text: std::fmt::Arguments<'_>) -> Result<()> {
+    match writeln!(std::io::stdout().lock(), "{text}") {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Err(Unheard.into()),
+        written => written.context("cannot write to standard output"),
+    }
+}
 
 /// Runs one command; its exit code is the process's.
 pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
@@ -51,7 +78,8 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
         Command::Events { follow, json } => events::events(&config, follow, json).await?,
         Command::Node { action } => node::node(&config, action).await?,
         Command::Daemon { announce } => daemon::serve(config, announce).await?,
-        Command::Stop => daemon::stop(&config).await?,
+        Command::Stop => daemon::stop(&config, false).await?,
+        Command::BlockServer => daemon::serve_blocks(&config)?,
         Command::Registry(args) => registry::serve(args).await?,
         Command::Man { dir } => shell::man(&dir)?,
         Command::Completions { shell } => shell::completions(shell),

@@ -32,7 +32,7 @@ pub(crate) async fn mount(
             client.ask::<()>("release", &ReleaseRequest { holder: holder.clone() }).await?;
             return Err(error).with_context(|| format!("cannot mount {image} on {}", dir.display()));
         }
-        println!("{}", acquired.manifest_digest);
+        say!("{}", acquired.manifest_digest);
         if global.standalone {
             super::interrupted().await?;
             unmount(&dir)?;

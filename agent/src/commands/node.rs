@@ -1,4 +1,4 @@
-//! `sluice node`: the switch for new images.
+//! `sluice node`: the switch for new images, and the end of all.
 
 use anyhow::{Result, bail};
 
@@ -9,21 +9,24 @@ use crate::config::Config;
 
 /// Asks the daemon, and prints what is so now.
 pub(crate) async fn node(config: &Config, action: NodeAction) -> Result<()> {
+    if action == NodeAction::Drain {
+        return super::daemon::stop(config, true).await;
+    }
     let Some(client) = Client::connect_running(config).await? else {
         bail!("no daemon runs on {}; `sluice daemon` starts one", config.socket().display());
     };
     let request = match action {
         NodeAction::Enable => NodeRequest::Enable,
         NodeAction::Disable => NodeRequest::Disable,
-        NodeAction::Status => NodeRequest::Status,
+        NodeAction::Status | NodeAction::Drain => NodeRequest::Status,
     };
     let status: NodeStatus = client.ask("node", &request).await?;
     match &status.reason {
-        None => println!("streaming: on"),
-        Some(reason) => println!("streaming: off ({reason})"),
+        None => say!("streaming: on"),
+        Some(reason) => say!("streaming: off ({reason})"),
     }
-    println!("images in use: {}", status.images_in_use);
-    println!("snapshotter: {}", status.snapshotter.display());
+    say!("images in use: {}", status.images_in_use);
+    say!("snapshotter: {}", status.snapshotter.display());
     if action == NodeAction::Enable && !status.streaming {
         bail!("new images are still pulled the ordinary way");
     }

@@ -19,7 +19,7 @@ pub(crate) async fn serve(args: RegistryArgs) -> Result<()> {
         referrers_api: !args.no_referrers_api,
     })
     .await?;
-    println!("listening on {}", server.address());
+    say!("listening on {}", server.address());
     super::interrupted().await?;
     server.stop();
     Ok(())

@@ -35,7 +35,10 @@ pub(crate) async fn run(config: &Arc<Config>, global: &Global, args: RunArgs) ->
         let acquired: Acquired = client.follow("acquire", &request, |event| progress.show(event)).await?;
         drop(progress);
         let code = contain(config, &args, &spec, runtime.clone(), &acquired).await;
-        client.ask::<()>("release", &ReleaseRequest { holder: holder.clone() }).await?;
+        // The image is released with this process anyway, by whatever daemon there is then.
+        if let Err(error) = client.ask::<()>("release", &ReleaseRequest { holder: holder.clone() }).await {
+            tracing::debug!(error = format!("{error:#}"), "the daemon is away");
+        }
         code
     })
     .await

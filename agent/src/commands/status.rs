@@ -20,12 +20,12 @@ pub(crate) async fn status(config: &Config, image: Option<String>, watch: bool, 
         let status: Status = client.ask("status", &request).await?;
         if watch && !json {
             // Clear the screen and go home: the table is drawn anew each time.
-            print!("\x1b[2J\x1b[H");
+            say!("\x1b[2J\x1b[H");
         }
         if json {
-            println!("{}", serde_json::to_string(&status)?)
+            say!("{}", serde_json::to_string(&status)?)
         } else {
-            print!("{}", table(&status))
+            say!("{}", table(&status).trim_end())
         }
         if !watch {
             return Ok(());

@@ -15,7 +15,9 @@ use serde::Serialize;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{mpsc, watch};
 
-use crate::api::{AcquireRequest, Event, EventsRequest, ImageRequest, NodeRequest, ReleaseRequest};
+use crate::api::{
+    AcquireRequest, Event, EventsRequest, ImageRequest, NodeRequest, ReleaseRequest, StopRequest,
+};
 use crate::config::Config;
 use crate::journal::NodeEvent;
 use crate::node::Node;
@@ -25,29 +27,41 @@ mod snapshots;
 /// Events that may wait for a slow reader before the work is held up.
 const EVENTS_WAITING: usize = 64;
 
+/// Whether and how a daemon is to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// It is not.
+    No,
+    /// Images in use are left to the next one.
+    Leave,
+    /// Images in use are unmounted.
+    Drain,
+}
+
 /// A daemon that runs inside this process.
 #[derive(Debug)]
 pub(crate) struct Running {
     node: Arc<Node>,
-    stop: watch::Sender<bool>,
+    stop: watch::Sender<Stop>,
     server: tokio::task::JoinHandle<std::io::Result<()>>,
     snapshots: tokio::task::JoinHandle<()>,
 }
 
 impl Running {
-    /// Ends it: no more requests, mounts that need it released, state flushed.
-    pub(crate) async fn stop(self) -> Result<()> {
-        self.stop.send_replace(true);
+    /// Ends it: no more requests, state flushed, images in use left to the next agent or, with `drain`, unmounted.
+    pub(crate) async fn stop(self, drain: bool) -> Result<()> {
+        self.stop.send_replace(Stop::Leave);
         self.server.await.context("the server ended badly")??;
         self.snapshots.await.context("the snapshotter ended badly")?;
-        self.node.shut_down().await
+        if drain { self.node.drain().await } else { self.node.leave().await }
     }
 
     /// Waits until a client asked the daemon to stop.
-    pub(crate) async fn asked_to_stop(&self) {
+    pub(crate) async fn asked_to_stop(&self) -> Stop {
         let mut stop = self.stop.subscribe();
-        if stop.wait_for(|stop| *stop).await.is_err() {
-            tracing::debug!("the stop channel closed");
+        match stop.wait_for(|stop| *stop != Stop::No).await {
+            Ok(stop) => *stop,
+            Err(_closed) => Stop::Leave,
         }
     }
 }
@@ -55,7 +69,7 @@ impl Running {
 #[derive(Clone)]
 struct Shared {
     node: Arc<Node>,
-    stop: watch::Sender<bool>,
+    stop: watch::Sender<Stop>,
 }
 
 /// Opens the node's state and its socket.
@@ -76,12 +90,12 @@ pub(crate) async fn start(config: Arc<Config>) -> Result<Running> {
         .with_context(|| format!("cannot listen on {}", socket.display()))?;
     std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
         .with_context(|| format!("cannot protect {}", socket.display()))?;
-    let (stop, mut stopped) = watch::channel(false);
+    let (stop, mut stopped) = watch::channel(Stop::No);
     let shared = Shared { node: Arc::clone(&node), stop: stop.clone() };
     let server = tokio::spawn(
         axum::serve(listener, routes(shared))
             .with_graceful_shutdown(async move {
-                if stopped.wait_for(|stop| *stop).await.is_err() {
+                if stopped.wait_for(|stop| *stop != Stop::No).await.is_err() {
                     tracing::debug!("the stop channel closed");
                 }
             })
@@ -149,7 +163,7 @@ async fn events(State(shared): State<Shared>, Json(request): Json<EventsRequest>
                     Err(RecvError::Closed) => break,
                 },
                 () = sender.closed() => break,
-                () = async { drop(stopped.wait_for(|stop| *stop).await) } => break,
+                () = async { drop(stopped.wait_for(|stop| *stop != Stop::No).await) } => break,
             }
         }
         Ok(())
@@ -167,8 +181,8 @@ async fn node(State(shared): State<Shared>, Json(request): Json<NodeRequest>) ->
     })
 }
 
-async fn stop(State(shared): State<Shared>) -> Response {
-    shared.stop.send_replace(true);
+async fn stop(State(shared): State<Shared>, Json(request): Json<StopRequest>) -> Response {
+    shared.stop.send_replace(if request.drain { Stop::Drain } else { Stop::Leave });
     answer(|_| async { Ok(()) })
 }
 

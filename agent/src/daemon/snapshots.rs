@@ -7,14 +7,15 @@ use sluice_containerd::{BoundSocket, Snapshotter};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use super::Stop;
 use crate::config::Config;
 use crate::node::{Node, NodeImages};
 
-/// Serves snapshots until `stop` is true. Images of snapshots that were there before are acquired again meanwhile.
+/// Serves snapshots until it is to stop. Images of snapshots that were there before are acquired again meanwhile.
 pub(super) async fn start(
     config: &Config,
     node: &Arc<Node>,
-    mut stop: watch::Receiver<bool>,
+    mut stop: watch::Receiver<Stop>,
 ) -> Result<JoinHandle<()>> {
     let images = Arc::new(NodeImages(Arc::clone(node)));
     let snapshotter = Snapshotter::open(&config.root.join("containerd"), images)
@@ -29,7 +30,7 @@ pub(super) async fn start(
     });
     Ok(tokio::spawn(async move {
         let stopped = async {
-            if stop.wait_for(|stop| *stop).await.is_err() {
+            if stop.wait_for(|stop| *stop != Stop::No).await.is_err() {
                 tracing::debug!("the stop channel closed");
             }
         };

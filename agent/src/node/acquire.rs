@@ -12,7 +12,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use sluice_blockfs::ImageMount;
 use sluice_image::erofs::{self, Form};
 use sluice_image::index::LayerIndex;
-use sluice_image::merge::Tree;
+use sluice_image::index::embedded::{self, EmbeddedToc};
+use sluice_image::merge::{Dropped, Tree};
 use sluice_registry::artifact::{ArtifactBlob, ArtifactReader};
 use sluice_registry::{Client, Layer, ResolvedImage};
 use sluice_store::ImageRecord;
@@ -61,6 +62,7 @@ impl Node {
                 fell_back: found.fell_back.clone(),
             }
         };
+        self.keep();
         self.watch_holder(&request.holder)?;
         if events.is_closed() {
             self.release(&request.holder).await?;
@@ -69,7 +71,7 @@ impl Node {
     }
 
     /// Releases what a process holds when it ends, however it ends.
-    fn watch_holder(self: &Arc<Self>, holder: &Holder) -> Result<()> {
+    pub(super) fn watch_holder(self: &Arc<Self>, holder: &Holder) -> Result<()> {
         let Holder::Process(pid) = holder else { return Ok(()) };
         let pid = i32::try_from(*pid).context("not a process")?;
         let pidfd = sluice_kernel::process::pidfd_open(nix::unistd::Pid::from_raw(pid))
@@ -247,7 +249,10 @@ impl Node {
             pulled.extend(done);
         }
         drop(work);
-        let blocks = self.write_metadata(image).await?;
+        let (blocks, dropped) = self.write_metadata(image).await?;
+        for note in dropped.notes() {
+            events.note(note);
+        }
         self.publish_later(image, pulled);
         self.record(image, blocks)
     }
@@ -268,14 +273,17 @@ impl Node {
         let of_layer = |blob: &ArtifactBlob| blob.annotations.get(LAYER_ANNOTATION) == Some(&layer.digest);
         if let Some((blob, reader)) = indexes.iter().find(|(blob, _)| of_layer(blob)) {
             match read_index(layer, blob, reader).await {
-                Ok(index) if index.random_access() => {
+                Ok(index) => {
+                    if !index.random_access() {
+                        tracing::info!(
+                            layer = layer.digest,
+                            "no random access: the layer is streamed in order"
+                        );
+                    }
                     let store = self.store.clone();
                     tokio::task::spawn_blocking(move || store.add_layer(&index)).await??;
                     progress(layer.size);
                     return Ok(None);
-                }
-                Ok(_) => {
-                    tracing::info!(layer = layer.digest, "no random access: the layer is streamed in order")
                 }
                 Err(error) => {
                     events.note(format!("the index of layer {} is not used: {error:#}", layer.digest));
@@ -283,20 +291,63 @@ impl Node {
                 }
             }
         }
+        match self.embedded_index(image, layer).await {
+            Ok(Some(index)) => {
+                let store = self.store.clone();
+                tokio::task::spawn_blocking(move || store.add_layer(&index)).await??;
+                progress(layer.size);
+                return Ok(None);
+            }
+            Ok(None) => {}
+            Err(error) => {
+                events.note(format!(
+                    "layer {}: its own table of contents is not used: {error:#}",
+                    layer.digest
+                ));
+                tracing::warn!(
+                    layer = layer.digest,
+                    error = format!("{error:#}"),
+                    "table of contents refused"
+                );
+            }
+        }
         if let Some(reason) = unsupported(&layer.media_type) {
             bail!("layer {}: {reason}", layer.digest);
         }
         let blob = Arc::new(RegistryBlob(self.registry.blob(&image.reference, &layer.digest, layer.size)));
-        let pull =
-            first_pull(&self.store, &self.scheduler, blob, &layer.digest, &layer.diff_id, progress).await?;
+        let pull = first_pull(
+            &self.store,
+            &self.scheduler,
+            blob,
+            (&layer.digest, &layer.diff_id),
+            self.config.outage_timeout,
+            progress,
+        )
+        .await?;
         Ok(Some((layer.digest.clone(), pull.index)))
     }
 
-    /// Merges the layers' tables of contents and writes the image's EROFS metadata; blocks of each layer's file.
-    pub(super) async fn write_metadata(&self, image: &ResolvedImage) -> Result<Vec<u64>> {
+    /// The index of a layer that brings a table of contents of its own (eStargz, zstd:chunked).
+    async fn embedded_index(&self, image: &ResolvedImage, layer: &Layer) -> Result<Option<LayerIndex>> {
+        if !layer.annotations.keys().any(|key| key.contains("stargz") || key.contains("zstd-chunked")) {
+            return Ok(None);
+        }
+        let blob = self.registry.blob(&image.reference, &layer.digest, layer.size);
+        let tail = blob.read_all(layer.size.saturating_sub(embedded::TAIL_LEN)..layer.size, false).await?;
+        let annotation = |name: &str| layer.annotations.get(name).map(String::as_str);
+        let Some(toc) = EmbeddedToc::find(annotation, layer.size, &tail)? else { return Ok(None) };
+        let table = blob.read_all(toc.range(), false).await?;
+        let (digest, diff_id) = (layer.digest.clone(), layer.diff_id.clone());
+        let made = tokio::task::spawn_blocking(move || toc.index(&table, &digest, &diff_id)).await?;
+        Ok(Some(made?))
+    }
+
+    /// Merges the layers' tables of contents and writes the image's EROFS metadata; blocks of each layer's file, and what
+    /// the layers have that the image cannot.
+    pub(super) async fn write_metadata(&self, image: &ResolvedImage) -> Result<(Vec<u64>, Dropped)> {
         let (store, layers) = (self.store.clone(), image.layers.clone());
         let target = self.store.erofs_path(&image.manifest_digest)?;
-        tokio::task::spawn_blocking(move || -> Result<Vec<u64>> {
+        tokio::task::spawn_blocking(move || -> Result<(Vec<u64>, Dropped)> {
             let mut tree = Tree::new();
             let mut blocks = Vec::new();
             for layer in &layers {
@@ -314,7 +365,7 @@ impl Node {
             let file = file.into_inner().map_err(|error| anyhow!("cannot write the EROFS image: {error}"))?;
             file.as_file().sync_data()?;
             file.persist(&target).with_context(|| format!("cannot write {}", target.display()))?;
-            Ok(blocks)
+            Ok((blocks, tree.dropped()))
         })
         .await?
     }
@@ -459,6 +510,9 @@ pub(crate) async fn read_index(
         .with_context(|| format!("its annotation {TOC_ANNOTATION} is missing or wrong"))?;
     let bytes = reader.read_all(0..toc_len).await?;
     let index = LayerIndex::from_blob(bytes.to_vec())?;
+    if !index.has_own_tar() {
+        bail!("it claims to come from the layer's own table of contents, which only this node may read");
+    }
     let header = index.header();
     if header.layer_digest_text() != layer.digest {
         bail!("it is the index of layer {}", header.layer_digest_text());

@@ -61,6 +61,17 @@ impl NodeLayer {
         Ok(attached)
     }
 
+    /// Takes over a device that is on a file of this layer.
+    pub(super) fn adopt_device(&self, number: u32) -> Result<Arc<Device>> {
+        let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(device) = device.upgrade() {
+            return Ok(device);
+        }
+        let adopted = Arc::new(Device::adopt(number)?);
+        *device = Arc::downgrade(&adopted);
+        Ok(adopted)
+    }
+
     /// Brings everything that is missing, and waits for it.
     pub(super) async fn fill(&self, events: &EventSender) -> Result<()> {
         let Some(streamed) = &self.streamed else { return Ok(()) };
@@ -106,14 +117,19 @@ impl Node {
             return Ok(Some(Arc::clone(layer)));
         }
         let Some(layer) = self.store.layer(digest)? else { return Ok(None) };
-        let (streamed, fuse_path) = if layer.is_complete() {
+        let name = digest.trim_start_matches("sha256:");
+        // A complete layer whose file is still served was to be handed over when the last agent ended.
+        let served = self
+            .lock(&self.blockfs)
+            .as_ref()
+            .is_some_and(|blockfs| blockfs.left().iter().any(|left| left == name));
+        let (streamed, fuse_path) = if layer.is_complete() && !served {
             (None, None)
         } else {
             let streamed = self.streamed(image, &layer)?;
             let blocks = Arc::new(LayerBlocks(Arc::clone(&streamed)));
             let blockfs = self.lock(&self.blockfs);
-            let path =
-                blockfs.as_ref().map(|blockfs| blockfs.add(digest.trim_start_matches("sha256:"), blocks));
+            let path = blockfs.as_ref().map(|blockfs| blockfs.add(name, blocks)).transpose()?;
             (Some(streamed), path)
         };
         let node_layer = Arc::new(NodeLayer {
@@ -181,7 +197,7 @@ impl Node {
             Device::adopt(found.number)?.hand_over(&layer.layer.data_path())?;
         }
         if let Some(blockfs) = self.lock(&self.blockfs).as_ref() {
-            blockfs.remove(fuse_path);
+            blockfs.remove(fuse_path)?;
         }
         tracing::info!(layer = layer.layer.digest(), "complete: the kernel reads it from now on");
         Ok(())

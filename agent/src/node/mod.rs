@@ -1,6 +1,8 @@
 //! The node: images in use, their layers, and everything the crates do for them, wired together.
 
 mod acquire;
+mod block_server;
+mod kept;
 mod layers;
 mod recover;
 mod snapshots;
@@ -25,6 +27,7 @@ use crate::config::Config;
 use crate::daemon::EventSender;
 use crate::journal::Journal;
 pub(crate) use acquire::{read_index, unsupported};
+pub(crate) use block_server::socket as block_socket;
 use layers::NodeLayer;
 pub(crate) use snapshots::NodeImages;
 
@@ -57,6 +60,8 @@ pub(crate) struct Node {
     images: Mutex<HashMap<String, Image>>,
     /// One preparation of an image at a time.
     preparing: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// One writer of what is kept for the next agent.
+    keeping: Mutex<()>,
     /// What happened to images.
     pub(crate) journal: Journal,
     /// Whether new images are streamed.
@@ -98,6 +103,7 @@ pub(crate) fn artifact_store(config: &Config, url: Option<&str>, registry: &Clie
 impl Node {
     /// Opens the store, mounts FUSE, and takes over or cleans what an earlier agent left.
     pub(crate) async fn start(config: Arc<Config>) -> Result<Arc<Self>> {
+        raise_descriptor_limit();
         for dir in [&config.root, &config.state] {
             std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         }
@@ -111,6 +117,7 @@ impl Node {
             layers: Mutex::default(),
             images: Mutex::default(),
             preparing: Mutex::default(),
+            keeping: Mutex::default(),
             cannot_stream: cannot_stream(),
             journal: Journal::default(),
             switch: switch::Switch::open(&config)?,
@@ -119,7 +126,7 @@ impl Node {
         let starting = Arc::clone(&node);
         let runtime = tokio::runtime::Handle::current();
         tokio::task::spawn_blocking(move || starting.recover(runtime)).await??;
-        node.resume_adopted();
+        node.resume_adopted()?;
         Ok(node)
     }
 
@@ -134,6 +141,7 @@ impl Node {
             }
             true
         });
+        self.keep();
         tokio::task::spawn_blocking(move || {
             for (digest, mount) in unused {
                 if let Err(error) = mount.unmount() {
@@ -164,7 +172,7 @@ impl Node {
     }
 
     /// Forgets an image that nobody holds.
-    pub(crate) async fn remove(&self, reference: &str) -> Result<()> {
+    pub(crate) async fn remove(self: &Arc<Self>, reference: &str) -> Result<()> {
         let record =
             self.find_record(reference)?.with_context(|| format!("there is no image `{reference}` here"))?;
         if self.lock(&self.images).contains_key(&record.manifest_digest) {
@@ -175,7 +183,10 @@ impl Node {
     }
 
     /// Frees what no image needs.
-    pub(crate) async fn gc(&self) -> Result<GcReport> {
+    pub(crate) async fn gc(self: &Arc<Self>) -> Result<GcReport> {
+        for holder in self.unmounted_holders() {
+            self.release(&holder).await?;
+        }
         let records = self.store.images()?;
         let in_use: Vec<String> =
             self.lock(&self.images).values().flat_map(|image| image.layers.clone()).collect();
@@ -194,6 +205,12 @@ impl Node {
         Ok(GcReport { layers_removed: freed.layers, bytes_freed: freed.bytes })
     }
 
+    /// Mount points that were unmounted by others than `sluice umount`.
+    fn unmounted_holders(&self) -> Vec<Holder> {
+        let unmounted = |holder: &&Holder| matches!(holder, Holder::MountPoint(dir) if !sluice_kernel::mount::is_mount_point(dir).unwrap_or(true));
+        self.lock(&self.images).values().flat_map(|image| &image.holders).filter(unmounted).cloned().collect()
+    }
+
     /// Reads everything in the store again.
     pub(crate) async fn fsck(&self) -> Result<FsckReport> {
         let store = self.store.clone();
@@ -205,13 +222,21 @@ impl Node {
         })
     }
 
-    /// Makes durable what came, and takes mounts out of the tree. Containers on complete layers go on.
-    pub(crate) async fn shut_down(&self) -> Result<()> {
-        let layers: Vec<Arc<NodeLayer>> = self.lock(&self.layers).values().cloned().collect();
-        for layer in layers {
-            layer.stop().await?;
+    /// Makes durable what came, and leaves images in use to the next agent. Nothing is left where nothing is used.
+    pub(crate) async fn leave(&self) -> Result<()> {
+        if self.lock(&self.images).is_empty() {
+            return self.drain().await;
         }
+        self.stop_layers().await?;
+        self.keep();
+        Ok(())
+    }
+
+    /// Makes durable what came, and takes all mounts out of the tree. Containers on complete layers go on.
+    pub(crate) async fn drain(&self) -> Result<()> {
+        self.stop_layers().await?;
         let images: Vec<Image> = self.lock(&self.images).drain().map(|(_, image)| image).collect();
+        self.keep();
         let blockfs = self.lock(&self.blockfs).take();
         tokio::task::spawn_blocking(move || {
             for mount in images.into_iter().filter_map(|image| image.mount) {
@@ -228,8 +253,48 @@ impl Node {
         Ok(())
     }
 
+    async fn stop_layers(&self) -> Result<()> {
+        let layers: Vec<Arc<NodeLayer>> = self.lock(&self.layers).values().cloned().collect();
+        for layer in layers {
+            layer.stop().await?;
+        }
+        Ok(())
+    }
+
+    /// Writes down for the next agent what is in use. Without it containers go on, but the next agent takes their images for unused.
+    fn keep(&self) {
+        let _turn = self.lock(&self.keeping);
+        let images: Vec<_> = self
+            .lock(&self.images)
+            .iter()
+            .map(|(digest, image)| kept::KeptImage {
+                manifest_digest: digest.clone(),
+                reference: image.reference.clone(),
+                served: image.served,
+                fell_back: image.fell_back.clone(),
+                lower_dirs: image.lower_dirs.clone(),
+                mount: image.mount.as_ref().map(|mount| mount.dir().to_path_buf()),
+                layers: image.layers.clone(),
+                holders: image.holders.iter().map(kept::KeptHolder::new).collect(),
+            })
+            .collect();
+        if let Err(error) = kept::write(&self.config.state, &images) {
+            tracing::error!(error = format!("{error:#}"), "the next agent will not know what is in use");
+        }
+    }
+
     fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
         mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Each layer in use takes descriptors: 500 images took 1542.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays; many images may exceed it");
     }
 }
 

@@ -1,83 +1,213 @@
-//! What an earlier agent left: mounts and loop devices, taken over or cleaned.
+//! Taking over from an earlier agent: its mounts, its devices, its reads that wait.
 //!
-//! A mount that a container or a user still has stays alive without its place in the tree, so image mounts are simply
-//! taken out of it. Loop devices in use are moved to where their bytes are now: to the local file of a complete layer, or
-//! to a file of the new FUSE mount; until then their reads fail.
+//! The server of block files outlives agents, so an image in use notices nothing: its files are added again under their old
+//! names, its mount and its holders are taken over from what was kept. If the server died as well, reads fail until a new one is
+//! mounted and the devices in use are moved to its files (or to the local file of a layer that is complete).
 
-use std::path::Path;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use sluice_blockfs::{BlockFs, Device};
+use sluice_blockfs::{Device, ImageMount};
 use sluice_kernel::mount::UnmountOptions;
 use sluice_registry::{Client, ResolvedImage};
 
-use super::Node;
+use super::kept::{self, KeptImage};
+use super::{Image, Node, block_server};
 
 impl Node {
     /// Runs before anything is served. Blocks the thread.
     pub(super) fn recover(self: &Arc<Self>, runtime: tokio::runtime::Handle) -> Result<()> {
+        self.sweep_containers();
         let images = self.config.state.join("images");
-        let blocks = self.config.state.join("blocks");
-        for dir in [&images, &blocks] {
-            // A dead FUSE mount answers even `stat` with an error: it goes first.
-            unmount_below(dir)?;
-            std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
-            private(dir)?;
-        }
+        std::fs::create_dir_all(&images).with_context(|| format!("cannot create {}", images.display()))?;
+        private(&images)?;
         if self.cannot_stream.is_some() {
-            return Ok(());
+            return unmount_below(&images, &[]);
         }
         let _runtime = runtime.enter();
-        *self.lock(&self.blockfs) = Some(BlockFs::mount(&blocks, runtime.clone())?);
+        let blocks = self.config.state.join("blocks");
+        let blockfs = block_server::connect(&self.config, &blocks, runtime.clone())?;
+        let left = blockfs.left();
+        *self.lock(&self.blockfs) = Some(blockfs);
+        for name in left {
+            // Whoever waits for a byte of it goes on now.
+            self.add_again(&format!("sha256:{name}"));
+        }
+        let devices = self.move_devices(&blocks)?;
+        let adopted = self.adopt_images(&devices);
+        unmount_below(&images, &adopted)
+    }
+
+    /// Goes on with what the last agent was at.
+    pub(super) fn resume_adopted(self: &Arc<Self>) -> Result<()> {
+        let holders: Vec<_> =
+            self.lock(&self.images).values().flat_map(|image| image.holders.clone()).collect();
+        for holder in &holders {
+            self.watch_holder(holder)?;
+        }
+        let layers: Vec<_> = self.lock(&self.layers).values().cloned().collect();
+        self.fill_in_background(&layers);
+        self.keep();
+        Ok(())
+    }
+
+    fn add_again(self: &Arc<Self>, digest: &str) {
+        let added = self.image_with(digest).and_then(|image| match image {
+            Some(image) => self.node_layer(&image, digest),
+            None => Ok(None),
+        });
+        match added {
+            Ok(Some(_)) => {}
+            Ok(None) => tracing::debug!(layer = digest, "no image has this layer any more"),
+            Err(error) => {
+                tracing::error!(
+                    layer = digest,
+                    error = format!("{error:#}"),
+                    "reads of this layer wait in vain"
+                );
+            }
+        }
+    }
+
+    /// Sees to it that every device in use is on a file that is there; devices by their file.
+    fn move_devices(self: &Arc<Self>, blocks: &Path) -> Result<HashMap<PathBuf, u32>> {
+        let mut devices = HashMap::new();
         for found in sluice_kernel::loop_device::list()? {
-            if let Some(digest) = layer_of(&blocks, &found.backing_file)
-                && let Err(error) = self.move_device(found.number, &digest)
-            {
-                tracing::warn!(
+            let Some(digest) = layer_of(blocks, &found.backing_file) else {
+                devices.insert(found.backing_file, found.number);
+                continue;
+            };
+            match self.move_device(found.number, &found.backing_file, &digest) {
+                Ok(path) => {
+                    devices.insert(path, found.number);
+                }
+                Err(error) => tracing::warn!(
                     device = found.number,
                     layer = digest,
                     error = format!("{error:#}"),
                     "a device of an earlier agent is lost"
-                );
+                ),
             }
         }
-        Ok(())
+        Ok(devices)
     }
 
-    /// Goes on filling the layers that containers still use.
-    pub(super) fn resume_adopted(self: &Arc<Self>) {
-        let layers: Vec<_> = self.lock(&self.layers).values().cloned().collect();
-        self.fill_in_background(&layers);
-    }
-
-    fn move_device(self: &Arc<Self>, number: u32, digest: &str) -> Result<()> {
+    fn move_device(self: &Arc<Self>, number: u32, now: &Path, digest: &str) -> Result<PathBuf> {
         let image = self.image_with(digest)?.context("no image has this layer any more")?;
         let layer =
             self.node_layer(&image, digest)?.context("the store does not have this layer any more")?;
         let path = layer.paths().into_iter().next().context("the layer has no file")?;
-        Device::adopt(number)?.hand_over(&path)?;
-        tracing::info!(device = number, layer = digest, path = %path.display(), "device taken over");
-        Ok(())
+        if path != now {
+            Device::adopt(number)?.hand_over(&path)?;
+            tracing::info!(device = number, layer = digest, path = %path.display(), "device moved");
+        }
+        Ok(path)
+    }
+
+    /// Takes over the images that somebody still holds; their mounts.
+    fn adopt_images(self: &Arc<Self>, devices: &HashMap<PathBuf, u32>) -> Vec<PathBuf> {
+        let kept = kept::read(&self.config.state).unwrap_or_else(|error| {
+            tracing::error!(error = format!("{error:#}"), "images in use are not known: their mounts end");
+            Vec::new()
+        });
+        let mut mounts = Vec::new();
+        for one in kept {
+            let digest = one.manifest_digest.clone();
+            match self.adopt_image(one, devices) {
+                Ok(Some(image)) => {
+                    mounts.extend(image.mount.as_ref().map(|mount| mount.dir().to_path_buf()));
+                    self.lock(&self.images).insert(digest, image);
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::error!(image = digest, error = format!("{error:#}"), "the image's mount ends");
+                }
+            }
+        }
+        mounts
+    }
+
+    fn adopt_image(
+        self: &Arc<Self>,
+        kept: KeptImage,
+        devices: &HashMap<PathBuf, u32>,
+    ) -> Result<Option<Image>> {
+        let holders: Vec<_> = kept.holders.iter().filter_map(kept::KeptHolder::alive).collect();
+        if holders.is_empty() {
+            return Ok(None);
+        }
+        // A part of an image, which containerd's snapshots may stand on, has a key of its own.
+        let records = self.store.images()?;
+        let record = records
+            .iter()
+            .find(|record| record.manifest_digest == kept.manifest_digest)
+            .or_else(|| records.iter().find(|record| record.layers.starts_with(&kept.layers)))
+            .context("the store does not know it")?;
+        let mount = match &kept.mount {
+            Some(dir) if sluice_kernel::mount::is_mount_point(dir)? => {
+                let image = resolved_by_last_name(record)?;
+                let mut adopted = Vec::new();
+                for digest in &kept.layers {
+                    let layer = self
+                        .node_layer(&image, digest)?
+                        .with_context(|| format!("layer {digest} vanished"))?;
+                    let number = layer.paths().iter().find_map(|path| devices.get(path).copied());
+                    adopted.extend(number.map(|number| layer.adopt_device(number)).transpose()?);
+                }
+                Some(ImageMount::adopt(dir, adopted))
+            }
+            Some(dir) => anyhow::bail!("{} is not mounted any more", dir.display()),
+            None => None,
+        };
+        tracing::info!(image = kept.reference, holders = holders.len(), "image taken over");
+        Ok(Some(Image {
+            reference: kept.reference,
+            served: kept.served,
+            fell_back: kept.fell_back,
+            lower_dirs: kept.lower_dirs,
+            mount,
+            config: record.config.clone(),
+            layers: kept.layers,
+            holders,
+        }))
+    }
+
+    /// Containers whose `sluice run` was killed, and that ended since.
+    fn sweep_containers(&self) {
+        let gone = |id: &str| {
+            let pid = id.strip_prefix("sluice-").and_then(|rest| rest.split('-').next());
+            pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists())
+        };
+        let swept = sluice_container::find_runtime(None).and_then(|runtime| {
+            sluice_container::Bundle::sweep(&self.config.root.join("containers"), &runtime, gone)
+        });
+        match swept {
+            Ok(swept) if swept.is_empty() => {}
+            Ok(swept) => tracing::info!(?swept, "containers of killed commands were removed"),
+            Err(error) => tracing::warn!(%error, "containers of killed commands stay behind"),
+        }
     }
 
     fn image_with(&self, layer: &str) -> Result<Option<ResolvedImage>> {
         for record in self.store.images()? {
-            if record.layers.iter().any(|one| one == layer)
-                && let Some(name) = record.references.last()
-            {
-                let reference = Client::parse(name)?;
-                let (manifest, config) = (record.manifest.clone().into(), record.config.clone().into());
-                return Ok(Some(ResolvedImage::from_parts(
-                    reference,
-                    record.manifest_digest,
-                    manifest,
-                    config,
-                )?));
+            if record.layers.iter().any(|one| one == layer) {
+                return Ok(Some(resolved_by_last_name(&record)?));
             }
         }
         Ok(None)
     }
+}
+
+fn resolved_by_last_name(record: &sluice_store::ImageRecord) -> Result<ResolvedImage> {
+    let name = record.references.last().context("the image has no name")?;
+    Ok(ResolvedImage::from_parts(
+        Client::parse(name)?,
+        record.manifest_digest.clone(),
+        record.manifest.clone().into(),
+        record.config.clone().into(),
+    )?)
 }
 
 /// The layer behind a device whose backing file was in our FUSE mount.
@@ -91,12 +221,12 @@ fn layer_of(blocks: &Path, backing: &Path) -> Option<String> {
     (ours && well_formed).then(|| format!("sha256:{hex}"))
 }
 
-/// Takes everything mounted at or below `dir` out of the tree.
-fn unmount_below(dir: &Path) -> Result<()> {
+/// Takes everything mounted at or below `dir` out of the tree, but for `kept`.
+pub(super) fn unmount_below(dir: &Path, kept: &[PathBuf]) -> Result<()> {
     let mut targets: Vec<_> = sluice_kernel::mounts()?
         .into_iter()
         .map(|mount| mount.target)
-        .filter(|target| target.starts_with(dir))
+        .filter(|target| target.starts_with(dir) && !kept.contains(target))
         .collect();
     targets.reverse();
     for target in targets {
@@ -106,7 +236,7 @@ fn unmount_below(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn private(dir: &Path) -> Result<()> {
+pub(super) fn private(dir: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
         .with_context(|| format!("cannot protect {}", dir.display()))

@@ -107,7 +107,7 @@ impl Node {
                 self.journal.pulling(&pull);
                 let made = self.make_mounted(&image, &events).await?;
                 self.announce(&pull, &made)?;
-                self.keep(&layer.manifest_digest, made, &holder);
+                self.put(&layer.manifest_digest, made, &holder);
             }
             Ok(())
         };
@@ -149,7 +149,7 @@ impl Node {
                     self.unpack_part(&part, &reason, &events).await.context(reason)?
                 }
             };
-            self.keep(&part.key, made, &holder);
+            self.put(&part.key, made, &holder);
         }
         let images = self.lock(&self.images);
         let image = images.get(&part.key).context("the image was released meanwhile; try again")?;
@@ -165,7 +165,7 @@ impl Node {
         }
         self.prepare(&part.image, events).await?;
         let lower = part.truncated();
-        let blocks = self.write_metadata(&lower).await?;
+        let (blocks, _dropped) = self.write_metadata(&lower).await?;
         let digests: Vec<String> = lower.layers.iter().map(|layer| layer.digest.clone()).collect();
         let made = self.mount_prepared(&part.image, &part.key, &digests, &blocks).await?;
         // The kernel has it open; no image's record would ever remove it.
@@ -215,13 +215,16 @@ impl Node {
         let Some(image) = images.get_mut(key) else { return Ok(false) };
         if !image.holders.contains(holder) {
             image.holders.push(holder.clone());
+            drop(images);
+            self.keep();
         }
         Ok(true)
     }
 
-    fn keep(&self, key: &str, mut image: Image, holder: &Holder) {
+    fn put(&self, key: &str, mut image: Image, holder: &Holder) {
         image.holders.push(holder.clone());
         self.lock(&self.images).insert(key.to_owned(), image);
+        self.keep();
     }
 
     /// Says that an image is ready, and how it is served.

@@ -34,7 +34,7 @@ impl Node {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             resident_bytes,
             resident_peak_bytes,
-            disk_bytes: self.store.disk_bytes(),
+            disk_bytes: self.store.disk_bytes()?,
             disk_full,
             reads: ReadCounters {
                 from_disk: counters.from_disk.load(Ordering::Relaxed),

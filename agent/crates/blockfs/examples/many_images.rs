@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rig::{MoodySource, Room, check, mount_image, runtime};
-use sluice_blockfs::{BlockFs, BlockSource, Device};
+use sluice_blockfs::{BlockFs, BlockSource, Device, Way};
 
 const SHARED: usize = 20;
 const SHARED_PER_IMAGE: usize = 5;
@@ -22,7 +22,7 @@ const OWN_PER_IMAGE: usize = 3;
 fn main() {
     let images: usize = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(500);
     let (runtime, room) = (runtime(), Room::new(&vec![vec![70_000, 5]; SHARED_PER_IMAGE + OWN_PER_IMAGE]));
-    let blockfs = room.blockfs(&runtime);
+    let blockfs = room.blockfs(&runtime, Way::IoUring);
     let sources = room.sources();
     let attach = |name: String, layer: usize| attach(&blockfs, &name, &sources[layer]);
     // Layer `n` of each image has the content of the room's layer `n`, so a shared device keeps its place.
@@ -64,7 +64,7 @@ fn main() {
 }
 
 fn attach(blockfs: &BlockFs, name: &str, source: &Arc<MoodySource>) -> Arc<Device> {
-    let path = blockfs.add(name, Arc::clone(source) as Arc<dyn BlockSource>);
+    let path = blockfs.add(name, Arc::clone(source) as Arc<dyn BlockSource>).expect("added");
     Arc::new(Device::attach(&path).expect("attaches"))
 }
 

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 use rig::{Room, attach_all, forget, mount_image, runtime};
-use sluice_blockfs::Device;
+use sluice_blockfs::{Device, Way};
 use sluice_kernel::LoopDevice;
 
 const ROUNDS: usize = 5;
@@ -41,7 +41,7 @@ fn main() {
     rig::wait_until("devices are free", || room.devices().is_empty());
 
     let runtime = runtime();
-    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
+    let (blockfs, sources) = (room.blockfs(&runtime, Way::IoUring), room.sources());
     let image = mount_image(&room, attach_all(&blockfs, &sources), "image");
     for kib in READ_AHEAD_KIB {
         set_read_ahead(&room, kib);

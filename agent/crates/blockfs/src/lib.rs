@@ -2,15 +2,24 @@
 //!
 //! Bytes come through [`BlockSource`]; where they come from is not known here. What is mounted is given back by the kernel when
 //! its last user goes, also when the agent dies: loop devices free themselves.
+//!
+//! Two halves talk over a socket: the *server* has the FUSE mount and answers what is local; [`BlockFs`], the agent's half,
+//! has the sources. Both may be in one process, or the server in one of its own ([`serve`]): then agents come and go, and
+//! readers notice at most that bytes from the network take longer.
 
+mod client;
 mod device;
-mod fuse;
+mod options;
+mod protocol;
+mod server;
 mod source;
 
 use std::path::PathBuf;
 
+pub use client::BlockFs;
 pub use device::{Device, ImageMount};
-pub use fuse::BlockFs;
+pub use options::{Choice, Options, Way};
+pub use server::serve;
 pub use source::{BlockSource, ReadError};
 
 /// What could not be attached or mounted.
@@ -34,6 +43,23 @@ pub enum BlockFsError {
         /// Why not.
         #[source]
         source: std::io::Error,
+    },
+    /// The server of block files, or the way to it.
+    #[error("the server of block files at {} fails", path.display())]
+    Server {
+        /// Its socket, or its mount.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The server speaks another version: it must be ended (its images unmounted) and started anew.
+    #[error("the server of block files speaks version {server}, this agent {agent}")]
+    ServerVersion {
+        /// The server's.
+        server: u64,
+        /// Ours.
+        agent: u64,
     },
     /// A loop device.
     #[error(transparent)]

@@ -1,5 +1,6 @@
 //! What a block file is made of.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -19,6 +20,11 @@ pub struct ReadError {
 }
 
 impl ReadError {
+    /// A local file that cannot be read.
+    pub(crate) fn of_store(error: &std::io::Error) -> Self {
+        Self { errno: EIO, message: format!("cannot read the layer store: {error}") }
+    }
+
     /// A source that gives nothing, or more than was asked for.
     pub(crate) fn other_length(got: usize, len: usize) -> Self {
         Self { errno: EIO, message: format!("the source gave {got} bytes of {len}") }
@@ -33,4 +39,16 @@ pub trait BlockSource: Send + Sync + std::fmt::Debug {
     fn try_read(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<bool>;
     /// Reads what is not local; takes as long as it takes. May give fewer bytes than asked for, but some: it is asked again.
     fn read(self: Arc<Self>, offset: u64, len: usize) -> BoxFuture<'static, Result<Bytes, ReadError>>;
+
+    /// The local file that holds, at the same offsets, whatever [`Self::on_disk`] vouches for. It is read without asking
+    /// again. None, the default: every read asks.
+    fn file(&self) -> Option<Arc<File>> {
+        None
+    }
+
+    /// Where the run of bytes ends that begins at `offset` and is verified and in [`Self::file`] for good; `offset` itself,
+    /// the default, when there is none. Cheap: asked once for each read that was not known to be local.
+    fn on_disk(&self, offset: u64) -> u64 {
+        offset
+    }
 }

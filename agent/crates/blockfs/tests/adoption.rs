@@ -1,141 +1,291 @@
-//! A server of blocks is killed; the next one takes its devices over while the image stays mounted. Needs root.
+//! Agents are killed at random times, one after the other, while an image is read in every way, fills and is handed over. The
+//! server of block files stays. No operation may fail, no byte may be wrong. Needs root.
 //!
-//! This program starts itself again as the server (`serve ROOM`), therefore it has a `main` of its own.
-#![allow(clippy::print_stdout, reason = "it speaks to cargo, and as a server to its parent")]
+//! This program starts itself again as the server (`server ROOM WAY`) and as agents (`agent ROOM`), therefore it has a `main`
+//! of its own.
+#![allow(clippy::print_stdout, reason = "it speaks to cargo, and as an agent to its parent")]
 
 mod rig;
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use rig::{Mood, MoodySource, Room, attach_all, check, runtime};
-use sluice_blockfs::{BlockFs, BlockSource, Device, ImageMount};
+use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use rig::walk::{READINGS, Seen, walk};
+use rig::{Room, WAYS, options, runtime, wait_until, word};
+use sluice_blockfs::{BlockFs, BlockSource, Device, ImageMount, Options, ReadError, Way};
 use sluice_kernel::mount::UnmountOptions;
-use sluice_kernel::unmount;
+use sluice_kernel::{loop_device, unmount};
 
 const MIB: u64 = 1 << 20;
-const LAYERS: usize = 3;
-/// The layer whose reads wait for ever in the server.
-const STUCK: usize = 2;
+const CHUNK: u64 = 256 << 10;
+const LAYERS: usize = 4;
+const KILLS: u64 = 20;
+/// Chunks that an agent fills a second: the image is complete some kills before the end.
+const FILL_PAUSE: Duration = Duration::from_millis(20);
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     match arguments.get(1).map(String::as_str) {
-        Some("serve") => serve(Path::new(&arguments[2])),
+        Some("server") => server(Path::new(&arguments[2]), &arguments[3]),
+        Some("agent") => agent(Path::new(&arguments[2])),
         // `cargo test -- --list` and filters of other tests' names come here as well.
-        Some("--list") => println!("a_killed_servers_devices_are_adopted: test"),
+        Some("--list") => {
+            println!("killed_agents_are_not_noticed: test\nreads_fail_when_no_agent_comes: test")
+        }
         _ => {
-            a_killed_servers_devices_are_adopted();
-            println!("test a_killed_servers_devices_are_adopted ... ok");
+            for way in WAYS {
+                killed_agents_are_not_noticed(way);
+                println!("test killed_agents_are_not_noticed by {way} ... ok");
+                reads_fail_when_no_agent_comes(way);
+                println!("test reads_fail_when_no_agent_comes by {way} ... ok");
+            }
         }
     }
 }
 
-/// Mounts the image of the room through this process, says so, and waits to be killed.
-fn serve(room: &Path) {
-    let runtime = runtime();
-    let sources: Vec<_> =
-        (0..LAYERS).map(|layer| MoodySource::open(&room.join(format!("layer{layer}")))).collect();
-    let blockfs = rig::mount_blocks(room, &runtime);
-    let devices = attach_all(&blockfs, &sources);
-    let image =
-        ImageMount::mount(&room.join("metadata.erofs"), devices, &room.join("image")).expect("mounts");
-    sources[STUCK].set(Mood::Stuck);
-    println!("serving {}", image.dir().display());
-    std::io::stdin().read_to_end(&mut Vec::new()).expect("reads");
-    unreachable!("the test kills this process before it closes its input");
+fn server(room: &Path, way: &str) {
+    let way = WAYS.into_iter().find(|known| known.to_string() == way).expect("a way");
+    let options = Options { patience: Duration::from_secs(3), ..options(way) };
+    sluice_blockfs::serve(&room.join("blocks"), &room.join("socket"), options, || Ok(())).expect("serves");
 }
 
-fn start_server(room: &Room) -> Child {
-    let own = std::env::current_exe().expect("own path");
-    let mut command = Command::new(own);
-    command.arg("serve").arg(room.dir.path()).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut server = command.spawn().expect("starts");
-    let mut line = String::new();
-    let out = server.stdout.take().expect("is piped");
-    BufReader::new(out).read_line(&mut line).expect("reads");
-    assert!(line.starts_with("serving"), "the server says {line:?}");
+/// A layer whose registry is a file with everything in it, and whose local file fills as time goes by.
+#[derive(Debug)]
+struct FillingSource {
+    registry: File,
+    local: Arc<File>,
+    size: u64,
+    /// Bytes up to here are in the local file; kept in a file of its own, for the next agent.
+    filled: AtomicU64,
+    record: File,
+}
+
+impl FillingSource {
+    fn open(room: &Path, layer: usize) -> Arc<Self> {
+        let registry = File::open(room.join(format!("layer{layer}"))).expect("opens");
+        let size = registry.metadata().expect("stat").len();
+        let open = |path: &Path| {
+            File::options().read(true).write(true).create(true).truncate(false).open(path).expect("opens")
+        };
+        let local = open(&local_path(room, layer));
+        local.set_len(size).expect("sized");
+        let record = open(&room.join(format!("record{layer}")));
+        let mut number = [0; 8];
+        // Nothing is recorded at first.
+        let filled = record.read_exact_at(&mut number, 0).map_or(0, |()| u64::from_le_bytes(number));
+        Arc::new(Self { registry, local: Arc::new(local), size, filled: AtomicU64::new(filled), record })
+    }
+
+    fn complete(&self) -> bool {
+        self.filled.load(Ordering::Acquire) == self.size
+    }
+
+    fn fill_one(&self) {
+        let at = self.filled.load(Ordering::Acquire);
+        let end = (at + CHUNK).min(self.size);
+        let mut bytes = vec![0; (end - at) as usize];
+        self.registry.read_exact_at(&mut bytes, at).expect("reads");
+        self.local.write_all_at(&bytes, at).expect("writes");
+        self.record.write_all_at(&end.to_le_bytes(), 0).expect("writes");
+        self.filled.store(end, Ordering::Release);
+    }
+}
+
+impl BlockSource for FillingSource {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn try_read(&self, _: u64, _: &mut [u8]) -> std::io::Result<bool> {
+        Ok(false)
+    }
+
+    fn read(self: Arc<Self>, offset: u64, len: usize) -> BoxFuture<'static, Result<Bytes, ReadError>> {
+        async move {
+            tokio::time::sleep(Duration::from_millis(1 + offset / CHUNK % 8)).await;
+            let mut bytes = vec![0; len];
+            self.registry.read_exact_at(&mut bytes, offset).expect("reads");
+            Ok(bytes.into())
+        }
+        .boxed()
+    }
+
+    fn file(&self) -> Option<Arc<File>> {
+        Some(Arc::clone(&self.local))
+    }
+
+    fn on_disk(&self, offset: u64) -> u64 {
+        self.filled.load(Ordering::Acquire).max(offset)
+    }
+}
+
+fn local_path(room: &Path, layer: usize) -> PathBuf {
+    room.join(format!("local{layer}"))
+}
+
+/// Takes over whatever there is, fills the layers one after the other and hands them over. Ends when told to, or killed.
+fn agent(room: &Path) {
+    let runtime = runtime();
+    let blockfs = BlockFs::connect(&room.join("blocks"), &room.join("socket"), runtime.handle().clone());
+    let blockfs = blockfs.expect("connects");
+    let sources: Vec<_> = (0..LAYERS).map(|layer| FillingSource::open(room, layer)).collect();
+    let add = |(layer, source): (usize, &Arc<FillingSource>)| {
+        let source = Arc::clone(source) as Arc<dyn BlockSource>;
+        blockfs.add(&format!("layer{layer}"), source).expect("added")
+    };
+    let paths: Vec<_> = sources.iter().enumerate().map(add).collect();
+    let image = room.join("image");
+    if !sluice_kernel::mount::is_mount_point(&image).expect("known") {
+        let attach = |path: &PathBuf| Arc::new(Device::attach(path).expect("attaches"));
+        let devices = paths.iter().map(attach).collect();
+        ImageMount::mount(&room.join("metadata.erofs"), devices, &image).expect("mounts");
+    }
+    println!("serving");
+    std::thread::scope(|scope| {
+        scope.spawn(|| fill(room, &sources, &paths));
+        let mut line = String::new();
+        std::io::stdin().read_line(&mut line).expect("reads");
+    });
+    unmount(&image, UnmountOptions::default()).expect("nobody uses it");
+    blockfs.unmount().expect("unmounts");
+    println!("unmounted");
+}
+
+fn fill(room: &Path, sources: &[Arc<FillingSource>], paths: &[PathBuf]) {
+    for (layer, source) in sources.iter().enumerate() {
+        while !source.complete() {
+            source.fill_one();
+            std::thread::sleep(FILL_PAUSE);
+        }
+        for device in loop_device::list().expect("listed") {
+            if device.backing_file == paths[layer] {
+                let local = local_path(room, layer);
+                Device::adopt(device.number).expect("adopts").hand_over(&local).expect("handed over");
+            }
+        }
+    }
+}
+
+/// A server or an agent; a test that fails leaves none behind.
+struct Process(Child);
+
+impl Process {
+    fn start(arguments: &[&str]) -> Self {
+        let mut command = Command::new(std::env::current_exe().expect("own path"));
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        Self(command.spawn().expect("starts"))
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        BufReader::new(self.0.stdout.as_mut().expect("is piped")).read_line(&mut line).expect("reads");
+        line.trim_end().to_owned()
+    }
+
+    fn kill(&mut self) {
+        self.0.kill().expect("killed");
+        self.0.wait().expect("waited");
+    }
+
+    /// Has the agent unmount all.
+    fn end(&mut self) {
+        writeln!(self.0.stdin.as_mut().expect("is piped"), "end").expect("written");
+        assert_eq!(self.line(), "unmounted");
+        assert!(self.0.wait().expect("waited").success());
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.0.try_wait().is_ok_and(|ended| ended.is_none()) {
+            self.kill();
+        }
+    }
+}
+
+fn start_server(room: &Room, way: Way) -> Process {
+    fs::create_dir(room.path("blocks")).expect("made");
+    let server = Process::start(&["server", room.dir.path().to_str().expect("text"), &way.to_string()]);
+    wait_until("the server listens", || UnixStream::connect(room.path("socket")).is_ok());
     server
 }
 
-fn a_killed_servers_devices_are_adopted() {
-    let room = Room::new(&[vec![4 * MIB, 700], vec![2 * MIB], vec![MIB]]);
-    let mut server = start_server(&room);
-    let root = room.path("image");
-    check(&root, &room.samples[1]);
-    let held = File::open(root.join(&room.samples[0].path)).expect("opens");
-    held.read_exact_at(&mut [0; 8], 0).expect("reads");
-    // One layer was complete: its reads need no server.
-    let numbers = layer_devices(&room);
-    assert_eq!(numbers.len(), LAYERS, "{:?}", room.devices());
-    Device::adopt(numbers[1]).expect("adopts").hand_over(&room.layers[1]).expect("handed over");
+fn start_agent(room: &Room) -> Process {
+    let mut agent = Process::start(&["agent", room.dir.path().to_str().expect("text")]);
+    assert_eq!(agent.line(), "serving");
+    agent
+}
 
-    kill_during_a_read(&room, &mut server);
+fn killed_agents_are_not_noticed(way: Way) {
+    let room = Room::with_program(&[vec![6 * MIB, 700, 5000], vec![8 * MIB], vec![3, 4096, 4 * MIB]]);
+    let mut server = start_server(&room, way);
+    let mut agent = start_agent(&room);
+    let (root, done, seen) = (room.path("image"), AtomicBool::new(false), Seen::default());
+    let mut restarts = Vec::new();
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = READINGS
+            .iter()
+            .map(|reading| scope.spawn(|| walk(&room, &root, *reading, &done, &seen)))
+            .collect();
+        for number in 0..KILLS {
+            let lived = u64::from_le_bytes(word(9, number * 8)) % 300;
+            std::thread::sleep(Duration::from_millis(20 + lived));
+            let start = Instant::now();
+            agent.kill();
+            agent = start_agent(&room);
+            restarts.push(start.elapsed());
+            assert!(!readers.iter().any(|reader| reader.is_finished()), "a reader failed");
+        }
+        let complete = || (0..LAYERS).all(|layer| FillingSource::open(room.dir.path(), layer).complete());
+        wait_until("the layers are complete", complete);
+        std::thread::sleep(Duration::from_millis(300));
+        done.store(true, Ordering::Relaxed);
+    });
+    let longest_restart = restarts.iter().max().expect("some");
+    println!(
+        "{way}: {} operations, {KILLS} agents killed, longest pause {:?}, of which without an agent {longest_restart:?} at most",
+        seen.operations.load(Ordering::Relaxed),
+        seen.longest(),
+    );
     room.forget(&root);
-    check(&root, &room.samples[2]);
-    let error = held.read_exact_at(&mut [0; 8], 0).expect_err("nobody serves");
-    assert_eq!(error.raw_os_error(), Some(5), "{error}");
-
-    let start = Instant::now();
-    let runtime = runtime();
-    let blockfs = take_over(&room, &runtime, &numbers);
-    eprintln!("taken over in {:?}", start.elapsed());
-    let mut word = [0; 8];
-    held.read_exact_at(&mut word, 0).expect("reads again");
-    assert_eq!(word, rig::word(0, 0));
     room.check(&root);
-    room.forget(&root);
-    room.check(&root);
-
-    drop(held);
-    unmount(&root, UnmountOptions::default()).expect("nobody uses it");
-    blockfs.unmount().expect("unmounts");
+    agent.end();
+    assert!(server.0.wait().expect("waited").success());
     room.assert_released();
 }
 
-/// The device numbers of layers 0, 1...: the server attached them in this order, so their FUSE files' numbers rise.
-fn layer_devices(room: &Room) -> Vec<u32> {
-    let mut found = room.devices();
-    found.retain(|device| device.backing_file.starts_with(room.path("blocks")));
-    found.sort_unstable_by(|a, b| a.backing_file.cmp(&b.backing_file));
-    found.into_iter().map(|device| device.number).collect()
-}
-
-/// A read that waits in the server when it dies fails; it does not hang.
-fn kill_during_a_read(room: &Room, server: &mut Child) {
-    let path = room.path("image").join(&room.samples.last().expect("a file").path);
-    let (send, result) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        let read = File::open(path).and_then(|file| file.read_exact_at(&mut [0; 8], 0));
-        send.send(read).expect("the test waits");
-    });
-    let early = result.recv_timeout(Duration::from_millis(200));
-    assert!(early.is_err(), "the read did not wait: {early:?}");
-    server.kill().expect("killed");
-    server.wait().expect("waited");
-    let read = result.recv_timeout(Duration::from_secs(10)).expect("the read hangs after its server died");
-    assert_eq!(read.expect_err("nobody served it").raw_os_error(), Some(5));
-}
-
-/// What the next agent does: the dead mount goes, a new one takes its place, the devices get files of it.
-fn take_over(room: &Room, runtime: &tokio::runtime::Runtime, numbers: &[u32]) -> BlockFs {
-    unmount(&room.path("blocks"), UnmountOptions { lazy: true, force: false }).expect("the dead mount goes");
-    for listed in sluice_kernel::loop_device::list().expect("listed") {
-        if numbers.contains(&listed.number) {
-            eprintln!("loop{} is on {}", listed.number, listed.backing_file.display());
-        }
-    }
-    let blockfs = room.blockfs(runtime);
-    for (layer, number) in numbers.iter().enumerate().filter(|(layer, _)| *layer != 1) {
-        let source = MoodySource::open(&room.layers[layer]);
-        source.set(Mood::Mixed);
-        let path = blockfs.add(&format!("layer{layer}"), source as Arc<dyn BlockSource>);
-        Device::adopt(*number).expect("adopts").hand_over(&path).expect("taken over");
-    }
-    blockfs
+/// A reader must not hang for ever; and what is local is read all the same.
+fn reads_fail_when_no_agent_comes(way: Way) {
+    let room = Room::with_program(&[vec![MIB], vec![MIB], vec![MIB]]);
+    let mut server = start_server(&room, way);
+    let source = FillingSource::open(room.dir.path(), 0);
+    (0..4).for_each(|_| source.fill_one());
+    let mut agent = start_agent(&room);
+    agent.kill();
+    let root = room.path("image");
+    rig::check(&root, &room.samples[0]);
+    let waiting = File::open(root.join(&room.samples[2].path)).expect("opens");
+    let start = Instant::now();
+    let error = waiting.read_exact_at(&mut [0; 8], 900 << 10).expect_err("nobody has these bytes");
+    assert_eq!(error.raw_os_error(), Some(5), "{error}");
+    println!("{way}: without an agent a read failed after {:?}", start.elapsed());
+    rig::check(&root, &room.samples[0]);
+    // The next agent brings them all the same.
+    let mut agent = start_agent(&room);
+    room.forget(&root);
+    room.check(&root);
+    drop(waiting);
+    agent.end();
+    assert!(server.0.wait().expect("waited").success());
+    room.assert_released();
 }

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rig::{BLOCK, Mood, Room, attach_all, check, forget, mount_image, runtime, wait_until};
-use sluice_blockfs::{BlockSource, Device, ImageMount};
+use rig::{BLOCK, Mood, Room, WAYS, attach_all, check, forget, mount_image, runtime, wait_until};
+use sluice_blockfs::{BlockSource, Device, ImageMount, Way};
 
 const MIB: u64 = 1 << 20;
 
@@ -33,9 +33,13 @@ fn read_in_parallel(room: &Room, root: &Path) {
 
 #[test]
 fn files_are_right_whether_bytes_wait_or_not() {
+    WAYS.into_iter().for_each(files_are_right_whether_bytes_wait_or_not_by);
+}
+
+fn files_are_right_whether_bytes_wait_or_not_by(way: Way) {
     let (runtime, room) = (runtime(), two_layers());
-    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
-    for (number, mood) in [Mood::Local, Mood::Mixed, Mood::Pieces].into_iter().enumerate() {
+    let (blockfs, sources) = (room.blockfs(&runtime, way), room.sources());
+    for (number, mood) in [Mood::Local, Mood::Mixed, Mood::Pieces, Mood::OnDisk].into_iter().enumerate() {
         sources.iter().for_each(|source| source.set(mood));
         let image = mount_image(&room, attach_all(&blockfs, &sources), &format!("image{number}"));
         read_in_parallel(&room, image.dir());
@@ -49,8 +53,12 @@ fn files_are_right_whether_bytes_wait_or_not() {
 
 #[test]
 fn a_layer_is_handed_over_while_it_is_read() {
+    WAYS.into_iter().for_each(a_layer_is_handed_over_while_it_is_read_by);
+}
+
+fn a_layer_is_handed_over_while_it_is_read_by(way: Way) {
     let (runtime, room) = (runtime(), Room::new(&[vec![16 * MIB], vec![8 * MIB, 5]]));
-    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
+    let (blockfs, sources) = (room.blockfs(&runtime, way), room.sources());
     sources.iter().for_each(|source| source.set(Mood::Mixed));
     let devices = attach_all(&blockfs, &sources);
     let image = mount_image(&room, devices.clone(), "image");
@@ -97,9 +105,13 @@ fn a_device_takes_no_file_of_another_size() {
 
 #[test]
 fn an_error_reaches_the_reader_and_does_not_stick() {
+    WAYS.into_iter().for_each(an_error_reaches_the_reader_and_does_not_stick_by);
+}
+
+fn an_error_reaches_the_reader_and_does_not_stick_by(way: Way) {
     let (runtime, room) = (runtime(), Room::new(&[vec![MIB]]));
-    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
-    let path = blockfs.add("layer0", Arc::clone(&sources[0]) as Arc<dyn BlockSource>);
+    let (blockfs, sources) = (room.blockfs(&runtime, way), room.sources());
+    let path = blockfs.add("layer0", Arc::clone(&sources[0]) as Arc<dyn BlockSource>).expect("added");
     let device = Arc::new(Device::attach(&path).expect("attaches"));
     let image = mount_image(&room, vec![device], "image");
     let file = image.dir().join(&room.samples[0].path);
@@ -123,12 +135,16 @@ fn an_error_reaches_the_reader_and_does_not_stick() {
 /// Reads that wait for the network must hold up neither those that need not, nor other layers.
 #[test]
 fn many_reads_that_wait_do_not_hold_up_others() {
+    WAYS.into_iter().for_each(many_reads_that_wait_do_not_hold_up_others_by);
+}
+
+fn many_reads_that_wait_do_not_hold_up_others_by(way: Way) {
     const STUCK_LAYERS: usize = 5;
     const READERS: u64 = 100;
     let (runtime, mut sizes) = (runtime(), vec![vec![READERS * 16 * BLOCK]; STUCK_LAYERS]);
     sizes.push(vec![MIB]);
     let room = Room::new(&sizes);
-    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
+    let (blockfs, sources) = (room.blockfs(&runtime, way), room.sources());
     let (stuck, free) = sources.split_at(STUCK_LAYERS);
     stuck.iter().for_each(|source| source.set(Mood::Stuck));
     let devices = attach_all(&blockfs, &sources);
@@ -166,8 +182,12 @@ fn many_reads_that_wait_do_not_hold_up_others() {
 
 #[test]
 fn forty_layers_are_one_image() {
+    WAYS.into_iter().for_each(forty_layers_are_one_image_by);
+}
+
+fn forty_layers_are_one_image_by(way: Way) {
     let (runtime, room) = (runtime(), Room::new(&vec![vec![50_000, 10, 70_000]; 40]));
-    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
+    let (blockfs, sources) = (room.blockfs(&runtime, way), room.sources());
     let start = Instant::now();
     let devices = attach_all(&blockfs, &sources);
     let attached = start.elapsed();
@@ -181,8 +201,12 @@ fn forty_layers_are_one_image() {
 
 #[test]
 fn images_share_a_layer_device_and_the_last_one_frees_it() {
+    WAYS.into_iter().for_each(images_share_a_layer_device_and_the_last_one_frees_it_by);
+}
+
+fn images_share_a_layer_device_and_the_last_one_frees_it_by(way: Way) {
     let (runtime, room) = (runtime(), two_layers());
-    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
+    let (blockfs, sources) = (room.blockfs(&runtime, way), room.sources());
     let devices = attach_all(&blockfs, &sources);
     let first = mount_image(&room, devices.clone(), "first");
     let second = mount_image(&room, devices, "second");
@@ -200,8 +224,12 @@ fn images_share_a_layer_device_and_the_last_one_frees_it() {
 /// A container's use of the image outlives its place in the tree.
 #[test]
 fn an_open_file_outlives_the_unmount() {
+    WAYS.into_iter().for_each(an_open_file_outlives_the_unmount_by);
+}
+
+fn an_open_file_outlives_the_unmount_by(way: Way) {
     let (runtime, room) = (runtime(), two_layers());
-    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
+    let (blockfs, sources) = (room.blockfs(&runtime, way), room.sources());
     let image = mount_image(&room, attach_all(&blockfs, &sources), "image");
     let sample = &room.samples[0];
     let file = File::open(image.dir().join(&sample.path)).expect("opens");
@@ -232,9 +260,13 @@ fn a_mount_that_fails_leaves_nothing() {
 
 #[test]
 fn the_fuse_files_are_read_only_private_and_go_when_removed() {
+    WAYS.into_iter().for_each(the_fuse_files_are_read_only_private_and_go_when_removed_by);
+}
+
+fn the_fuse_files_are_read_only_private_and_go_when_removed_by(way: Way) {
     let (runtime, room) = (runtime(), two_layers());
-    let (blockfs, sources) = (room.blockfs(&runtime), room.sources());
-    let path = blockfs.add("layer0", Arc::clone(&sources[0]) as Arc<dyn BlockSource>);
+    let (blockfs, sources) = (room.blockfs(&runtime, way), room.sources());
+    let path = blockfs.add("layer0", Arc::clone(&sources[0]) as Arc<dyn BlockSource>).expect("added");
     let metadata = fs::metadata(&path).expect("stat");
     assert_eq!((metadata.len(), metadata.permissions().mode() & 0o777), (sources[0].size(), 0o400));
     let dir = path.parent().expect("a directory");
@@ -244,12 +276,12 @@ fn the_fuse_files_are_read_only_private_and_go_when_removed() {
     assert_eq!(fs::read(dir.join("99-other")).expect_err("absent").raw_os_error(), Some(2));
     let open = File::open(&path).expect("opens");
     forget(&path);
-    blockfs.remove(&path);
+    blockfs.remove(&path).expect("removed");
     let error = open.read_exact_at(&mut [0; 8], 0).expect_err("removed");
     assert_eq!(error.raw_os_error(), Some(116));
     let error = File::open(&path).expect_err("removed");
     assert!(matches!(error.raw_os_error(), Some(2 | 116)), "{error}");
-    let again = blockfs.add("layer0", Arc::clone(&sources[1]) as Arc<dyn BlockSource>);
+    let again = blockfs.add("layer0", Arc::clone(&sources[1]) as Arc<dyn BlockSource>).expect("added");
     assert_ne!(path, again);
     assert!(fs::read(&again).expect("reads") == rig::expected(1, 0, sources[1].size() as usize));
     drop(open);

@@ -101,6 +101,48 @@ impl Bundle {
         command
     }
 
+    /// Takes away the bundles below `dir` that nobody will: their containers do not run, and `ends` says that the makers are gone.
+    /// What was kept on purpose stays. Returns the names.
+    pub fn sweep(
+        dir: &Path,
+        runtime: &Path,
+        ends: impl Fn(&str) -> bool,
+    ) -> Result<Vec<String>, ContainerError> {
+        let mut swept = Vec::new();
+        let entries = match fs::read_dir(dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(swept),
+            entries => entries.on("list", dir)?,
+        };
+        for entry in entries {
+            let dir_of_one = entry.on("list", dir)?.path();
+            let Some(id) = dir_of_one.file_name().and_then(|name| name.to_str()) else { continue };
+            if !dir_of_one.join("config.json").exists() || !ends(id) {
+                continue;
+            }
+            let options = BundleOptions {
+                dir: dir.to_path_buf(),
+                id: id.to_owned(),
+                lower_dirs: Vec::new(),
+                image_config: String::new(),
+                runtime: runtime.to_path_buf(),
+            };
+            let bundle = Self { options, dir: dir_of_one.clone() };
+            if !bundle.is_running()? {
+                bundle.remove(false)?;
+                swept.push(id.to_owned());
+            }
+        }
+        Ok(swept)
+    }
+
+    /// What the runtime says; a container that it does not know does not run.
+    fn is_running(&self) -> Result<bool, ContainerError> {
+        let mut state = self.runtime();
+        let output = state.args(["state", &self.options.id]).output().on("run", &self.options.runtime)?;
+        let state: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        Ok(state.get("status").is_some_and(|status| status != "stopped"))
+    }
+
     /// The command that runs the container in the foreground; its exit code is the container's.
     pub fn command(&self) -> Command {
         let mut command = self.runtime();

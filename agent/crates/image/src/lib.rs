@@ -11,5 +11,6 @@ pub mod index;
 pub mod merge;
 pub mod records;
 pub mod tar;
+mod varint;
 
 pub use oci_spec::image::Digest;

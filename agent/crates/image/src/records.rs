@@ -95,4 +95,8 @@ pub enum SpanKind {
     DeflateBlock = 2,
     /// Start of a zstd frame.
     ZstdFrame = 3,
+    /// gzip members that the window lists ([`crate::decode::members`]); decoding cannot go on into the next span.
+    GzipMembers = 4,
+    /// zstd frames that the window lists, likewise.
+    ZstdFrames = 5,
 }

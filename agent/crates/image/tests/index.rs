@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 
 use proptest::prelude::*;
-use sluice_image::decode::decode_span;
+use sluice_image::decode::{Compression, DecodeError, Decoder, decode_span};
 use sluice_image::entry::EntryKind;
+use sluice_image::index::header::{HEADER_LEN, Section};
 use sluice_image::index::{ContentSink, IndexError, IndexOptions, LayerIndex, LayerIndexer};
+use zerocopy::IntoBytes;
 
 /// A layer's local file in memory.
 #[derive(Debug, Default)]
@@ -253,4 +255,115 @@ fn wrong_bytes_are_named() {
     assert!(flate2::read::GzDecoder::new(damaged.as_slice()).read_to_end(&mut rest).is_err());
     let mut indexer = LayerIndexer::new(options(), Memory::default()).expect("indexer");
     assert!(matches!(indexer.push(&damaged), Err(IndexError::Decode(_))));
+}
+
+/// All output of a decoder fed with pieces, or its error.
+fn unpack(layer: &[u8], piece: usize) -> Result<Vec<u8>, DecodeError> {
+    let mut decoder = Decoder::new(Compression::Gzip)?;
+    let mut out = Vec::new();
+    for mut input in layer.chunks(piece) {
+        loop {
+            let step = decoder.step(input)?;
+            input = &input[step.consumed..];
+            out.extend_from_slice(decoder.output());
+            if step.consumed == 0 && decoder.output().is_empty() && !step.boundary {
+                break;
+            }
+        }
+    }
+    decoder.finish()?;
+    Ok(out)
+}
+
+/// What `gzip -dc` makes of `layer`: its exit status (2: a warning) and output.
+fn gunzip(layer: &[u8]) -> (Option<i32>, Vec<u8>) {
+    let file = tempfile::NamedTempFile::new().expect("file");
+    std::fs::write(file.path(), layer).expect("write");
+    let input = std::fs::File::open(file.path()).expect("open");
+    let out = std::process::Command::new("gzip").arg("-dc").stdin(input).output().expect("gzip");
+    (out.status.code(), out.stdout)
+}
+
+#[test]
+fn after_the_last_gzip_member_only_zeros_may_follow() {
+    let member = pack(b"content", Packing::Gzip(6));
+    for (tail, accepted) in [
+        (vec![], true),
+        (vec![0], true),
+        (vec![0; 1000], true),
+        (member.clone(), true),
+        ([member.clone(), vec![0; 5]].concat(), true),
+        ([vec![0; 512], member.clone()].concat(), false),
+        (vec![0, 1], false),
+        (b"garbage".to_vec(), false),
+        (vec![0x1f, 0x8b], false),
+    ] {
+        let layer = [member.clone(), tail.clone()].concat();
+        let (status, theirs) = gunzip(&layer);
+        assert_eq!(status == Some(0), accepted, "gzip, {tail:02x?}");
+        for piece in [1, 3, member.len(), layer.len()] {
+            let ours = unpack(&layer, piece);
+            assert_eq!(ours.is_ok(), accepted, "{piece} {tail:02x?}: {ours:?}");
+            assert!(ours.is_err() || ours == Ok(theirs.clone()), "{piece} {tail:02x?}");
+        }
+    }
+}
+
+/// Replaces a section's frame and its claimed size; the rest of the blob follows.
+fn with_files_section(index: &LayerIndex, frame: &[u8], raw_len: u64) -> Vec<u8> {
+    let mut header = *index.header();
+    let blob = index.blob();
+    let part = |section: &Section| {
+        blob[section.offset.get() as usize..section.end().expect("end") as usize].to_vec()
+    };
+    let parts = [
+        part(&header.skeleton),
+        frame.to_vec(),
+        part(&header.digests),
+        part(&header.spans),
+        part(&header.windows),
+    ];
+    let mut offset = HEADER_LEN as u64;
+    let sections = [
+        &mut header.skeleton,
+        &mut header.files,
+        &mut header.digests,
+        &mut header.spans,
+        &mut header.windows,
+    ];
+    for (section, part) in sections.into_iter().zip(&parts) {
+        section.offset = offset.into();
+        section.len = (part.len() as u64).into();
+        offset += part.len() as u64;
+    }
+    header.files.raw_len = raw_len.into();
+    header.toc_digest = *blake3::hash(&parts[..4].concat()).as_bytes();
+    [header.as_bytes(), &parts.concat()].concat()
+}
+
+#[test]
+fn a_files_section_that_expands_far_is_refused_without_the_memory() {
+    let files = BTreeMap::from([("a".to_owned(), vec![1; 9000]), ("b".to_owned(), vec![2; 9000])]);
+    let (index, _) = index(&make_tar(&files), 4096).expect("index");
+    let right = zstd::bulk::compress(&[0, 0], 1).expect("compress");
+    for (frame, raw_len, accepted) in [
+        (right.clone(), 2, true),
+        (right.clone(), 1, false),
+        (right.clone(), 3, false),
+        // 1 GiB of zeros in some 30 KiB; and a claim of more than any machine has.
+        (zstd::stream::encode_all(std::io::repeat(0).take(1 << 30), 1).expect("compress"), 1 << 30, false),
+        (right, 8 << 30, false),
+        (vec![1, 2, 3], 2, false),
+    ] {
+        let blob = with_files_section(&index, &frame, raw_len);
+        let read = LayerIndex::from_blob(blob)
+            .expect("a table")
+            .toc()
+            .map(|toc| toc.filter_map(Result::err).count());
+        assert_eq!(matches!(read, Ok(0)), accepted, "{raw_len} {read:?}");
+    }
+    let peak = std::fs::read_to_string("/proc/self/status").expect("status");
+    let peak = peak.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("peak");
+    let peak: u64 = peak.trim().trim_end_matches(" kB").parse().expect("number");
+    assert!(peak < 700 << 10, "{peak} KiB");
 }

@@ -215,3 +215,28 @@ fn symbolic_links_cannot_be_used_to_nest_without_limit() {
     let merged = tree.apply::<MergeError>(entries.into_iter().map(Ok));
     assert!(matches!(merged, Err(MergeError::Path { .. })), "{merged:?}");
 }
+
+/// Thirty directories, each with two names, are a thousand million paths.
+#[test]
+fn a_directory_with_two_names_does_not_make_the_walk_endless() {
+    let mut tree = Tree::new();
+    let ops = (0..30).flat_map(|depth| {
+        let parent = "a/".repeat(depth);
+        [Op::Dir(format!("{parent}a"), 0o755), Op::Dir(format!("{parent}b"), 0o755)]
+    });
+    tree.apply::<MergeError>(ops.map(|op| Ok(entry(&op)))).expect("merges");
+    let mut image = Vec::new();
+    let written = erofs::write(&tree, &[0], Form::Devices, &mut image).expect("writes");
+    let mut doubled = 0;
+    for names in 48..image.len() - 5 {
+        // Four entries of 12 bytes, then their names: `.`, `..`, `a`, `b`; `b` shall lead where `a` leads.
+        if image[names..names + 5] == *b"...ab" && image[names - 40..names - 38] == 48_u16.to_le_bytes() {
+            image.copy_within(names - 24..names - 16, names - 12);
+            doubled += 1;
+        }
+    }
+    assert_eq!(doubled, 30);
+    let reader = Reader::new(image, &written.layer_offsets).expect("opens");
+    let error = reader.walk(&mut |_, _| {}).expect_err("walked");
+    assert!(error.to_string().contains("in two directories"), "{error}");
+}

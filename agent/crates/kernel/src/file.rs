@@ -166,6 +166,27 @@ fn signed(value: u64) -> Result<i64, FileError> {
     i64::try_from(value).map_err(|_range| FileError::Range { value })
 }
 
+/// Reads through a mapping of the file, as programs read their code: by page faults. Bytes that are not there when the fault
+/// comes (an I/O error, a file that became shorter) kill the process by SIGBUS; it is for measuring and testing.
+pub fn read_mapped(file: BorrowedFd<'_>, offset: u64, buffer: &mut [u8]) -> Result<(), FileError> {
+    let before = (offset % 4096) as usize;
+    let start = signed(offset - before as u64)?;
+    let length = before + buffer.len();
+    let (flags, fd) = (libc::MAP_PRIVATE, file.as_raw_fd());
+    // SAFETY: a new mapping at an address of the kernel's choice touches no other memory; the descriptor is open.
+    let place = unsafe { libc::mmap(std::ptr::null_mut(), length, libc::PROT_READ, flags, fd, start) };
+    if place == libc::MAP_FAILED {
+        return Err(FileError::Request { request: "mmap", source: Errno::last() });
+    }
+    // SAFETY: `before` is less than the mapping's length unless there is nothing to copy.
+    let first = unsafe { place.cast::<u8>().add(before) };
+    // SAFETY: the mapping holds `buffer.len()` bytes from `first` on and does not overlap a buffer that existed before.
+    unsafe { std::ptr::copy_nonoverlapping(first, buffer.as_mut_ptr(), buffer.len()) };
+    // SAFETY: the whole mapping of just now, to which no pointer is kept.
+    let result = unsafe { libc::munmap(place, length) };
+    Errno::result(result).map(drop).map_err(|source| FileError::Request { request: "munmap", source })
+}
+
 /// Space of the file system that holds `path`.
 pub fn space(path: &Path) -> Result<Space, FileError> {
     let found =
@@ -199,6 +220,17 @@ mod tests {
         file.rewind().expect("seek");
         file.read_to_end(&mut all).expect("read");
         all
+    }
+
+    #[test]
+    fn a_mapping_reads_what_is_in_the_file() {
+        let bytes: Vec<u8> = (0..20_000_u32).map(|n| (n % 251) as u8).collect();
+        let file = filled(&bytes);
+        for (offset, length) in [(0, 1), (4095, 2), (5000, 9000), (19_999, 1)] {
+            let mut buffer = vec![0; length];
+            read_mapped(file.as_fd(), offset, &mut buffer).expect("mapped");
+            assert!(buffer == bytes[offset as usize..][..length], "{offset} {length}");
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The kernel interface: loop devices, mounts, reflinks, abilities. The only crate with unsafe code.
+//! The kernel interface: loop devices, mounts, FUSE rings, reflinks, abilities. The only crate with unsafe code.
 //!
 //! Every other crate calls the safe functions here; nothing in here knows of images, layers or registries. Each module
 //! has an error type of its own whose source is the errno that the kernel gave.
@@ -7,9 +7,12 @@
 pub mod abilities;
 pub mod file;
 mod fsopen;
+pub mod fuse;
+pub mod fuse_ring;
 pub mod loop_device;
 pub mod mount;
 pub mod mountinfo;
+pub mod pass;
 pub mod process;
 
 pub use abilities::{Abilities, Ability};

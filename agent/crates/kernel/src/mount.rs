@@ -1,4 +1,4 @@
-//! Mounting EROFS and overlayfs, and unmounting.
+//! Mounting, and unmounting: EROFS and overlayfs here, FUSE in `fuse`.
 //!
 //! The new mount interface comes first (Linux 5.2; long option lists, errors in words), `mount(2)` where it is missing
 //! or refused by a seccomp filter. Which image is mounted where is decided elsewhere.
@@ -26,7 +26,7 @@ pub enum MountError {
     /// The kernel refused.
     #[error("cannot mount {kind} on {}{}", target.display(), said(messages))]
     Mount {
-        /// `erofs` or `overlay`.
+        /// `erofs`, `overlay` or `fuse`.
         kind: &'static str,
         /// Where.
         target: PathBuf,
@@ -39,7 +39,7 @@ pub enum MountError {
     /// Too many options for this kernel's interface.
     #[error("the {kind} mount on {} has {length} bytes of options, more than {MAX_OPTIONS}", target.display())]
     OptionsTooLong {
-        /// `erofs` or `overlay`.
+        /// `erofs`, `overlay` or `fuse`.
         kind: &'static str,
         /// Where.
         target: PathBuf,
@@ -287,25 +287,25 @@ fn name_for(
 }
 
 /// One mount in terms that both interfaces understand.
-struct Plan {
-    kind: &'static str,
-    name: &'static CStr,
-    source: PathBuf,
-    options: Vec<(CString, Option<Vec<u8>>)>,
-    restrictions: Restrictions,
+pub(crate) struct Plan {
+    pub(crate) kind: &'static str,
+    pub(crate) name: &'static CStr,
+    pub(crate) source: PathBuf,
+    pub(crate) options: Vec<(CString, Option<Vec<u8>>)>,
+    pub(crate) restrictions: Restrictions,
 }
 
-struct Failure {
+pub(crate) struct Failure {
     errno: Errno,
     messages: String,
 }
 
 impl Plan {
-    fn push(&mut self, key: &CStr, value: &[u8]) {
+    pub(crate) fn push(&mut self, key: &CStr, value: &[u8]) {
         self.options.push((key.to_owned(), Some(value.to_vec())));
     }
 
-    fn mount_new(&self, target: &Path) -> Result<(), Failure> {
+    pub(crate) fn mount_new(&self, target: &Path) -> Result<(), Failure> {
         let silent = |errno| Failure { errno, messages: String::new() };
         let mut context = Context::open(self.name).map_err(silent)?;
         match self.configure(&context).and_then(|()| context.create(self.restrictions.attributes())) {
@@ -329,7 +329,7 @@ impl Plan {
     }
 
     /// Tries `mount(2)` if the failure says that the new interface is not to be had.
-    fn fall_back(&self, target: &Path, failure: Failure, check: bool) -> Result<(), MountError> {
+    pub(crate) fn fall_back(&self, target: &Path, failure: Failure, check: bool) -> Result<(), MountError> {
         if check && !matches!(failure.errno, Errno::ENOSYS | Errno::EPERM) {
             return Err(self.error(target, failure));
         }

@@ -49,3 +49,13 @@ mod tests {
         assert_eq!(pidfd_open(pid).map(drop), Err(Errno::ESRCH));
     }
 }
+
+/// Keeps freed memory from staying with the process: few arenas, and blocks from 128 KiB on given back at once (mallopt(3)).
+/// Network buffers come and go by hundreds of KiB; glibc would raise that limit by itself and keep tens of MiB of holes.
+pub fn return_freed_memory() {
+    #[cfg(target_env = "gnu")]
+    for (parameter, value) in [(libc::M_ARENA_MAX, 2), (libc::M_MMAP_THRESHOLD, 128 << 10)] {
+        // SAFETY: mallopt takes two numbers and locks the heap's own state.
+        unsafe { libc::mallopt(parameter, value) };
+    }
+}

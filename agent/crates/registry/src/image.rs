@@ -1,5 +1,7 @@
 //! Images: manifests, indexes, platforms, configurations.
 
+use std::collections::HashMap;
+
 use bytes::Bytes;
 use oci_spec::image::{Arch, Digest, ImageConfiguration, ImageIndex, ImageManifest, Os};
 use reqwest::Method;
@@ -25,6 +27,8 @@ pub struct Layer {
     pub media_type: String,
     /// Of the uncompressed tar, from the configuration.
     pub diff_id: String,
+    /// Of the layer, in the manifest.
+    pub annotations: HashMap<String, String>,
 }
 
 /// An image that a reference names now.
@@ -70,6 +74,7 @@ impl ResolvedImage {
             size: layer.size(),
             media_type: layer.media_type().to_string(),
             diff_id,
+            annotations: layer.annotations().clone().unwrap_or_default(),
         });
         let layers = layers.collect();
         Ok(Self { reference, manifest_digest, media_type, manifest, config, layers })

@@ -132,6 +132,26 @@ impl Bitmap {
     }
 }
 
+/// Clears ranges of bits in pages as `take_dirty` gave them; returns the numbers of pages that had any of them set.
+pub(crate) fn mask(pages: &mut [(u32, Vec<u8>)], ranges: &[Range<u64>]) -> Vec<u32> {
+    let mut masked = Vec::new();
+    for (page, bytes) in pages {
+        let first = u64::from(*page) * PAGE_BYTES as u64 * 8;
+        let mut any = false;
+        for bit in ranges.iter().cloned().flatten() {
+            let Some(at) = bit.checked_sub(first).and_then(|at| usize::try_from(at).ok()) else { continue };
+            if let Some(byte) = bytes.get_mut(at / 8) {
+                any |= *byte & (1 << (at % 8)) != 0;
+                *byte &= !(1 << (at % 8));
+            }
+        }
+        if any {
+            masked.push(*page);
+        }
+    }
+    masked
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

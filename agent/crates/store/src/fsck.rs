@@ -1,7 +1,7 @@
 //! Checks the store: every verified chunk is read again and compared with its digest.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::ops::Range;
 
 use sluice_image::index::LayerIndex;
 use sluice_image::records::{BLOCK_SIZE, ChunkRecord};
@@ -25,10 +25,14 @@ impl Store {
         let mut report = FsckReport::default();
         for digest in self.layers()? {
             report.layers += 1;
-            match self.layer(&digest) {
-                Ok(Some(layer)) => self.check_layer(&layer, &mut report)?,
-                Ok(None) => {}
-                Err(error) => report.problems.push(format!("layer {digest}: cannot be opened: {error}")),
+            let checked = match self.layer(&digest) {
+                Ok(Some(layer)) => self.check_layer(&layer, &mut report),
+                Ok(None) => Ok(()),
+                Err(error) => Err(error),
+            };
+            // One layer that cannot be read does not keep the others from being looked at.
+            if let Err(error) = checked {
+                report.problems.push(format!("layer {digest}: {}", with_causes(&error)));
             }
         }
         for image in self.images()? {
@@ -54,8 +58,7 @@ impl Store {
             }
         };
         let data = layer.data_path();
-        let file = fs::File::open(&data).on("open", &data)?;
-        if file.metadata().on("stat", &data)?.len() != layer.size() {
+        if fs::metadata(&data).on("stat", &data)?.len() != layer.size() {
             report.problems.push(format!("layer {}: its file has the wrong size", layer.digest()));
         }
         let mut bad = false;
@@ -63,32 +66,46 @@ impl Store {
         let failed = |source| StoreError::Index { layer: layer.digest().to_owned(), source };
         for item in index.toc().map_err(failed)? {
             for chunk in item.map_err(failed)?.chunks {
-                let start = chunk.store_offset.get();
-                let end = start + u64::from(chunk.len.get());
-                if !layer.has(start..end) {
-                    continue;
-                }
-                report.chunks_checked += 1;
-                if !matches(&file, &chunk, &index, &mut buffer) {
+                let range = chunk.store_offset.get()..chunk.store_offset.get() + u64::from(chunk.len.get());
+                if let Some(what) = check_chunk(layer, &chunk, &index, &mut buffer, report) {
                     bad = true;
-                    report.problems.push(format!(
-                        "layer {}: bytes {start}..{end} are not what they were",
-                        layer.digest()
-                    ));
+                    let (digest, Range { start, end }) = (layer.digest(), range.clone());
+                    report.problems.push(format!("layer {digest}: bytes {start}..{end} {what}"));
                     layer.unverify(start..end.next_multiple_of(BLOCK_SIZE));
                 }
             }
         }
         if bad {
-            self.inner.state.set_incomplete(layer.digest(), &layer.all_pages())?;
+            self.record_whole_map(layer)?;
         }
         tracing::debug!(layer = layer.digest(), dir = %layer.dir().display(), bad, "checked");
         Ok(())
     }
 }
 
-fn matches(file: &fs::File, chunk: &ChunkRecord, index: &LayerIndex, buffer: &mut [u8]) -> bool {
-    let Some(bytes) = buffer.get_mut(..chunk.len.get() as usize) else { return false };
-    file.read_exact_at(bytes, chunk.store_offset.get()).is_ok()
-        && index.digest_algorithm().digest(bytes) == chunk.digest
+/// Reads a verified chunk as a reader would, from memory too; says what is wrong with it.
+fn check_chunk(
+    layer: &Layer,
+    chunk: &ChunkRecord,
+    index: &LayerIndex,
+    buffer: &mut [u8],
+    report: &mut FsckReport,
+) -> Option<String> {
+    let bytes = buffer.get_mut(..chunk.len.get() as usize)?;
+    match layer.try_read(chunk.store_offset.get(), bytes) {
+        Ok(false) => return None,
+        Ok(true) => {}
+        Err(error) => {
+            report.chunks_checked += 1;
+            return Some(format!("cannot be read: {error}"));
+        }
+    }
+    report.chunks_checked += 1;
+    let same = index.digest_algorithm().digest(bytes) == chunk.digest;
+    (!same).then(|| "are not what they were".to_owned())
+}
+
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

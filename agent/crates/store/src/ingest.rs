@@ -4,21 +4,24 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use sluice_image::index::ContentSink;
 
+use crate::space::Space;
 use crate::{OnFile, StoreError};
 
 /// A temporary file that becomes a layer's file. Dropped without `commit_ingest` it leaves nothing.
 #[derive(Debug)]
 pub struct Ingest {
     file: tempfile::NamedTempFile,
+    space: Arc<Space>,
 }
 
 impl Ingest {
-    pub(crate) fn begin(temporary: &Path) -> Result<Self, StoreError> {
+    pub(crate) fn begin(temporary: &Path, space: Arc<Space>) -> Result<Self, StoreError> {
         let file = tempfile::NamedTempFile::new_in(temporary).on("create a file in", temporary)?;
-        Ok(Self { file })
+        Ok(Self { file, space })
     }
 
     fn file(&self) -> &File {
@@ -34,7 +37,9 @@ impl Ingest {
 
 impl ContentSink for Ingest {
     fn write(&mut self, store_offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.file().write_all_at(bytes, store_offset)
+        let len = bytes.len() as u64;
+        self.space.admit(len)?;
+        self.file().write_all_at(bytes, store_offset).inspect_err(|error| self.space.refused(len, error))
     }
 
     fn rewind(&mut self, store_offset: u64) -> io::Result<()> {

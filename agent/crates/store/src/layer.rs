@@ -1,20 +1,22 @@
 //! One layer's file and which of its blocks are verified.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use sluice_image::records::{BLOCK_SIZE, ChunkRecord, ExtentRecord};
 
-use crate::bitmap::Bitmap;
+use crate::bitmap::{Bitmap, PAGE_BYTES};
+use crate::memory::{Memory, overlay};
 use crate::records::Records;
-use crate::state::LayerRecord;
+use crate::space::Space;
+use crate::state::{LayerRecord, Page};
 use crate::{OnFile, StoreError};
 
 /// See the module text.
@@ -22,6 +24,7 @@ use crate::{OnFile, StoreError};
 pub struct Layer {
     digest: String,
     diff_id: String,
+    generation: u64,
     dir: PathBuf,
     size: u64,
     file: File,
@@ -29,11 +32,9 @@ pub struct Layer {
     extents: Records<ExtentRecord>,
     verified: Bitmap,
     complete: AtomicBool,
-    /// Verified chunks that the disk could not take, by store offset.
-    memory: Mutex<BTreeMap<u64, Bytes>>,
-    memory_bytes: AtomicU64,
-    memory_budget_bytes: u64,
-    disk_full: AtomicBool,
+    /// Verified chunks that the disk could not take.
+    memory: Memory,
+    space: Arc<Space>,
 }
 
 impl Layer {
@@ -41,8 +42,8 @@ impl Layer {
         digest: &str,
         dir: PathBuf,
         record: &LayerRecord,
-        bits: &[(u32, Vec<u8>)],
-        memory_budget_bytes: u64,
+        bits: &[Page],
+        space: Arc<Space>,
     ) -> Result<Self, StoreError> {
         let path = dir.join("data");
         let file = File::options().read(true).write(true).open(&path).on("open", &path)?;
@@ -55,16 +56,15 @@ impl Layer {
         Ok(Self {
             digest: digest.to_owned(),
             diff_id: record.diff_id.clone(),
+            generation: record.generation,
             size: record.store_size,
             file,
             chunks: Records::open(&dir.join("chunks"))?,
             extents: Records::open(&dir.join("extents"))?,
             verified,
             complete: AtomicBool::new(record.complete),
-            memory: Mutex::default(),
-            memory_bytes: AtomicU64::new(0),
-            memory_budget_bytes,
-            disk_full: AtomicBool::new(false),
+            memory: Memory::new(Arc::clone(&space)),
+            space,
             dir,
         })
     }
@@ -77,6 +77,10 @@ impl Layer {
     /// `sha256:…` of the uncompressed tar.
     pub fn diff_id(&self) -> &str {
         &self.diff_id
+    }
+
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation
     }
 
     /// Bytes of the layer's file: a multiple of the block size.
@@ -113,9 +117,19 @@ impl Layer {
         self.verified.count() * BLOCK_SIZE
     }
 
-    /// Whether the last write found no space.
+    /// Bytes verified that are only in memory: the disk could not take them.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory.bytes()
+    }
+
+    /// Whether the store has no space.
     pub fn disk_full(&self) -> bool {
-        self.disk_full.load(Ordering::Acquire)
+        self.space.is_full()
+    }
+
+    /// Whether the store would take a chunk now.
+    pub fn has_space(&self) -> bool {
+        self.space.check(u64::from(sluice_image::records::CHUNK_SIZE)).is_ok()
     }
 
     /// Whether all bytes of a range are verified. The range may end beyond the file: only what is in it counts.
@@ -126,33 +140,21 @@ impl Layer {
     /// Fills `buffer` from `offset` if all of it is verified; says whether it was. Bytes beyond the end are zero.
     pub fn try_read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<bool> {
         let end = offset.saturating_add(buffer.len() as u64).min(self.size);
-        if !self.has(offset..end) {
-            return Ok(false);
-        }
         let (inside, beyond) = buffer.split_at_mut((end.saturating_sub(offset)) as usize);
         beyond.fill(0);
-        self.file.read_exact_at(inside, offset)?;
-        if self.memory_bytes.load(Ordering::Acquire) > 0 {
-            self.overlay_memory(offset, inside);
-        }
-        Ok(true)
-    }
-
-    fn overlay_memory(&self, offset: u64, buffer: &mut [u8]) {
-        let memory = self.lock_memory();
-        let end = offset + buffer.len() as u64;
-        // A chunk that begins before may reach into the range.
-        let first = memory.range(..=offset).next_back().map_or(offset, |(start, _)| *start);
-        for (start, bytes) in memory.range(first..end) {
-            let from = offset.max(*start);
-            let to = end.min(start + bytes.len() as u64);
-            if from >= to {
-                continue;
+        loop {
+            let evictions = self.memory.evictions();
+            if !self.has(offset..end) {
+                return Ok(false);
             }
-            let source = bytes.get((from - start) as usize..(to - start) as usize);
-            let target = buffer.get_mut((from - offset) as usize..(to - offset) as usize);
-            if let (Some(source), Some(target)) = (source, target) {
-                target.copy_from_slice(source);
+            // Taken before the file is read: what is not held any more was written before.
+            let held = self.memory.overlapping(offset..end);
+            if overlay(&held, offset, inside) < inside.len() as u64 {
+                self.file.read_exact_at(inside, offset)?;
+                overlay(&held, offset, inside);
+            }
+            if evictions == self.memory.evictions() {
+                return Ok(true);
             }
         }
     }
@@ -171,6 +173,14 @@ impl Layer {
             number += 1;
         }
         Ok(missing)
+    }
+
+    /// The first chunk with bytes in `range` that is not verified.
+    pub fn first_missing(&self, range: Range<u64>) -> io::Result<Option<ChunkRecord>> {
+        if self.has(range.clone()) {
+            return Ok(None);
+        }
+        Ok(self.next_missing(range.start)?.filter(|chunk| chunk.store_offset.get() < range.end))
     }
 
     /// The first chunk at or after `offset` that is not verified.
@@ -219,29 +229,42 @@ impl Layer {
         self.chunks.get(self.first_chunk(store_offset)?)
     }
 
-    /// Takes a chunk whose digest the caller has checked. When the disk is full it stays in memory, within the budget; says
-    /// whether it was kept at all.
-    pub fn insert_verified(&self, chunk: &ChunkRecord, bytes: &Bytes) -> bool {
+    /// Takes a chunk whose digest the caller has checked. When the disk takes no more it stays in memory, within the budget; an
+    /// urgent one makes older ones go. Says whether it was kept.
+    pub fn insert_verified(&self, chunk: &ChunkRecord, bytes: &Bytes, urgent: bool) -> bool {
         let start = chunk.store_offset.get();
-        match self.file.write_all_at(bytes, start) {
-            Ok(()) => {
-                self.disk_full.store(false, Ordering::Release);
+        if let Err(error) = self.write(start, bytes) {
+            if !crate::space::is_full(&error) {
+                tracing::warn!(layer = self.digest, offset = start, size = bytes.len(), %error, "cannot write to the layer store; keeping bytes in memory");
             }
-            Err(error) => {
-                let full = matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
-                if !self.disk_full.swap(full, Ordering::AcqRel) || !full {
-                    tracing::warn!(layer = self.digest, offset = start, %error, "cannot write to the layer store; keeping bytes in memory");
-                }
-                let held = self.memory_bytes.fetch_add(bytes.len() as u64, Ordering::AcqRel);
-                if held + bytes.len() as u64 > self.memory_budget_bytes {
-                    self.memory_bytes.fetch_sub(bytes.len() as u64, Ordering::AcqRel);
-                    return false;
-                }
-                self.lock_memory().insert(start, bytes.clone());
+            let forget = |range| self.verified.clear(blocks(range));
+            if !self.memory.keep(start, bytes.clone(), urgent, forget) {
+                return false;
             }
         }
         self.verified.set(blocks(span_of(chunk)));
         true
+    }
+
+    /// Takes a chunk that is all zeros, as the caller has checked: it needs no space.
+    pub fn insert_hole(&self, chunk: &ChunkRecord) -> io::Result<()> {
+        let span = span_of(chunk);
+        // Damage that fsck found may stand there.
+        match sluice_kernel::file::punch_hole(self.file.as_fd(), span.start, span.end - span.start) {
+            Ok(()) => {}
+            Err(error) => {
+                tracing::debug!(layer = self.digest, offset = span.start, %error, "no hole can be made: zeros are written");
+                self.write(span.start, &vec![0; (span.end - span.start) as usize])?;
+            }
+        }
+        self.verified.set(blocks(span));
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let len = bytes.len() as u64;
+        self.space.admit(len)?;
+        self.file.write_all_at(bytes, offset).inspect_err(|error| self.space.refused(len, error))
     }
 
     /// Forgets that a range was verified.
@@ -250,51 +273,75 @@ impl Layer {
         self.verified.clear(blocks(range));
     }
 
-    /// Writes what memory holds, flushes the file, and returns the pages of the map that are to be recorded now.
-    pub(crate) fn sync(&self) -> Result<Option<Vec<(u32, Vec<u8>)>>, StoreError> {
-        self.write_memory();
-        if self.memory_bytes.load(Ordering::Acquire) > 0 {
-            // The map speaks of bytes that are in memory only.
-            return Ok(None);
+    /// Writes what memory holds, flushes the file, and returns the pages of the map that are to be recorded now. If the flush
+    /// fails nobody can tell what reached the disk: `committed` gives the pages of the map as they are recorded, and what was
+    /// verified since is forgotten.
+    pub(crate) fn sync(
+        &self,
+        committed: impl FnOnce() -> Result<Vec<Page>, StoreError>,
+    ) -> Result<Vec<Page>, StoreError> {
+        if let Err(error) = self.memory.drain(|start, bytes| self.write(start, bytes)) {
+            tracing::debug!(layer = self.digest, %error, "the disk still takes no more");
         }
         // Taken before the flush: bits set meanwhile are dirty again and come with the next one.
-        let pages = self.verified.take_dirty();
+        let mut pages = self.verified.take_dirty();
         if pages.is_empty() {
-            return Ok(None);
+            return Ok(pages);
+        }
+        // What is in memory only is not to be recorded. Looked at after the bits: a chunk whose bit was seen is either still
+        // held, or written before the flush.
+        let held: Vec<Range<u64>> = self.memory.ranges().into_iter().map(blocks).collect();
+        if !held.is_empty() {
+            self.verified.mark_pages(crate::bitmap::mask(&mut pages, &held).into_iter());
         }
         if let Err(error) = self.file.sync_data() {
-            self.verified.mark_pages(pages.iter().map(|(page, _)| *page));
+            let recorded = committed()?;
+            for (page, _) in &pages {
+                let bytes = recorded.iter().find(|(one, _)| one == page).map(|(_, bytes)| bytes.as_slice());
+                self.verified.load_page(*page, bytes.unwrap_or(&[0; PAGE_BYTES]));
+            }
             return Err(error).on("flush", &self.data_path());
         }
-        Ok(Some(pages))
+        Ok(pages)
     }
 
-    pub(crate) fn all_pages(&self) -> Vec<(u32, Vec<u8>)> {
-        let pages = self.verified.len().div_ceil(8 * crate::bitmap::PAGE_BYTES as u64);
+    /// Marks pages again that could not be recorded.
+    pub(crate) fn not_recorded(&self, pages: &[Page]) {
+        self.verified.mark_pages(pages.iter().map(|(page, _)| *page));
+    }
+
+    /// Makes the next flush record the whole map.
+    pub(crate) fn mark_all(&self) {
+        let pages = self.verified.len().div_ceil(8 * PAGE_BYTES as u64);
         self.verified.mark_pages(0..pages as u32);
-        self.verified.take_dirty()
     }
 
-    fn write_memory(&self) {
-        let mut memory = self.lock_memory();
-        while let Some(first) = memory.first_entry() {
-            if let Err(error) = self.file.write_all_at(first.get(), *first.key()) {
-                tracing::debug!(layer = self.digest, %error, "the disk is still full");
-                return;
-            }
-            self.memory_bytes.fetch_sub(first.get().len() as u64, Ordering::AcqRel);
-            first.remove();
-            self.disk_full.store(false, Ordering::Release);
-        }
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// A chunk by number.
+    pub(crate) fn chunk(&self, number: u64) -> io::Result<Option<ChunkRecord>> {
+        self.chunks.get(number)
+    }
+
+    /// Takes a chunk whose blocks are another layer's, and whose digest was checked.
+    pub(crate) fn shared(&self, chunk: &ChunkRecord) {
+        self.verified.set(blocks(span_of(chunk)));
+    }
+
+    /// Whether it is worth asking the file system to share blocks.
+    pub(crate) fn may_share(&self) -> bool {
+        self.space.may_share.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn cannot_share(&self) {
+        self.space.may_share.store(false, Ordering::Relaxed);
     }
 
     /// Directory of the layer's files.
     pub(crate) fn dir(&self) -> &Path {
         &self.dir
-    }
-
-    fn lock_memory(&self) -> MutexGuard<'_, BTreeMap<u64, Bytes>> {
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

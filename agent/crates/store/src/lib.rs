@@ -1,28 +1,38 @@
 //! Layer store: one sparse file per layer, verified blocks, state that survives a crash.
 //!
 //! It takes verified chunks from the stream crate and gives them to the block crate; it does not know where they come from.
-//! `state.redb` holds which layers and images there are and which blocks are verified; `layers/HEX/` holds a layer's file
-//! (`data`), its index as far as it is here (`index`), and fixed-size records derived from it (`chunks`, `extents`).
+//! `state.redb` holds which layers and images there are, who holds them, and which blocks are verified; `layers/HEX/` holds a
+//! layer's file (`data`), its index as far as it is here (`index`), and fixed-size records derived from it (`chunks`, `extents`,
+//! `digests`).
 
 mod bitmap;
+mod copies;
 mod fsck;
+mod gc;
 mod ingest;
 mod layer;
+mod memory;
+mod place;
 mod records;
+mod space;
 mod state;
 
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use sluice_image::index::{IndexError, LayerIndex};
+use sluice_image::index::IndexError;
 
+pub use copies::LocalCopies;
 pub use fsck::FsckReport;
+pub use gc::{Freed, InUse};
 pub use ingest::Ingest;
 pub use layer::Layer;
-pub use state::ImageRecord;
+pub use space::StoreLimits;
+pub use state::{ImageRecord, Lease};
 
 /// What went wrong in the store.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +70,26 @@ pub enum StoreError {
     /// A digest is not of the form `sha256:HEX`.
     #[error("`{0}` is not a sha256 digest")]
     Digest(String),
+    /// A layer is not there.
+    #[error("the store has no layer {0}")]
+    NoLayer(String),
+    /// The caller's handle is of a layer that was removed; another may have taken its place.
+    #[error("layer {0} was removed from the store meanwhile")]
+    Superseded(String),
+    /// A layer cannot be complete while some of its bytes are only in memory.
+    #[error("layer {0} is not all on the disk: there is no space")]
+    OnlyInMemory(String),
+    /// A layer cannot be complete while blocks are missing.
+    #[error("layer {0} has blocks that are not verified")]
+    NotFull(String),
+    /// An image is held.
+    #[error("image {image} is held by {holder}")]
+    InUse {
+        /// Digest of its manifest.
+        image: String,
+        /// Who holds it.
+        holder: String,
+    },
 }
 
 /// Adds what was tried, and on what file.
@@ -83,26 +113,23 @@ pub struct Store {
 struct Inner {
     root: PathBuf,
     state: state::State,
+    /// Open layers. Held while a record and its directory change together, so that no handle has one of each.
     open: Mutex<HashMap<String, Weak<Layer>>>,
     /// Held while a layer is put in its place: two must not put the same one there.
     placing: Mutex<()>,
-    memory_budget_bytes: u64,
+    space: Arc<space::Space>,
     _lock: File,
 }
 
-/// What `gc` removed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Freed {
-    /// Layers.
-    pub layers: usize,
-    /// Bytes on disk.
-    pub bytes: u64,
-}
-
 impl Store {
-    /// Opens or makes the store at `root`. Leftovers of a crash are removed. `memory_budget_bytes` bounds, per layer,
-    /// what is kept in memory while the disk is full.
+    /// Opens or makes the store at `root`, without a quota. `memory_budget_bytes` bounds what is kept in memory while the disk
+    /// is full.
     pub fn open(root: &Path, memory_budget_bytes: u64) -> Result<Self, StoreError> {
+        Self::open_with(root, StoreLimits::memory(memory_budget_bytes))
+    }
+
+    /// Opens or makes the store at `root`. Leftovers of a crash are removed.
+    pub fn open_with(root: &Path, limits: StoreLimits) -> Result<Self, StoreError> {
         for dir in ["layers", "images", "tmp"] {
             let dir = root.join(dir);
             fs::create_dir_all(&dir).on("create", &dir)?;
@@ -121,11 +148,12 @@ impl Store {
                 state,
                 open: Mutex::default(),
                 placing: Mutex::default(),
-                memory_budget_bytes,
+                space: Arc::new(space::Space::new(root, limits)),
                 _lock: lock,
             }),
         };
         store.remove_leftovers()?;
+        store.measure()?;
         Ok(store)
     }
 
@@ -144,88 +172,54 @@ impl Store {
         self.inner.root.join("tmp")
     }
 
-    /// Adds a layer whose contents are to come. A layer that is there already stays.
-    pub fn add_layer(&self, index: &LayerIndex) -> Result<Arc<Layer>, StoreError> {
-        let digest = index.header().layer_digest_text();
-        let _placing = self.inner.placing.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(layer) = self.layer(&digest)? {
-            return Ok(layer);
-        }
-        let dir = self.stage(index)?;
-        let data = dir.join("data");
-        File::create(&data)
-            .and_then(|file| file.set_len(index.header().store_size.get()))
-            .on("create", &data)?;
-        self.publish(&dir, index, false)?;
-        self.require(&digest)
-    }
-
-    /// Begins a layer that is decoded as it arrives.
-    pub fn begin_ingest(&self) -> Result<Ingest, StoreError> {
-        Ingest::begin(&self.temporary())
-    }
-
-    /// Ends an ingest: the layer is complete. The caller has compared its digest and diffID with the manifest and config.
-    pub fn commit_ingest(&self, ingest: Ingest, index: &LayerIndex) -> Result<Arc<Layer>, StoreError> {
-        let digest = index.header().layer_digest_text();
-        let _placing = self.inner.placing.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(layer) = self.layer(&digest)?
-            && layer.is_complete()
-        {
-            return Ok(layer);
-        }
-        let dir = self.stage(index)?;
-        ingest.finish(&dir.join("data"), index.header().store_size.get())?;
-        self.lock_open().remove(&digest);
-        self.publish(&dir, index, true)?;
-        self.require(&digest)
-    }
-
-    /// A layer of the store.
-    pub fn layer(&self, digest: &str) -> Result<Option<Arc<Layer>>, StoreError> {
-        if let Some(layer) = self.lock_open().get(digest).and_then(Weak::upgrade) {
-            return Ok(Some(layer));
-        }
-        let Some(record) = self.inner.state.layer(digest)? else { return Ok(None) };
-        let bits = self.inner.state.bits(digest)?;
-        let dir = self.layer_dir(digest)?;
-        let layer = Arc::new(Layer::open(digest, dir, &record, &bits, self.inner.memory_budget_bytes)?);
-        let mut open = self.lock_open();
-        // Another thread may have opened it meanwhile: there is one map of verified blocks per layer.
-        if let Some(other) = open.get(digest).and_then(Weak::upgrade) {
-            return Ok(Some(other));
-        }
-        open.insert(digest.to_owned(), Arc::downgrade(&layer));
-        Ok(Some(layer))
-    }
-
     /// Digests of all layers.
     pub fn layers(&self) -> Result<Vec<String>, StoreError> {
         self.inner.state.layers()
     }
 
-    /// Makes durable what was verified so far. Blocks the thread.
+    /// Makes durable what was verified so far, but for what is in memory only. Blocks the thread.
     pub fn flush(&self, layer: &Layer) -> Result<(), StoreError> {
-        let Some(pages) = layer.sync()? else { return Ok(()) };
-        self.inner.state.put_bits(layer.digest(), &pages)
+        self.record(layer, |state, pages| match pages {
+            [] => Ok(()),
+            pages => state.put_bits(layer.digest(), layer.generation(), pages),
+        })
     }
 
-    /// Marks a layer complete: all blocks verified and its diffID checked by the caller.
+    /// Records that a layer is not complete (any more), and what of it is verified.
+    pub(crate) fn record_whole_map(&self, layer: &Layer) -> Result<(), StoreError> {
+        layer.mark_all();
+        self.record(layer, |state, pages| state.set_incomplete(layer.digest(), layer.generation(), pages))
+    }
+
+    /// Flushes the layer's file, then lets `put` record what was verified before.
+    fn record(
+        &self,
+        layer: &Layer,
+        put: impl FnOnce(&state::State, &[state::Page]) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        let state = &self.inner.state;
+        let committed =
+            || Ok(state.layer_and_bits(layer.digest())?.map(|(_, pages)| pages).unwrap_or_default());
+        let pages = layer.sync(committed)?;
+        let recorded = put(state, &pages);
+        if recorded.is_err() {
+            layer.not_recorded(&pages);
+        }
+        recorded
+    }
+
+    /// Marks a layer complete: all blocks verified, all of them on the disk, and its diffID checked by the caller.
     pub fn mark_complete(&self, layer: &Layer) -> Result<(), StoreError> {
         self.flush(layer)?;
-        self.inner.state.set_complete(layer.digest())?;
+        if !layer.is_full() {
+            return Err(StoreError::NotFull(layer.digest().to_owned()));
+        }
+        if layer.memory_bytes() > 0 {
+            return Err(StoreError::OnlyInMemory(layer.digest().to_owned()));
+        }
+        self.inner.state.set_complete(layer.digest(), layer.generation())?;
         layer.set_complete();
         Ok(())
-    }
-
-    /// Forgets a layer and its file.
-    pub fn remove_layer(&self, digest: &str) -> Result<u64, StoreError> {
-        let dir = self.layer_dir(digest)?;
-        self.lock_open().remove(digest);
-        self.inner.state.remove_layer(digest)?;
-        let bytes = disk_bytes(&dir);
-        remove_dir(&dir)?;
-        Ok(bytes)
     }
 
     /// Records an image.
@@ -238,116 +232,26 @@ impl Store {
         self.inner.state.images()
     }
 
-    /// Forgets an image; its layers go with `gc`.
-    pub fn remove_image(&self, manifest_digest: &str) -> Result<(), StoreError> {
-        self.inner.state.remove_image(manifest_digest)?;
-        let path = self.erofs_path(manifest_digest)?;
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).on("remove", &path),
-            _ => Ok(()),
-        }
+    /// Records that `holder` uses an image: neither it nor its layers are removed until the holder releases it, also after a
+    /// restart.
+    pub fn hold(&self, manifest_digest: &str, holder: &str) -> Result<(), StoreError> {
+        let lease = Lease { manifest_digest: manifest_digest.to_owned(), holder: holder.to_owned() };
+        self.inner.state.put_lease(&lease, now_s())
     }
 
-    /// Removes layers that no image names and `in_use` does not hold.
-    pub fn gc(&self, in_use: &dyn Fn(&str) -> bool) -> Result<Freed, StoreError> {
-        let images = self.images()?;
-        let wanted =
-            |digest: &str| images.iter().any(|image| image.layers.iter().any(|layer| layer == digest));
-        let mut freed = Freed::default();
-        for digest in self.layers()? {
-            if !wanted(&digest) && !in_use(&digest) {
-                freed.bytes += self.remove_layer(&digest)?;
-                freed.layers += 1;
-            }
-        }
-        let unpacked = self.inner.root.join("unpacked");
-        for entry in fs::read_dir(&unpacked).into_iter().flatten() {
-            let entry = entry.on("list", &unpacked)?;
-            let digest = format!("sha256:{}", entry.file_name().to_string_lossy());
-            if !wanted(&digest) && !in_use(&digest) {
-                freed.bytes += disk_bytes(&entry.path());
-                freed.layers += 1;
-                remove_dir(&entry.path())?;
-            }
-        }
-        Ok(freed)
+    /// Ends all that `holder` holds.
+    pub fn release(&self, holder: &str) -> Result<(), StoreError> {
+        self.inner.state.remove_leases(holder, now_s())
     }
 
-    /// Bytes that the store takes on disk.
-    pub fn disk_bytes(&self) -> u64 {
-        disk_bytes(&self.inner.root)
+    /// Who holds what. After a restart it is for the caller to release what nobody uses any more.
+    pub fn leases(&self) -> Result<Vec<Lease>, StoreError> {
+        self.inner.state.leases()
     }
+}
 
-    fn require(&self, digest: &str) -> Result<Arc<Layer>, StoreError> {
-        self.layer(digest)?.ok_or_else(|| StoreError::Digest(digest.to_owned()))
-    }
-
-    fn layer_dir(&self, digest: &str) -> Result<PathBuf, StoreError> {
-        Ok(self.inner.root.join("layers").join(hex_of(digest)?))
-    }
-
-    /// Writes what is derived from an index into a new temporary directory.
-    fn stage(&self, index: &LayerIndex) -> Result<PathBuf, StoreError> {
-        let header = index.header();
-        let unique = format!("{}-{}", hex::encode(header.layer_digest), std::process::id());
-        let dir = self.temporary().join(unique);
-        remove_dir(&dir)?;
-        fs::create_dir(&dir).on("create", &dir)?;
-        let path = dir.join("index");
-        fs::write(&path, index.blob()).on("write", &path)?;
-        records::write_tables(index, &dir)?;
-        Ok(dir)
-    }
-
-    /// Moves a staged layer to its place and records it.
-    fn publish(&self, staged: &Path, index: &LayerIndex, complete: bool) -> Result<(), StoreError> {
-        let digest = index.header().layer_digest_text();
-        let dir = self.layer_dir(&digest)?;
-        remove_dir(&dir)?;
-        for name in ["data", "index", "chunks", "extents"] {
-            let path = staged.join(name);
-            File::open(&path).and_then(|file| file.sync_data()).on("flush", &path)?;
-        }
-        File::open(staged).and_then(|file| file.sync_all()).on("flush", staged)?;
-        fs::rename(staged, &dir).on("move", staged)?;
-        let parent = self.inner.root.join("layers");
-        File::open(&parent).and_then(|file| file.sync_all()).on("flush", &parent)?;
-        self.inner.state.put_layer(
-            &digest,
-            &state::LayerRecord {
-                diff_id: index.header().diff_id_text(),
-                store_size: index.header().store_size.get(),
-                complete,
-            },
-        )
-    }
-
-    /// Temporary files, and directories of layers that were never recorded.
-    fn remove_leftovers(&self) -> Result<(), StoreError> {
-        let temporary = self.temporary();
-        remove_dir(&temporary)?;
-        fs::create_dir(&temporary).on("create", &temporary)?;
-        for digest in self.layers()? {
-            // A crash between the removal of an incomplete layer and its replacement.
-            if !self.layer_dir(&digest)?.exists() {
-                self.inner.state.remove_layer(&digest)?;
-            }
-        }
-        let known = self.layers()?;
-        let layers = self.inner.root.join("layers");
-        for entry in fs::read_dir(&layers).on("list", &layers)? {
-            let entry = entry.on("list", &layers)?;
-            let digest = format!("sha256:{}", entry.file_name().to_string_lossy());
-            if !known.contains(&digest) {
-                remove_dir(&entry.path())?;
-            }
-        }
-        Ok(())
-    }
-
-    fn lock_open(&self) -> MutexGuard<'_, HashMap<String, Weak<Layer>>> {
-        self.inner.open.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 /// The hexadecimal part of a sha256 digest, checked, since it becomes a file name.
@@ -363,16 +267,4 @@ fn remove_dir(dir: &Path) -> Result<(), StoreError> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).on("remove", dir),
         _ => Ok(()),
     }
-}
-
-/// Allocated bytes below `path`; what vanishes meanwhile counts nothing.
-fn disk_bytes(path: &Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    let Ok(meta) = fs::symlink_metadata(path) else { return 0 };
-    let mut bytes = meta.blocks() * 512;
-    if meta.is_dir() {
-        let entries = fs::read_dir(path).into_iter().flatten().flatten();
-        bytes += entries.map(|entry| disk_bytes(&entry.path())).sum::<u64>();
-    }
-    bytes
 }

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use sluice_image::index::LayerIndex;
-use zerocopy::{FromBytes, FromZeros, IntoBytes};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::{OnFile, StoreError};
 
@@ -35,6 +35,17 @@ impl<R: FromBytes + IntoBytes + FromZeros> Records<R> {
         Ok(Some(record))
     }
 
+    /// Up to `count` records from `first` on.
+    pub(crate) fn several(&self, first: u64, count: usize) -> io::Result<Vec<R>>
+    where
+        R: Clone,
+    {
+        let count = usize::try_from(self.count.saturating_sub(first)).unwrap_or(usize::MAX).min(count);
+        let mut records = vec![R::new_zeroed(); count];
+        self.file.read_exact_at(records.as_mut_slice().as_mut_bytes(), first * size_of::<R>() as u64)?;
+        Ok(records)
+    }
+
     /// Number of the first record for which `before` does not hold.
     pub(crate) fn partition_point(&self, before: impl Fn(&R) -> bool) -> io::Result<u64> {
         let (mut low, mut high) = (0, self.count);
@@ -49,17 +60,54 @@ impl<R: FromBytes + IntoBytes + FromZeros> Records<R> {
     }
 }
 
-/// Writes `chunks` and `extents` of an index into `dir`.
+/// A chunk by the first bytes of its digest; sorted, so that two layers are compared by reading both once, in order.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+)]
+#[repr(C)]
+pub(crate) struct DigestRecord {
+    /// First 8 bytes of the digest.
+    pub(crate) prefix: [u8; 8],
+    /// Number of the chunk, big-endian, so that records of one digest are sorted by it.
+    pub(crate) number: [u8; 4],
+}
+
+impl DigestRecord {
+    pub(crate) fn number(&self) -> u64 {
+        u32::from_be_bytes(self.number).into()
+    }
+}
+
+/// Writes `chunks`, `extents` and `digests` of an index into `dir`.
 pub(crate) fn write_tables(index: &LayerIndex, dir: &Path) -> Result<(), StoreError> {
     let failed = |source| StoreError::Index { layer: index.header().layer_digest_text(), source };
-    let (chunks_path, extents_path) = (dir.join("chunks"), dir.join("extents"));
+    let [chunks_path, extents_path, digests_path] =
+        ["chunks", "extents", "digests"].map(|name| dir.join(name));
     let create = |path: &Path| File::create(path).map(BufWriter::new).on("create", path);
     let (mut chunks, mut extents) = (create(&chunks_path)?, create(&extents_path)?);
+    let mut digests = Vec::new();
     for item in index.toc().map_err(failed)? {
         let item = item.map_err(failed)?;
         chunks.write_all(item.chunks.as_slice().as_bytes()).on("write", &chunks_path)?;
         extents.write_all(item.extents.as_slice().as_bytes()).on("write", &extents_path)?;
+        for chunk in &item.chunks {
+            let prefix = *chunk.digest.first_chunk().unwrap_or(&[0; 8]);
+            digests.push(DigestRecord { prefix, number: (digests.len() as u32).to_be_bytes() });
+        }
     }
     chunks.flush().on("write", &chunks_path)?;
-    extents.flush().on("write", &extents_path)
+    extents.flush().on("write", &extents_path)?;
+    digests.sort_unstable();
+    std::fs::write(&digests_path, digests.as_slice().as_bytes()).on("write", &digests_path)
 }

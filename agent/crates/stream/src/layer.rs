@@ -1,31 +1,31 @@
-//! A layer whose bytes are fetched when they are read, and filled in the background.
+//! A layer whose bytes are fetched when they are read.
 
-use std::collections::HashSet;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use sluice_image::entry::EntryKind;
 use sluice_image::index::LayerIndex;
-use sluice_image::records::{ChunkRecord, DigestAlgorithm, SpanRecord};
-use sluice_store::{Layer, Store};
-use tokio::sync::{Notify, watch};
+use sluice_image::records::{ChunkRecord, DigestAlgorithm};
+use sluice_store::{Layer, LocalCopies, Store};
+use tokio::sync::{OnceCell, watch};
+use tokio::task::JoinHandle;
 
+use crate::claims::{Claim, Claims, RunState};
+use crate::outage::Outage;
 use crate::run::{self, Run};
 use crate::source::read_all;
-use crate::{BlobSource, Lane, Scheduler, StreamError};
+use crate::spans::{Place, Spans};
+use crate::{BlobSource, Lane, Scheduler, SourceError, StreamError};
 
-/// Compressed bytes that a background fetch asks for at most.
-const FILL_RUN: u64 = 4 << 20;
-/// Compressed bytes that a demand fetch asks for at most beyond its first span.
-const DEMAND_RUN: u64 = 8 << 20;
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(3);
-/// What was verified is made durable this often while filling.
-const FLUSH_INTERVAL: Duration = Duration::from_secs(2);
-/// How often damaged bytes are fetched again before the layer is given up.
+/// How often damaged bytes are fetched before the read fails: the second time elsewhere, if there is an elsewhere.
 const CORRUPT_ATTEMPTS: u32 = 2;
+/// A broken transfer of a layer that decodes from anywhere is tried to go on for this long; then it is begun anew.
+const RESUME_PATIENCE: Duration = Duration::from_millis(500);
+/// The file that has damaged bytes is looked up this often at most: it takes reading the index.
+const LOOK_UP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What a streamed layer is made of.
 #[derive(Debug)]
@@ -47,35 +47,37 @@ pub struct LayerParts {
 /// See the module text.
 #[derive(Debug)]
 pub struct StreamedLayer {
-    parts: LayerParts,
-    spans: Vec<SpanRecord>,
-    windows_offset: u64,
-    layer_size: u64,
-    tar_size: u64,
+    pub(crate) parts: LayerParts,
+    pub(crate) spans: Spans,
+    pub(crate) claims: Arc<Claims>,
     algorithm: DigestAlgorithm,
-    random_access: bool,
-    /// First spans of the runs under way, and which spans they bring.
-    under_way: Mutex<HashSet<usize>>,
-    arrived: Arc<Notify>,
-    complete: watch::Sender<bool>,
+    copies: OnceCell<LocalCopies>,
+    pub(crate) complete: watch::Sender<bool>,
     broken: Mutex<Option<StreamError>>,
+    /// Digest of so many zeros, the last asked for.
+    zeros: Mutex<(u32, [u8; 32])>,
+    made: Instant,
+    /// Milliseconds after `made` when bytes last came.
+    last_byte_ms: AtomicU64,
+    last_failure: Mutex<Option<StreamError>>,
+    looked_up: Mutex<Option<Instant>>,
 }
 
 impl StreamedLayer {
     /// `index` is the layer's table of contents; of it only the spans stay in memory.
     pub fn new(parts: LayerParts, index: &LayerIndex) -> Arc<Self> {
-        let header = index.header();
         Arc::new(Self {
-            spans: index.spans().to_vec(),
-            windows_offset: header.windows.offset.get(),
-            layer_size: header.layer_size.get(),
-            tar_size: header.tar_size.get(),
+            spans: Spans::new(index),
+            claims: Arc::default(),
             algorithm: index.digest_algorithm(),
-            random_access: index.random_access(),
-            under_way: Mutex::default(),
-            arrived: Arc::new(Notify::new()),
+            copies: OnceCell::new(),
             complete: watch::channel(parts.layer.is_complete()).0,
             broken: Mutex::default(),
+            zeros: Mutex::default(),
+            made: Instant::now(),
+            last_byte_ms: AtomicU64::new(0),
+            last_failure: Mutex::default(),
+            looked_up: Mutex::default(),
             parts,
         })
     }
@@ -99,344 +101,374 @@ impl StreamedLayer {
         Ok(here)
     }
 
-    /// Reads a range, fetching what is not here; waits for a source that is away, up to the outage time-out.
-    pub async fn read(&self, offset: u64, len: usize) -> Result<Bytes, StreamError> {
+    /// Reads a range, fetching what is not here; waits for a source that is away, up to the outage time-out, and for a layer that
+    /// can only be decoded in order as long as bytes of it come.
+    pub async fn read(self: &Arc<Self>, offset: u64, len: usize) -> Result<Bytes, StreamError> {
         let counters = self.parts.scheduler.counters();
         counters.from_registry.fetch_add(1, Ordering::Relaxed);
-        counters.waiting.fetch_add(1, Ordering::Relaxed);
-        let fetched = {
-            let _demand = self.parts.scheduler.demand();
-            self.ensure(offset..offset.saturating_add(len as u64), Lane::Demand).await
-        };
-        counters.waiting.fetch_sub(1, Ordering::Relaxed);
-        fetched?;
+        let _waiting = Waiting::new(&counters.waiting);
+        let range = offset..offset.saturating_add(len as u64);
+        let _demand = self.parts.scheduler.demand();
         let mut buffer = vec![0; len];
-        match self.parts.layer.try_read(offset, &mut buffer) {
-            Ok(true) => Ok(Bytes::from(buffer)),
-            Ok(false) => Err(StreamError::Store {
-                layer: self.parts.layer.digest().to_owned(),
-                message: format!("bytes {offset}+{len} vanished from the store"),
-            }),
-            Err(error) => Err(StreamError::io(self.parts.layer.digest(), &error)),
+        loop {
+            if let Err(error) = self.ensure(range.clone()).await {
+                return Err(self.failed(error, range).await);
+            }
+            match self.parts.layer.try_read(offset, &mut buffer) {
+                Ok(true) => return Ok(Bytes::from(buffer)),
+                // On a full disk it may have had to make way for others' bytes already.
+                Ok(false) => {}
+                Err(error) => return Err(self.failed(self.io(&error), range).await),
+            }
         }
     }
 
-    /// Makes a store range local.
-    async fn ensure(&self, range: Range<u64>, lane: Lane) -> Result<(), StreamError> {
+    /// Makes a store range local, for a process that is blocked.
+    async fn ensure(self: &Arc<Self>, range: Range<u64>) -> Result<(), StreamError> {
+        let layer = &self.parts.layer;
         let mut outage = Outage::new(self.parts.outage_timeout);
+        // The fetch that this reader began, or the one that it waits for.
+        let mut own: Option<(ChunkRecord, JoinHandle<Result<(), StreamError>>)> = None;
+        let mut others: Option<Arc<RunState>> = None;
+        let mut since = Instant::now();
         loop {
-            if let Some(error) = self.lock_broken().clone() {
+            if let Some(error) = self.broken().clone() {
                 return Err(error);
             }
-            let arrived = self.arrived.notified();
+            let arrived = self.claims.arrived.notified();
             tokio::pin!(arrived);
             // Registered before looking, so that nothing that arrives in between is missed.
             arrived.as_mut().enable();
-            let missing = self.missing(range.clone())?;
-            let Some(chunk) = missing.first() else { return Ok(()) };
-            let spans = self.spans_of(chunk)?;
-            let Some(claim) = self.claim(spans.clone(), lane) else {
-                // Somebody fetches it already; a fetch that fails also wakes us.
-                arrived.await;
-                continue;
+            let Some(chunk) = layer.first_missing(range.clone()).map_err(|error| self.io(&error))? else {
+                return Ok(());
             };
-            match self.fetch(&claim, lane).await {
-                Ok(()) => outage.over(),
-                Err(error) => {
-                    drop(claim);
-                    outage.pause(&error, self.parts.layer.digest(), range.clone()).await?;
+            if let Some((wanted, fetching)) = &mut own {
+                let fetched = tokio::select! {
+                    () = arrived => continue,
+                    fetched = fetching => fetched.map_err(|error| self.store_failed(error.to_string()))?,
+                };
+                match fetched {
+                    // Something else in the same spans may be damaged.
+                    Err(error) if !layer.has(bytes_of(wanted)) => {
+                        outage.pause(&error, layer.digest(), range.clone()).await?;
+                    }
+                    _ => outage.over(),
+                }
+                own = None;
+                since = Instant::now();
+                continue;
+            }
+            if let Some(error) = others.take().and_then(|run| run.failed_for_good(&chunk).cloned()) {
+                return Err(error);
+            }
+            match self.begin(&chunk).await? {
+                Begun::Here => {}
+                Begun::Fetch(fetching) => own = Some((chunk, fetching)),
+                Begun::Others(run) => {
+                    // A fetch that fails also wakes us.
+                    let left = self.patience_left(since);
+                    let woken = tokio::time::timeout(left, arrived).await;
+                    if woken.is_err() && self.patience_left(since).is_zero() {
+                        return Err(self.nothing_came(&chunk));
+                    }
+                    others = Some(run);
                 }
             }
         }
     }
 
-    fn missing(&self, range: Range<u64>) -> Result<Vec<ChunkRecord>, StreamError> {
-        let layer = &self.parts.layer;
-        layer.missing_chunks(range).map_err(|error| StreamError::io(layer.digest(), &error))
-    }
-
-    /// Spans that hold a chunk's bytes.
-    fn spans_of(&self, chunk: &ChunkRecord) -> Result<Range<usize>, StreamError> {
-        let layer = &self.parts.layer;
-        let start = chunk.store_offset.get();
-        let extents = layer
-            .extents(start..start + u64::from(chunk.len.get()))
-            .map_err(|error| StreamError::io(layer.digest(), &error))?;
-        let end = start + u64::from(chunk.len.get());
-        let tar_at = |extent: &sluice_image::records::ExtentRecord, store: u64| {
-            extent.tar_offset.get() + store.saturating_sub(extent.store_offset.get())
+    /// Brings a chunk from where it can be had soonest.
+    async fn begin(self: &Arc<Self>, chunk: &ChunkRecord) -> Result<Begun, StreamError> {
+        let place = self.spans.place_of(&self.parts.layer, chunk).map_err(|error| self.io(&error))?;
+        let Place::Spans(spans) = place else {
+            return self.insert_hole(chunk).map(|()| Begun::Here);
         };
-        let first = extents.first().map_or(0, |extent| tar_at(extent, start));
-        let last = extents.last().map_or(first + 1, |extent| {
-            tar_at(extent, end.min(extent.store_offset.get() + extent.len.get()))
-        });
-        if !self.random_access {
-            return Ok(0..self.spans.len());
+        if self.copy_now(chunk).await? {
+            return Ok(Begun::Here);
         }
-        let from = self.spans.partition_point(|span| span.tar_offset.get() <= first).saturating_sub(1);
-        let to = self.spans.partition_point(|span| span.tar_offset.get() < last);
-        Ok(from..to.max(from + 1))
+        let claim = match self.claim(spans, Lane::Demand) {
+            Ok(claim) => claim,
+            Err(run) => return Ok(Begun::Others(run)),
+        };
+        if self.parts.layer.has(bytes_of(chunk)) {
+            // Another's fetch ended between the look and the claim.
+            return Ok(Begun::Here);
+        }
+        // A task of its own: it goes on for others when this reader has what it wants, or leaves.
+        let this = Arc::clone(self);
+        Ok(Begun::Fetch(tokio::spawn(async move {
+            let _place = this.parts.scheduler.demand_place().await;
+            this.fetch(&claim, Lane::Demand).await
+        })))
     }
 
-    /// Claims spans for one fetch; `None` if any of them is being fetched.
-    fn claim(&self, spans: Range<usize>, _: Lane) -> Option<Claim<'_>> {
-        let mut under_way = self.lock_under_way();
-        if spans.clone().any(|span| under_way.contains(&span)) {
-            return None;
-        }
-        under_way.extend(spans.clone());
-        Some(Claim { layer: self, spans })
+    /// Claims spans for one fetch; the run that has one of them already, if so.
+    pub(crate) fn claim(&self, spans: Range<usize>, lane: Lane) -> Result<Claim, Arc<RunState>> {
+        self.claims.claim(spans, lane, self.spans.random_access, &self.parts.scheduler)
     }
 
-    async fn fetch(&self, claim: &Claim<'_>, lane: Lane) -> Result<(), StreamError> {
+    /// Fetches what is claimed.
+    pub(crate) async fn fetch(&self, claim: &Claim, lane: Lane) -> Result<(), StreamError> {
         let mut attempts = 0;
-        loop {
-            match self.fetch_once(claim, lane).await {
+        let fetched = loop {
+            match self.fetch_once(claim, lane, attempts > 0).await {
                 Err(error @ StreamError::Corrupt { .. }) => {
                     attempts += 1;
-                    tracing::warn!(layer = self.parts.layer.digest(), %error, attempts, "damaged bytes came");
+                    tracing::warn!(%error, attempts, "damaged bytes came");
                     if attempts >= CORRUPT_ATTEMPTS {
-                        *self.lock_broken() = Some(error.clone());
-                        return Err(error);
+                        break Err(error);
                     }
                 }
-                other => return other,
+                other => break other,
             }
+        };
+        if let Err(error) = &fetched {
+            claim.run.fail(error);
         }
+        *self.lock(&self.last_failure) = fetched.as_ref().err().cloned();
+        fetched
     }
 
-    async fn fetch_once(&self, claim: &Claim<'_>, lane: Lane) -> Result<(), StreamError> {
-        let spans = &claim.spans;
+    async fn fetch_once(&self, claim: &Claim, lane: Lane, elsewhere: bool) -> Result<(), StreamError> {
+        let spans = claim.spans.clone();
         let digest = || self.parts.layer.digest().to_owned();
         let Some(span) = self.spans.get(spans.start).copied() else {
             return Err(StreamError::Index { layer: digest(), message: "its index has no spans".to_owned() });
         };
-        let compressed = self.compressed(spans.clone());
-        let window = self.window(&span, lane).await.map_err(|source| StreamError::Fetch {
-            layer: digest(),
-            start: compressed.start,
-            end: compressed.end,
-            source,
-        })?;
-        let tar_end = self.spans.get(spans.end).map_or(self.tar_size, |span| span.tar_offset.get());
-        let run =
-            Run { tar: span.tar_offset.get()..tar_end, span, window, compressed, algorithm: self.algorithm };
-        let _place = self.parts.scheduler.decoding_place(lane).await;
-        let layer = Arc::clone(&self.parts.layer);
-        let came = run::fetch(run, layer, &*self.parts.blob, lane, Arc::clone(&self.arrived)).await?;
-        self.parts.scheduler.counters().add_bytes(lane, came);
+        let layer = &self.parts.layer;
+        let compressed = if self.spans.random_access {
+            self.spans.with_tail(layer, spans.clone(), elsewhere).map_err(|error| self.io(&error))?
+        } else {
+            self.spans.compressed(spans.clone())
+        };
+        let window = match self.spans.window(&span) {
+            empty if empty.is_empty() => Vec::new(),
+            range => read_all(&*self.parts.index_blob, range, lane, elsewhere).await.map_err(|source| {
+                StreamError::Fetch { layer: digest(), start: compressed.start, end: compressed.end, source }
+            })?,
+        };
+        let run = Run {
+            tar: (spans.start..=spans.end).map(|span| self.spans.tar(span..span).start).collect(),
+            first_span: spans.start,
+            span,
+            window,
+            compressed,
+            algorithm: self.algorithm,
+            lane,
+            elsewhere,
+            patience: if self.spans.random_access {
+                RESUME_PATIENCE.min(self.parts.outage_timeout / 4)
+            } else {
+                self.parts.outage_timeout
+            },
+        };
+        let state = (&*claim.run, claim.ticket());
+        let told = Told { layer: self, lane, compressed: run.compressed.clone() };
+        run::fetch(run, Arc::clone(layer), &*self.parts.blob, &self.parts.scheduler, state, &told).await
+    }
+
+    /// How long somebody who waits for another's fetch still does: as long as bytes come, and the outage time-out beyond.
+    fn patience_left(&self, waiting_since: Instant) -> Duration {
+        let last_byte = self.made + Duration::from_millis(self.last_byte_ms.load(Ordering::Relaxed));
+        self.parts.outage_timeout.saturating_sub(last_byte.max(waiting_since).elapsed())
+    }
+
+    fn nothing_came(&self, chunk: &ChunkRecord) -> StreamError {
+        self.lock(&self.last_failure).clone().unwrap_or_else(|| StreamError::Fetch {
+            layer: self.parts.layer.digest().to_owned(),
+            start: bytes_of(chunk).start,
+            end: bytes_of(chunk).end,
+            source: SourceError {
+                message: format!("nothing came for {} s", self.parts.outage_timeout.as_secs()),
+                transient: true,
+            },
+        })
+    }
+
+    /// A chunk that no extent covers is zeros, if the index says so too.
+    pub(crate) fn insert_hole(&self, chunk: &ChunkRecord) -> Result<(), StreamError> {
+        let len = chunk.len.get();
+        let mut zeros = self.lock(&self.zeros);
+        if zeros.0 != len {
+            *zeros = (len, self.algorithm.digest(&vec![0; len as usize]));
+        }
+        if zeros.1 != chunk.digest {
+            let what = "a hole whose digest is not that of zeros".to_owned();
+            return Err(StreamError::corrupt(self.parts.layer.digest(), chunk, what));
+        }
+        drop(zeros);
+        self.parts.layer.insert_hole(chunk).map_err(|error| self.io(&error))?;
+        self.claims.arrived.notify_waiters();
         Ok(())
     }
 
-    /// Compressed bytes of spans: one more than to the next span's if that begins inside a byte.
-    fn compressed(&self, spans: Range<usize>) -> Range<u64> {
-        let start = self.spans.get(spans.start).map_or(0, |span| span.compressed_offset.get());
-        let end = self
-            .spans
-            .get(spans.end)
-            .map_or(self.layer_size, |next| next.compressed_offset.get() + u64::from(next.bits > 0));
-        start..end.min(self.layer_size)
-    }
-
-    async fn window(&self, span: &SpanRecord, lane: Lane) -> Result<Vec<u8>, crate::SourceError> {
-        let len = u64::from(span.window_len.get());
-        if len == 0 {
-            return Ok(Vec::new());
-        }
-        let start = self.windows_offset + span.window_offset.get();
-        read_all(&*self.parts.index_blob, start..start + len, lane).await
-    }
-
-    /// Fetches everything that is missing, in order, when nothing more urgent is to be done; then checks the whole.
-    pub async fn fill(&self) -> Result<(), StreamError> {
-        let mut offset = 0;
-        let mut outage = Outage::new(Duration::MAX);
-        let mut flushed = Instant::now();
-        loop {
-            if let Some(error) = self.lock_broken().clone() {
-                return Err(error);
+    /// Which chunks other layers of the store have. Looked up once.
+    pub(crate) async fn copies(&self) -> Result<&LocalCopies, StreamError> {
+        let look = || async {
+            let (store, layer) = (self.parts.store.clone(), Arc::clone(&self.parts.layer));
+            match tokio::task::spawn_blocking(move || store.local_copies(&layer)).await {
+                Ok(found) => found.map_err(|error| StreamError::store(self.parts.layer.digest(), &error)),
+                Err(error) => Err(self.store_failed(error.to_string())),
             }
-            let layer = &self.parts.layer;
-            let next = layer.next_missing(offset).map_err(|error| StreamError::io(layer.digest(), &error))?;
-            let Some(chunk) = next else {
-                if layer.is_full() {
-                    break;
+        };
+        self.copies.get_or_try_init(look).await
+    }
+
+    /// Copies a chunk from another layer, if it is known already that one has it: a blocked process does not wait for the look-up.
+    async fn copy_now(self: &Arc<Self>, chunk: &ChunkRecord) -> Result<bool, StreamError> {
+        let Some(copies) = self.copies.get() else {
+            let this = Arc::clone(self);
+            tokio::spawn(async move {
+                if let Err(error) = this.copies().await {
+                    tracing::warn!(%error, "other layers are not looked through for copies");
                 }
-                offset = 0;
-                continue;
-            };
-            let _turn = self.parts.scheduler.background_turn().await;
-            match self.fill_step(&chunk).await {
-                Ok(()) => outage.over(),
-                Err(error) => {
-                    let start = chunk.store_offset.get();
-                    outage.pause(&error, layer.digest(), start..start + u64::from(chunk.len.get())).await?;
+            });
+            return Ok(false);
+        };
+        if copies.next(chunk.store_offset.get()) != Some(chunk.store_offset.get()) {
+            return Ok(false);
+        }
+        let (this, chunk) = (Arc::clone(self), *chunk);
+        let copied = tokio::task::spawn_blocking(move || this.copy(&chunk)).await;
+        copied.map_err(|error| self.store_failed(error.to_string()))?
+    }
+
+    /// Copies a chunk from another layer, if one has it. Blocks the thread.
+    pub(crate) fn copy(&self, chunk: &ChunkRecord) -> Result<bool, StreamError> {
+        let Some(copies) = self.copies.get() else { return Ok(false) };
+        let layer = &self.parts.layer;
+        let copied = copies
+            .copy(layer, chunk, self.algorithm)
+            .map_err(|error| StreamError::store(layer.digest(), &error))?;
+        if copied {
+            let copied_bytes = &self.parts.scheduler.counters().copied_bytes;
+            copied_bytes.fetch_add(chunk.len.get().into(), Ordering::Relaxed);
+            self.claims.arrived.notify_waiters();
+        }
+        Ok(copied)
+    }
+
+    /// Store offset of the first chunk at or after `offset` that another layer may have.
+    pub(crate) fn copies_after(&self, offset: u64) -> Option<u64> {
+        self.copies.get().and_then(|copies| copies.next(offset))
+    }
+
+    /// Adds the file to an error about damaged bytes.
+    pub(crate) async fn with_path(self: &Arc<Self>, mut error: StreamError) -> StreamError {
+        if let StreamError::Corrupt { path, offset, .. } = &mut error {
+            let (this, offset) = (Arc::clone(self), *offset);
+            *path = tokio::task::spawn_blocking(move || this.file_at(offset)).await.ok().flatten();
+        }
+        error
+    }
+
+    /// Logs a read that fails, with the file it is about.
+    async fn failed(self: &Arc<Self>, mut error: StreamError, range: Range<u64>) -> StreamError {
+        let at = match &error {
+            StreamError::Corrupt { offset, .. } => *offset,
+            _ => range.start,
+        };
+        let this = Arc::clone(self);
+        let found = tokio::task::spawn_blocking(move || this.file_at(at)).await.ok().flatten();
+        if let StreamError::Corrupt { path, .. } = &mut error {
+            path.clone_from(&found);
+        }
+        let (layer, size) = (self.parts.layer.digest(), range.end - range.start);
+        tracing::error!(layer, path = found, offset = range.start, size, %error, "read failed");
+        error
+    }
+
+    /// A file that has the bytes at a store offset; `None` also when this was asked a moment ago.
+    pub(crate) fn file_at(&self, offset: u64) -> Option<String> {
+        let mut looked_up = self.lock(&self.looked_up);
+        if looked_up.is_some_and(|at| at.elapsed() < LOOK_UP_INTERVAL) {
+            return None;
+        }
+        *looked_up = Some(Instant::now());
+        drop(looked_up);
+        // What cannot be found out is left out of a message about something worse.
+        let index = LayerIndex::from_blob(std::fs::read(self.parts.layer.index_path()).ok()?).ok()?;
+        let mut entries = index.entries().ok()?;
+        entries.find_map(|entry| {
+            let entry = entry.ok()?;
+            match entry.kind {
+                EntryKind::File { size, store_offset }
+                    if size > 0 && (store_offset..store_offset + size).contains(&offset) =>
+                {
+                    Some(String::from_utf8_lossy(&entry.path).into_owned())
                 }
+                _ => None,
             }
-            offset = chunk.store_offset.get();
-            if flushed.elapsed() >= FLUSH_INTERVAL {
-                self.flush().await?;
-                flushed = Instant::now();
-            }
-        }
-        self.finish().await
+        })
     }
 
-    /// Fetches the run of spans that begins with `chunk`'s.
-    async fn fill_step(&self, chunk: &ChunkRecord) -> Result<(), StreamError> {
-        let mut spans = self.spans_of(chunk)?;
-        if self.random_access {
-            let start = self.compressed(spans.clone()).start;
-            while spans.end < self.spans.len()
-                && self.compressed(start_to(&spans, spans.end + 1)).end - start <= FILL_RUN
-                && !self.lock_under_way().contains(&spans.end)
-            {
-                spans.end += 1;
-            }
-        }
-        debug_assert!(FILL_RUN <= DEMAND_RUN);
-        let arrived = self.arrived.notified();
-        tokio::pin!(arrived);
-        arrived.as_mut().enable();
-        match self.claim(spans, Lane::Fill) {
-            Some(claim) => self.fetch(&claim, Lane::Fill).await,
-            None => {
-                arrived.await;
-                Ok(())
-            }
-        }
+    pub(crate) fn broken(&self) -> MutexGuard<'_, Option<StreamError>> {
+        self.lock(&self.broken)
     }
 
-    /// Makes durable what was verified so far.
-    pub async fn flush(&self) -> Result<(), StreamError> {
-        let (store, layer) = (self.parts.store.clone(), Arc::clone(&self.parts.layer));
-        let digest = layer.digest().to_owned();
-        match tokio::task::spawn_blocking(move || store.flush(&layer)).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(StreamError::store(&digest, &error)),
-            Err(error) => Err(StreamError::Store { layer: digest, message: error.to_string() }),
-        }
+    pub(crate) fn io(&self, error: &std::io::Error) -> StreamError {
+        StreamError::io(self.parts.layer.digest(), error)
     }
 
-    /// Checks the diffID of a full layer and marks it complete.
-    async fn finish(&self) -> Result<(), StreamError> {
-        let (store, layer) = (self.parts.store.clone(), Arc::clone(&self.parts.layer));
-        let digest = layer.digest().to_owned();
-        let checked = tokio::task::spawn_blocking(move || check_and_complete(&store, &layer)).await;
-        match checked {
-            Ok(Ok(())) => {
-                self.complete.send_replace(true);
-                Ok(())
-            }
-            Ok(Err(error)) => {
-                *self.lock_broken() = Some(error.clone());
-                Err(error)
-            }
-            Err(error) => Err(StreamError::Store { layer: digest, message: error.to_string() }),
-        }
+    pub(crate) fn store_failed(&self, message: String) -> StreamError {
+        StreamError::Store { layer: self.parts.layer.digest().to_owned(), message }
     }
 
-    fn lock_under_way(&self) -> MutexGuard<'_, HashSet<usize>> {
-        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock_broken(&self) -> MutexGuard<'_, Option<StreamError>> {
-        self.broken.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
+        mutex.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn start_to(spans: &Range<usize>, end: usize) -> Range<usize> {
-    spans.start..end
+/// Keeps account of a run.
+struct Told<'a> {
+    layer: &'a StreamedLayer,
+    lane: Lane,
+    compressed: Range<u64>,
 }
 
-/// Replays the tar of a full layer and compares its diffID with the image's.
-fn check_and_complete(store: &Store, layer: &Layer) -> Result<(), StreamError> {
-    let digest = layer.digest();
-    let blob = std::fs::read(layer.index_path()).map_err(|error| StreamError::io(digest, &error))?;
-    let index = LayerIndex::from_blob(blob).map_err(|error| StreamError::index(digest, &error))?;
-    let mut context = ring::digest::Context::new(&ring::digest::SHA256);
-    let read = |offset: u64, buffer: &mut [u8]| {
-        if layer.try_read(offset, buffer)? {
-            Ok(())
-        } else {
-            Err(std::io::Error::other("a verified block is gone"))
-        }
-    };
-    index
-        .replay_tar(read, |bytes| context.update(bytes))
-        .map_err(|error| StreamError::index(digest, &error))?;
-    let sum = context.finish();
-    let actual =
-        format!("sha256:{}", sum.as_ref().iter().map(|byte| format!("{byte:02x}")).collect::<String>());
-    if actual != layer.diff_id() {
-        return Err(StreamError::DiffId {
-            layer: digest.to_owned(),
-            expected: layer.diff_id().to_owned(),
-            actual,
+impl run::Progress for Told<'_> {
+    fn came(&self, bytes: u64) {
+        self.layer.parts.scheduler.counters().add_bytes(self.lane, bytes);
+        self.layer.last_byte_ms.store(self.layer.made.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    fn broke(&self, source: &SourceError) {
+        *self.layer.lock(&self.layer.last_failure) = Some(StreamError::Fetch {
+            layer: self.layer.parts.layer.digest().to_owned(),
+            start: self.compressed.start,
+            end: self.compressed.end,
+            source: source.clone(),
         });
     }
-    store.mark_complete(layer).map_err(|error| StreamError::store(digest, &error))
 }
 
-/// Spans that one fetch brings. Dropped, it wakes those who waited for them, whatever came.
-#[derive(Debug)]
-struct Claim<'a> {
-    layer: &'a StreamedLayer,
-    spans: Range<usize>,
+/// Store bytes of a chunk.
+pub(crate) fn bytes_of(chunk: &ChunkRecord) -> Range<u64> {
+    chunk.store_offset.get()..chunk.store_offset.get() + u64::from(chunk.len.get())
 }
 
-impl Drop for Claim<'_> {
+/// How a missing chunk is brought.
+enum Begun {
+    /// It is here already.
+    Here,
+    /// By a fetch begun for it.
+    Fetch(JoinHandle<Result<(), StreamError>>),
+    /// By a fetch that is under way.
+    Others(Arc<RunState>),
+}
+
+/// Counts a reader as waiting, also when it leaves early.
+struct Waiting<'a>(&'a AtomicU64);
+
+impl<'a> Waiting<'a> {
+    fn new(counter: &'a AtomicU64) -> Self {
+        counter.fetch_add(1, Ordering::Relaxed);
+        Self(counter)
+    }
+}
+
+impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        let mut under_way = self.layer.lock_under_way();
-        for span in self.spans.clone() {
-            under_way.remove(&span);
-        }
-        drop(under_way);
-        self.layer.arrived.notify_waiters();
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
-}
-
-/// Waiting for a source that is away.
-#[derive(Debug)]
-struct Outage {
-    since: Option<Instant>,
-    pause: Duration,
-    timeout: Duration,
-}
-
-impl Outage {
-    fn new(timeout: Duration) -> Self {
-        Self { since: None, pause: FIRST_PAUSE, timeout }
-    }
-
-    fn over(&mut self) {
-        self.since = None;
-        self.pause = FIRST_PAUSE;
-    }
-
-    /// Waits a while if trying again may help and the time-out has not passed; gives the error back otherwise.
-    async fn pause(
-        &mut self,
-        error: &StreamError,
-        layer: &str,
-        range: Range<u64>,
-    ) -> Result<(), StreamError> {
-        let since = *self.since.get_or_insert_with(Instant::now);
-        let size = range.end - range.start;
-        if !error.is_transient() || since.elapsed() >= self.timeout {
-            tracing::error!(layer, offset = range.start, size, %error, "read failed");
-            return Err(error.clone());
-        }
-        tracing::warn!(layer, offset = range.start, size, %error, waited_ms = since.elapsed().as_millis() as u64, "waiting for the registry");
-        let jitter = rand_fraction(range.start ^ since.elapsed().as_nanos() as u64);
-        tokio::time::sleep(self.pause.mul_f64(0.5 + jitter)).await;
-        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
-        Ok(())
-    }
-}
-
-/// A number from 0 to 1 that differs between waiters: enough to spread their retries.
-fn rand_fraction(seed: u64) -> f64 {
-    let mixed = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40;
-    mixed as f64 / f64::from(1 << 24)
 }

@@ -4,11 +4,16 @@
 //! they arrive; each chunk that falls out is compared with its digest, stored, and wakes whoever waits. One fetch serves
 //! everybody. It knows nothing of files or mounts.
 
+mod claims;
+mod cutter;
+mod fill;
 mod first_pull;
 mod layer;
+mod outage;
 mod run;
 mod scheduler;
 mod source;
+mod spans;
 
 pub use first_pull::{FirstPull, first_pull};
 pub use layer::{LayerParts, StreamedLayer};
@@ -16,6 +21,7 @@ pub use scheduler::{Counters, Lane, Scheduler};
 pub use source::{BlobSource, MemorySource, SourceError};
 
 use sluice_image::index::IndexError;
+use sluice_image::records::ChunkRecord;
 use sluice_store::StoreError;
 
 /// Why bytes could not be had.
@@ -37,13 +43,18 @@ pub enum StreamError {
     },
     /// What came is not what the index says.
     #[error(
-        "layer {layer}: bytes at offset {offset} are not what its index says ({what}); the registry or the index is corrupt"
+        "layer {layer}{}: {size} bytes at offset {offset} are not what its index says ({what}); the registry or the index is corrupt",
+        in_file(.path.as_deref())
     )]
     Corrupt {
         /// Digest of the layer.
         layer: String,
-        /// Store offset.
+        /// A file that has these bytes, if that was found out.
+        path: Option<String>,
+        /// Store offset of the chunk.
         offset: u64,
+        /// Bytes of the chunk; 0 if there is no chunk at the offset.
+        size: u64,
         /// What differs.
         what: String,
     },
@@ -75,16 +86,28 @@ pub enum StreamError {
         /// What failed.
         message: String,
     },
-    /// The disk is full and so is the memory that stands in for it.
-    #[error("layer {layer}: the disk is full; free space for the layer store")]
+    /// There is no space, and none in the memory that stands in for it.
+    #[error("layer {layer}: the disk or the quota of the layer store is full; free space, or remove images")]
     DiskFull {
         /// Digest of the layer.
         layer: String,
     },
 }
 
+fn in_file(path: Option<&str>) -> String {
+    path.map(|path| format!(", file /{path}")).unwrap_or_default()
+}
+
 impl StreamError {
+    pub(crate) fn corrupt(layer: &str, chunk: &ChunkRecord, what: String) -> Self {
+        let (offset, size) = (chunk.store_offset.get(), chunk.len.get().into());
+        Self::Corrupt { layer: layer.to_owned(), path: None, offset, size, what }
+    }
+
     pub(crate) fn store(layer: &str, error: &StoreError) -> Self {
+        if error.is_full() {
+            return Self::DiskFull { layer: layer.to_owned() };
+        }
         Self::Store { layer: layer.to_owned(), message: with_causes(error) }
     }
 

@@ -1,19 +1,28 @@
-//! One run: consecutive spans fetched by one GET, decoded as they arrive, cut into chunks, compared, stored.
+//! One run: consecutive spans fetched by one GET and decoded as they arrive. A transfer that breaks goes on where it broke.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::StreamExt;
+use futures::stream::BoxStream;
 use sluice_image::decode::Decoder;
-use sluice_image::records::{ChunkRecord, DigestAlgorithm, ExtentRecord, SpanRecord};
+use sluice_image::records::{DigestAlgorithm, SpanRecord};
 use sluice_store::Layer;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use crate::{BlobSource, Lane, StreamError};
+use crate::claims::{RunState, Ticket};
+use crate::cutter::Cutter;
+use crate::{BlobSource, Lane, Scheduler, SourceError, StreamError};
 
-/// Pieces of a body that may wait for the decoder.
-const PIECES_WAITING: usize = 16;
+/// Bytes of a body that may wait for the decoder; then the transfer waits.
+const WAITING_BYTES: u32 = 512 * 1024;
+/// A source that sends nothing for so long is taken to have failed.
+const STALL: Duration = Duration::from_secs(30);
+/// Bytes left of a body that are read although nobody wants them.
+const WORTH_READING: u64 = 16 * 1024;
+const RESUME_PAUSE: Duration = Duration::from_millis(100);
 
 /// What is to be fetched.
 #[derive(Debug)]
@@ -21,45 +30,75 @@ pub(crate) struct Run {
     pub(crate) span: SpanRecord,
     pub(crate) window: Vec<u8>,
     pub(crate) compressed: Range<u64>,
-    pub(crate) tar: Range<u64>,
+    /// Where each span of the run begins in the tar, and where the run ends.
+    pub(crate) tar: Vec<u64>,
+    pub(crate) first_span: usize,
     pub(crate) algorithm: DigestAlgorithm,
+    pub(crate) lane: Lane,
+    /// What came was wrong: it is asked for elsewhere.
+    pub(crate) elsewhere: bool,
+    /// How long a broken transfer is tried to go on before the run fails.
+    pub(crate) patience: Duration,
 }
 
-/// Fetches and stores a run; every stored chunk wakes `arrived`. Returns the compressed bytes that came.
+/// Who is told how a run goes.
+pub(crate) trait Progress: Sync {
+    /// So many bytes came.
+    fn came(&self, bytes: u64);
+    /// The transfer broke, and is taken up again.
+    fn broke(&self, error: &SourceError);
+}
+
+/// A piece of the body; its permit bounds how much waits.
+type Piece = (Bytes, Option<OwnedSemaphorePermit>);
+
+/// Fetches and stores a run; every stored chunk wakes who waits.
 pub(crate) async fn fetch(
     run: Run,
     layer: Arc<Layer>,
     source: &dyn BlobSource,
-    lane: Lane,
-    arrived: Arc<Notify>,
-) -> Result<u64, StreamError> {
-    let (sender, receiver) = mpsc::channel(PIECES_WAITING);
-    let digest = layer.digest().to_owned();
-    let compressed = run.compressed.clone();
-    let mut body = source.read(compressed.clone(), lane);
-    let decoding = tokio::task::spawn_blocking(move || decode(&run, &layer, receiver, &arrived));
-    let mut came = 0;
-    let mut failed = None;
-    while let Some(piece) = body.next().await {
-        match piece {
-            Ok(piece) => {
-                came += piece.len() as u64;
-                if sender.send(piece).await.is_err() {
-                    break; // The decoder has all it needs, or failed: it says so below.
+    scheduler: &Scheduler,
+    (state, ticket): (&RunState, Ticket),
+    told: &dyn Progress,
+) -> Result<(), StreamError> {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let (digest, compressed) = (layer.digest().to_owned(), run.compressed.clone());
+    let mut transfer = Transfer::new(&run, source, told);
+    // Gone when this future is dropped: the decoder does not wait for space then.
+    let alive = Arc::new(());
+    let wanted = Arc::downgrade(&alive);
+    let decoding = tokio::task::spawn_blocking(move || decode(&run, &layer, receiver, &ticket, &wanted));
+    let room = Arc::new(Semaphore::new(WAITING_BYTES as usize));
+    let mut pausing = scheduler.pausing();
+    let failed = loop {
+        if !state.urgent() {
+            pausing.while_others_are_blocked(state).await;
+        }
+        match transfer.next().await {
+            None => break None,
+            Some(Err(error)) => break Some(error),
+            Some(Ok(piece)) => {
+                told.came(piece.len() as u64);
+                let len = u32::try_from(piece.len()).unwrap_or(WAITING_BYTES).min(WAITING_BYTES);
+                // The semaphore is never closed.
+                let permit = tokio::select! {
+                    permit = Arc::clone(&room).acquire_many_owned(len) => permit.ok(),
+                    () = sender.closed() => break None,
+                };
+                if sender.send((piece, permit)).is_err() {
+                    break None; // The decoder has all it needs, or failed: it says so below.
                 }
             }
-            Err(source) => {
-                failed = Some(source);
-                break;
-            }
         }
-    }
+    };
     drop(sender);
+    transfer.read_the_rest().await;
     let decoded = decoding
         .await
         .map_err(|error| StreamError::Store { layer: digest.clone(), message: error.to_string() })?;
+    drop(alive);
     match (decoded, failed) {
-        (Ok(()), _) => Ok(came),
+        (Ok(()), _) => Ok(()),
         // A body that broke off explains a decoder that had too little.
         (Err(_), Some(source)) => {
             Err(StreamError::Fetch { layer: digest, start: compressed.start, end: compressed.end, source })
@@ -68,176 +107,151 @@ pub(crate) async fn fetch(
     }
 }
 
+/// A body that goes on after transient failures.
+struct Transfer<'a> {
+    source: &'a dyn BlobSource,
+    told: &'a dyn Progress,
+    left: Range<u64>,
+    lane: Lane,
+    elsewhere: bool,
+    patience: Duration,
+    body: Option<BoxStream<'static, Result<Bytes, SourceError>>>,
+    last_byte: Instant,
+}
+
+impl<'a> Transfer<'a> {
+    fn new(run: &Run, source: &'a dyn BlobSource, told: &'a dyn Progress) -> Self {
+        Self {
+            source,
+            told,
+            left: run.compressed.clone(),
+            lane: run.lane,
+            elsewhere: run.elsewhere,
+            patience: run.patience,
+            body: None,
+            last_byte: Instant::now(),
+        }
+    }
+
+    /// A body that is read to its end leaves its connection to the next request.
+    async fn read_the_rest(&mut self) {
+        if self.left.end - self.left.start > WORTH_READING {
+            return;
+        }
+        if let Some(body) = &mut self.body {
+            while let Ok(Some(Ok(_))) = tokio::time::timeout(RESUME_PAUSE, body.next()).await {}
+        }
+    }
+
+    async fn next(&mut self) -> Option<Result<Bytes, SourceError>> {
+        while !self.left.is_empty() {
+            let (range, lane) = (self.left.clone(), self.lane);
+            let body = self.body.get_or_insert_with(|| {
+                if self.elsewhere {
+                    self.source.read_elsewhere(range, lane)
+                } else {
+                    self.source.read(range, lane)
+                }
+            });
+            let error = match tokio::time::timeout(STALL, body.next()).await {
+                Ok(Some(Ok(piece))) if piece.len() as u64 > self.left.end - self.left.start => {
+                    let message = "more bytes came than were asked for".to_owned();
+                    return Some(Err(SourceError { message, transient: false }));
+                }
+                Ok(Some(Ok(piece))) => {
+                    self.left.start += piece.len() as u64;
+                    self.last_byte = Instant::now();
+                    return Some(Ok(piece));
+                }
+                Ok(Some(Err(error))) => error,
+                Ok(None) => {
+                    let message =
+                        format!("the transfer ended {} bytes early", self.left.end - self.left.start);
+                    SourceError { message, transient: true }
+                }
+                Err(_elapsed) => SourceError {
+                    message: format!("nothing came for {} s", STALL.as_secs()),
+                    transient: true,
+                },
+            };
+            self.body = None;
+            if !error.transient || self.last_byte.elapsed() >= self.patience {
+                return Some(Err(error));
+            }
+            tracing::debug!(%error, at = self.left.start, "a transfer broke; it goes on from there");
+            self.told.broke(&error);
+            tokio::time::sleep(RESUME_PAUSE).await;
+        }
+        None
+    }
+}
+
 fn decode(
     run: &Run,
     layer: &Layer,
-    mut pieces: mpsc::Receiver<Bytes>,
-    arrived: &Notify,
+    mut pieces: mpsc::UnboundedReceiver<Piece>,
+    ticket: &Ticket,
+    wanted: &Weak<()>,
 ) -> Result<(), StreamError> {
-    let corrupt = |what: String| StreamError::Corrupt { layer: layer.digest().to_owned(), offset: 0, what };
-    let mut decoder = Decoder::at_span(&run.span, &run.window).map_err(|error| corrupt(error.to_string()))?;
-    let mut cutter = Cutter::new(layer, run.tar.start, run.algorithm)?;
-    let mut tar = run.tar.start;
-    while tar < run.tar.end {
-        let Some(piece) = pieces.blocking_recv() else {
-            return Err(corrupt(format!("the blob ends at tar offset {tar}")));
+    let mut passed =
+        Passed { run, ticket, tar: run.tar.first().copied().unwrap_or(0), span: 0, ended: false };
+    let given_up = || wanted.strong_count() == 0;
+    let mut cutter = Cutter::new(layer, passed.tar, run.algorithm, ticket, &given_up)?;
+    let mut decoder =
+        Decoder::at_span(&run.span, &run.window).map_err(|error| cutter.corrupt_here(error.to_string()))?;
+    while passed.more() || !cutter.is_ended() {
+        let Some((piece, _permit)) = pieces.blocking_recv() else {
+            return Err(cutter.corrupt_here(format!("the blob ends at tar offset {}", passed.tar)));
         };
         let mut input: &[u8] = &piece;
         loop {
-            let step = decoder.step(input).map_err(|error| corrupt(error.to_string()))?;
+            let step = decoder.step(input).map_err(|error| cutter.corrupt_here(error.to_string()))?;
             input = input.get(step.consumed..).unwrap_or(&[]);
-            let output = decoder.output();
-            let wanted = output.len().min(usize::try_from(run.tar.end - tar).unwrap_or(usize::MAX));
-            cutter.take(output.get(..wanted).unwrap_or(output), arrived)?;
-            tar += wanted as u64;
-            if tar == run.tar.end || (step.consumed == 0 && output.is_empty() && !step.boundary) {
+            let mut output = decoder.output();
+            if step.consumed == 0 && output.is_empty() && !step.boundary {
                 break;
             }
+            while !output.is_empty() {
+                // Behind the last span only the rest of a chunk is taken.
+                let wanted = if passed.more() { passed.span_left() } else { u64::MAX };
+                let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+                let (now, rest) = output.split_at_checked(wanted).unwrap_or((output, &[]));
+                cutter.take(now)?;
+                output = rest;
+                passed.tar += now.len() as u64;
+                if !passed.more() && cutter.is_ended() {
+                    return cutter.finish();
+                }
+            }
         }
     }
-    Ok(())
+    cutter.finish()
 }
 
-/// Cuts a stretch of tar into the chunks it holds whole.
-struct Cutter<'a> {
-    layer: &'a Layer,
-    algorithm: DigestAlgorithm,
+/// How far a run is.
+struct Passed<'a> {
+    run: &'a Run,
+    ticket: &'a Ticket,
     tar: u64,
-    extent: Option<ExtentRecord>,
-    next_extent: u64,
-    chunk: Option<OpenChunk>,
+    /// Counted from the run's first.
+    span: usize,
+    ended: bool,
 }
 
-struct OpenChunk {
-    record: ChunkRecord,
-    bytes: Vec<u8>,
-    /// Store bytes of the chunk that extents cover and that are still to come.
-    left: u64,
-    /// False when the stretch began inside the chunk, or it is here already.
-    wanted: bool,
-}
-
-impl<'a> Cutter<'a> {
-    fn new(layer: &'a Layer, tar: u64, algorithm: DigestAlgorithm) -> Result<Self, StreamError> {
-        let next_extent = layer.extent_at(tar).map_err(|error| StreamError::io(layer.digest(), &error))?;
-        let mut cutter = Self { layer, algorithm, tar, extent: None, next_extent, chunk: None };
-        cutter.load_extent()?;
-        Ok(cutter)
+impl Passed<'_> {
+    /// Tar bytes to the end of the present span.
+    fn span_left(&self) -> u64 {
+        self.run.tar.get(self.span + 1).map_or(0, |end| end.saturating_sub(self.tar))
     }
 
-    fn take(&mut self, mut bytes: &[u8], arrived: &Notify) -> Result<(), StreamError> {
-        while !bytes.is_empty() {
-            let Some(extent) = self.extent else {
-                self.tar += bytes.len() as u64;
-                return Ok(());
-            };
-            let start = extent.tar_offset.get();
-            if self.tar < start {
-                let skipped = bytes.len().min(usize::try_from(start - self.tar).unwrap_or(usize::MAX));
-                bytes = bytes.get(skipped..).unwrap_or(&[]);
-                self.tar += skipped as u64;
-                continue;
-            }
-            let in_extent = self.tar - start;
-            if in_extent >= extent.len.get() {
-                self.load_extent()?;
-                continue;
-            }
-            let store = extent.store_offset.get() + in_extent;
-            let taken = self.content(store, extent.len.get() - in_extent, bytes, arrived)?;
-            bytes = bytes.get(taken..).unwrap_or(&[]);
-            self.tar += taken as u64;
+    /// Whether there are spans to do: goes on to the next when one is done, unless that was the last or somebody else took the
+    /// next.
+    fn more(&mut self) -> bool {
+        while !self.ended && self.span_left() == 0 {
+            self.span += 1;
+            self.ended =
+                self.span + 1 >= self.run.tar.len() || !self.ticket.advance(self.run.first_span + self.span);
         }
-        Ok(())
-    }
-
-    /// Takes content for the chunk at `store`, at most to the chunk's or the extent's end.
-    fn content(
-        &mut self,
-        store: u64,
-        extent_left: u64,
-        bytes: &[u8],
-        arrived: &Notify,
-    ) -> Result<usize, StreamError> {
-        if self.chunk.as_ref().is_none_or(|chunk| store >= chunk.end()) {
-            self.open_chunk(store)?;
-        }
-        let Some(chunk) = &mut self.chunk else {
-            return Err(self.corrupt(store, "content outside every chunk"));
-        };
-        let room = (chunk.end() - store).min(extent_left);
-        let taken = bytes.len().min(usize::try_from(room).unwrap_or(usize::MAX));
-        if chunk.wanted {
-            let at = (store - chunk.record.store_offset.get()) as usize;
-            if let Some(target) = chunk.bytes.get_mut(at..at + taken) {
-                target.copy_from_slice(bytes.get(..taken).unwrap_or(bytes));
-            }
-        }
-        chunk.left = chunk.left.saturating_sub(taken as u64);
-        if chunk.left == 0 {
-            self.close_chunk(arrived)?;
-        }
-        Ok(taken)
-    }
-
-    fn open_chunk(&mut self, store: u64) -> Result<(), StreamError> {
-        let io = |error: std::io::Error| StreamError::io(self.layer.digest(), &error);
-        let record =
-            self.layer.chunk_at(store).map_err(io)?.ok_or_else(|| self.corrupt(store, "no such chunk"))?;
-        let start = record.store_offset.get();
-        let end = start + u64::from(record.len.get());
-        let extents = self.layer.extents(start..end).map_err(io)?;
-        let covered = |extent: &ExtentRecord| {
-            let from = extent.store_offset.get().max(start);
-            let to = (extent.store_offset.get() + extent.len.get()).min(end);
-            (from, to.saturating_sub(from))
-        };
-        let first = extents.first().map_or(start, |extent| covered(extent).0);
-        self.chunk = Some(OpenChunk {
-            record,
-            left: extents
-                .iter()
-                .map(|extent| covered(extent).1)
-                .sum::<u64>()
-                .saturating_sub(store.saturating_sub(first)),
-            wanted: store == first && !self.layer.has(start..end),
-            bytes: Vec::new(),
-        });
-        if let Some(chunk) = self.chunk.as_mut().filter(|chunk| chunk.wanted) {
-            chunk.bytes = vec![0; chunk.record.len.get() as usize];
-        }
-        Ok(())
-    }
-
-    fn close_chunk(&mut self, arrived: &Notify) -> Result<(), StreamError> {
-        let Some(chunk) = self.chunk.take().filter(|chunk| chunk.wanted) else { return Ok(()) };
-        let offset = chunk.record.store_offset.get();
-        if self.algorithm.digest(&chunk.bytes) != chunk.record.digest {
-            return Err(self.corrupt(offset, "digest mismatch"));
-        }
-        if !self.layer.insert_verified(&chunk.record, &Bytes::from(chunk.bytes)) {
-            return Err(StreamError::DiskFull { layer: self.layer.digest().to_owned() });
-        }
-        arrived.notify_waiters();
-        Ok(())
-    }
-
-    fn load_extent(&mut self) -> Result<(), StreamError> {
-        self.extent = self
-            .layer
-            .extent(self.next_extent)
-            .map_err(|error| StreamError::io(self.layer.digest(), &error))?;
-        self.next_extent += 1;
-        Ok(())
-    }
-
-    fn corrupt(&self, offset: u64, what: &str) -> StreamError {
-        StreamError::Corrupt { layer: self.layer.digest().to_owned(), offset, what: what.to_owned() }
-    }
-}
-
-impl OpenChunk {
-    fn end(&self) -> u64 {
-        self.record.store_offset.get() + u64::from(self.record.len.get())
+        !self.ended
     }
 }

@@ -6,10 +6,16 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
+use crate::claims::RunState;
+
 /// Background work starts again this long after the last demand, so that a start in progress has the link to itself.
 const QUIET: Duration = Duration::from_millis(150);
 /// Background work gets a turn at least this often, however much demand there is.
 const STARVED: Duration = Duration::from_secs(2);
+
+/// Demand fetches under way on a node at once. Each takes up to 1.2 MiB (body waiting, decoder, chunk) and a thread; zstd takes its
+/// window besides.
+const DEMAND_RUNS: usize = 16;
 
 /// How urgent a fetch is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -31,6 +37,8 @@ pub struct Counters {
     pub from_registry: AtomicU64,
     /// Reads that wait now.
     pub waiting: AtomicU64,
+    /// Bytes of content copied from other layers of the store.
+    pub copied_bytes: AtomicU64,
     /// Compressed bytes that came, by lane.
     bytes: [AtomicU64; 3],
 }
@@ -63,7 +71,7 @@ struct Inner {
     start: Instant,
     changed: Notify,
     background: Arc<Semaphore>,
-    decoding: Arc<Semaphore>,
+    demand_runs: Arc<Semaphore>,
 }
 
 /// Held while a process is blocked.
@@ -84,7 +92,6 @@ impl Drop for Demand {
 impl Scheduler {
     /// `background` is how many background fetches may be under way at once on this node.
     pub fn new(background: usize) -> Self {
-        let cores = std::thread::available_parallelism().map_or(2, usize::from);
         Self {
             inner: Arc::new(Inner {
                 counters: Counters::default(),
@@ -93,7 +100,7 @@ impl Scheduler {
                 start: Instant::now(),
                 changed: Notify::new(),
                 background: Arc::new(Semaphore::new(background.max(1))),
-                decoding: Arc::new(Semaphore::new(cores.max(2) * 2)),
+                demand_runs: Arc::new(Semaphore::new(DEMAND_RUNS)),
             }),
         }
     }
@@ -108,15 +115,55 @@ impl Scheduler {
         Demand { inner: Arc::clone(&self.inner) }
     }
 
+    /// Somebody waits for a background run now.
+    pub(crate) fn wake(&self) {
+        self.inner.changed.notify_waiters();
+    }
+
     /// A turn for background work: waits while processes are blocked.
     pub(crate) async fn background_turn(&self) -> Option<OwnedSemaphorePermit> {
         // The semaphore is never closed.
         let permit = Arc::clone(&self.inner.background).acquire_owned().await.ok();
-        let waited = Instant::now();
-        while waited.elapsed() < STARVED {
+        self.pausing().wait(|| false).await;
+        permit
+    }
+
+    /// A place for a demand run: as many wait as there are blocked processes, so they bound memory and threads.
+    pub(crate) async fn demand_place(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.inner.demand_runs).acquire_owned().await.ok()
+    }
+
+    /// For one background run.
+    pub(crate) fn pausing(&self) -> Pausing<'_> {
+        Pausing { inner: &self.inner, paused: Duration::ZERO }
+    }
+}
+
+/// Keeps a background run waiting while processes are blocked; each run so long at most.
+#[derive(Debug)]
+pub(crate) struct Pausing<'a> {
+    inner: &'a Inner,
+    paused: Duration,
+}
+
+impl Pausing<'_> {
+    /// Waits while processes are blocked by other bytes than this run's.
+    pub(crate) async fn while_others_are_blocked(&mut self, run: &RunState) {
+        self.wait(|| run.urgent()).await;
+    }
+
+    async fn wait(&mut self, urgent: impl Fn() -> bool) {
+        let began = Instant::now();
+        let left = STARVED.saturating_sub(self.paused);
+        while began.elapsed() < left {
             let changed = self.inner.changed.notified();
-            let pause = if self.inner.demand.load(Ordering::Acquire) > 0 {
-                STARVED
+            tokio::pin!(changed);
+            // Registered before looking, so that no change in between is missed.
+            changed.as_mut().enable();
+            let pause = if urgent() {
+                break;
+            } else if self.inner.demand.load(Ordering::Acquire) > 0 {
+                left.saturating_sub(began.elapsed())
             } else {
                 let now = self.inner.start.elapsed().as_millis() as u64;
                 let last = self.inner.last_demand_ms.load(Ordering::Acquire);
@@ -129,14 +176,6 @@ impl Scheduler {
             // Either a demand ended, or enough time passed; both are looked at anew.
             drop(tokio::time::timeout(pause, changed).await);
         }
-        permit
-    }
-
-    /// A place to decode in: bounds the threads and the memory that decoding takes. Demand does not wait.
-    pub(crate) async fn decoding_place(&self, lane: Lane) -> Option<OwnedSemaphorePermit> {
-        if lane == Lane::Demand {
-            return None;
-        }
-        Arc::clone(&self.inner.decoding).acquire_owned().await.ok()
+        self.paused += began.elapsed();
     }
 }

@@ -24,6 +24,14 @@ pub trait BlobSource: Send + Sync + std::fmt::Debug {
     fn size(&self) -> u64;
     /// The bytes of a range, in order. Dropping the stream ends the transfer.
     fn read(&self, range: Range<u64>, lane: Lane) -> BoxStream<'static, Result<Bytes, SourceError>>;
+    /// Like `read`, after `read` brought wrong bytes: from another mirror or location, if there is one.
+    fn read_elsewhere(
+        &self,
+        range: Range<u64>,
+        lane: Lane,
+    ) -> BoxStream<'static, Result<Bytes, SourceError>> {
+        self.read(range, lane)
+    }
 }
 
 /// A blob in memory.
@@ -47,9 +55,10 @@ pub(crate) async fn read_all(
     source: &dyn BlobSource,
     range: Range<u64>,
     lane: Lane,
+    elsewhere: bool,
 ) -> Result<Vec<u8>, SourceError> {
     let want = range.end - range.start;
-    let mut stream = source.read(range, lane);
+    let mut stream = if elsewhere { source.read_elsewhere(range, lane) } else { source.read(range, lane) };
     let mut out = Vec::new();
     while let Some(piece) = stream.next().await {
         out.extend_from_slice(&piece?);

@@ -4,6 +4,8 @@
 //! block or a hole is seen at once.
 #![allow(dead_code, reason = "each test and example takes what it needs")]
 
+pub(crate) mod walk;
+
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::AsFd;
@@ -17,7 +19,7 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use sluice_blockfs::{BlockFs, BlockSource, Device, ImageMount, ReadError};
+use sluice_blockfs::{BlockFs, BlockSource, Choice, Device, ImageMount, Options, ReadError, Way};
 use sluice_image::entry::{Entry, EntryKind, Timestamp};
 use sluice_image::erofs::{self, Form};
 use sluice_image::merge::{MergeError, Tree};
@@ -26,6 +28,10 @@ use sluice_kernel::{loop_device, mounts, unmount};
 use tokio::sync::watch;
 
 pub(crate) const BLOCK: u64 = 4096;
+/// What the tests run over.
+pub(crate) const WAYS: [Way; 2] = [Way::IoUring, Way::Classic];
+/// A program that reads its arguments, which an image can hold: tests run it from there.
+const PROGRAM: &str = "/usr/bin/sha256sum";
 /// How long the kernel may take for what it does in its own time (autoclear, lazy unmount).
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -39,8 +45,10 @@ pub(crate) fn word(layer: usize, offset: u64) -> [u8; 8] {
 
 /// `len` bytes from `offset`, a multiple of eight, of layer `layer`.
 pub(crate) fn expected(layer: usize, offset: u64, len: usize) -> Vec<u8> {
-    let mut bytes: Vec<u8> =
-        (0..len.div_ceil(8) as u64).flat_map(|index| word(layer, offset + index * 8)).collect();
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        bytes.extend_from_slice(&word(layer, offset + bytes.len() as u64));
+    }
     bytes.truncate(len);
     bytes
 }
@@ -52,6 +60,16 @@ pub(crate) struct Sample {
     pub(crate) layer: usize,
     pub(crate) offset: u64,
     pub(crate) size: u64,
+    /// The whole layer.
+    pub(crate) content: Arc<Vec<u8>>,
+}
+
+impl Sample {
+    /// What `len` bytes from `at` of the file should be.
+    pub(crate) fn bytes(&self, at: u64, len: usize) -> &[u8] {
+        let start = (self.offset + at) as usize;
+        &self.content[start..start + len]
+    }
 }
 
 /// A directory with an image in it. When it goes, so does all that is mounted below it.
@@ -61,20 +79,37 @@ pub(crate) struct Room {
     pub(crate) metadata: PathBuf,
     pub(crate) layers: Vec<PathBuf>,
     pub(crate) samples: Vec<Sample>,
+    /// Where below an image's root [`PROGRAM`] is, if it was asked for.
+    pub(crate) program: Option<PathBuf>,
 }
 
 impl Room {
     /// An image whose layer `n` has files of the sizes `layers[n]`, in bytes.
     pub(crate) fn new(layers: &[Vec<u64>]) -> Self {
+        Self::build(layers, &[])
+    }
+
+    /// One that has a layer more, which holds a program.
+    pub(crate) fn with_program(layers: &[Vec<u64>]) -> Self {
+        let program = fs::read(PROGRAM).expect("the program is installed");
+        let mut layers = layers.to_vec();
+        layers.push(vec![program.len() as u64]);
+        Self::build(&layers, &program)
+    }
+
+    fn build(layers: &[Vec<u64>], program: &[u8]) -> Self {
         // Not /tmp: it may be a tmpfs, which has no direct I/O on older kernels.
         let dir = tempfile::tempdir_in("/var/tmp").expect("temporary directory");
         let mut tree = Tree::new();
         let (mut paths, mut samples, mut blocks) = (Vec::new(), Vec::new(), Vec::new());
         for (layer, sizes) in layers.iter().enumerate() {
-            let (entries, own, end) = layout(layer, sizes);
+            let end: u64 = sizes.iter().map(|size| size.next_multiple_of(BLOCK)).sum();
+            let content = Arc::new(expected(layer, 0, end as usize));
+            let (entries, own) = layout(layer, sizes, &content);
             tree.apply(entries.into_iter().map(Ok::<_, MergeError>)).expect("merges");
             let path = dir.path().join(format!("layer{layer}"));
-            write_layer(&path, layer, end);
+            fs::write(&path, &*content).expect("writes");
+            File::open(&path).expect("opens").sync_all().expect("synced");
             paths.push(path);
             samples.extend(own);
             blocks.push(end / BLOCK);
@@ -83,7 +118,13 @@ impl Room {
         let mut out = std::io::BufWriter::new(File::create(&metadata).expect("creates"));
         erofs::write(&tree, &blocks, Form::Devices, &mut out).expect("writes");
         out.into_inner().expect("flushes").sync_all().expect("synced");
-        Self { dir, metadata, layers: paths, samples }
+        let last = paths.last().filter(|_| !program.is_empty()).map(|path| {
+            let file = File::options().write(true).open(path).expect("opens");
+            file.write_all_at(program, 0).expect("writes");
+            file.sync_all().expect("synced");
+            samples.pop().expect("a sample for each file").path
+        });
+        Self { dir, metadata, layers: paths, samples, program: last }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -91,8 +132,8 @@ impl Room {
     }
 
     /// Mounts FUSE on `blocks` in this room.
-    pub(crate) fn blockfs(&self, runtime: &tokio::runtime::Runtime) -> BlockFs {
-        mount_blocks(self.dir.path(), runtime)
+    pub(crate) fn blockfs(&self, runtime: &tokio::runtime::Runtime, way: Way) -> BlockFs {
+        mount_blocks(self.dir.path(), runtime, options(way))
     }
 
     /// A source for each layer, all local.
@@ -139,8 +180,8 @@ impl Drop for Room {
     }
 }
 
-/// Entries, samples and size of a layer.
-fn layout(layer: usize, sizes: &[u64]) -> (Vec<Entry>, Vec<Sample>, u64) {
+/// Entries and samples of a layer.
+fn layout(layer: usize, sizes: &[u64], content: &Arc<Vec<u8>>) -> (Vec<Entry>, Vec<Sample>) {
     let entry = |path: String, kind| Entry {
         path: path.into_bytes(),
         kind,
@@ -155,36 +196,33 @@ fn layout(layer: usize, sizes: &[u64]) -> (Vec<Entry>, Vec<Sample>, u64) {
     for (number, size) in sizes.iter().copied().enumerate() {
         let path = format!("layer{layer}/file{number}");
         entries.push(entry(path.clone(), EntryKind::File { size, store_offset: end }));
-        samples.push(Sample { path: path.into(), layer, offset: end, size });
+        samples.push(Sample { path: path.into(), layer, offset: end, size, content: Arc::clone(content) });
         end += size.next_multiple_of(BLOCK);
     }
-    (entries, samples, end)
-}
-
-fn write_layer(path: &Path, layer: usize, size: u64) {
-    const PIECE: u64 = 1 << 20;
-    let file = File::create(path).expect("creates");
-    for at in (0..size).step_by(PIECE as usize) {
-        let piece = expected(layer, at, PIECE.min(size - at) as usize);
-        file.write_all_at(&piece, at).expect("writes");
-    }
-    file.sync_all().expect("synced");
+    (entries, samples)
 }
 
 pub(crate) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("runtime")
 }
 
-pub(crate) fn mount_blocks(room: &Path, runtime: &tokio::runtime::Runtime) -> BlockFs {
+pub(crate) fn options(way: Way) -> Options {
+    Options { choice: Choice::Only(way), ..Options::default() }
+}
+
+pub(crate) fn mount_blocks(room: &Path, runtime: &tokio::runtime::Runtime, options: Options) -> BlockFs {
     let dir = room.join("blocks");
     fs::create_dir_all(&dir).expect("creates");
-    BlockFs::mount(&dir, runtime.handle().clone()).expect("FUSE mounts")
+    let blockfs = BlockFs::mount(&dir, options, runtime.handle().clone()).expect("FUSE mounts");
+    assert!(options.choice == Choice::Auto || options.choice == Choice::Only(blockfs.way().0));
+    blockfs
 }
 
 /// A loop device on the FUSE file of each source.
 pub(crate) fn attach_all(blockfs: &BlockFs, sources: &[Arc<MoodySource>]) -> Vec<Arc<Device>> {
     let attach = |(number, source): (usize, &Arc<MoodySource>)| {
-        let path = blockfs.add(&format!("layer{number}"), Arc::clone(source) as Arc<dyn BlockSource>);
+        let source = Arc::clone(source) as Arc<dyn BlockSource>;
+        let path = blockfs.add(&format!("layer{number}"), source).expect("added");
         Arc::new(Device::attach(&path).expect("attaches"))
     };
     sources.iter().enumerate().map(attach).collect()
@@ -206,11 +244,7 @@ pub(crate) fn check(root: &Path, sample: &Sample) {
         if got == 0 {
             break;
         }
-        assert!(
-            buffer[..got] == expected(sample.layer, sample.offset + at, got)[..],
-            "{} at {at}",
-            path.display()
-        );
+        assert!(buffer[..got] == *sample.bytes(at, got), "{} at {at}", path.display());
         at += got as u64;
     }
     assert_eq!(at, sample.size, "{}", path.display());
@@ -240,9 +274,11 @@ pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 /// How a source behaves at the moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mood {
-    /// Everything is local.
+    /// Everything is local, and in the local file: not asked for once this was seen.
+    OnDisk,
+    /// Everything is local, in memory.
     Local,
-    /// Two of three reads wait 1 to 8 ms, the third is local.
+    /// Two of three reads wait 1 to 8 ms, the third is local. Every third block is in the local file.
     Mixed,
     /// Like `Mixed`, and what waited comes in less than was asked for, in whole blocks.
     Pieces,
@@ -259,7 +295,7 @@ pub(crate) enum Mood {
 /// A layer's file behind a source that can be slow, stuck or broken.
 #[derive(Debug)]
 pub(crate) struct MoodySource {
-    file: File,
+    file: Arc<File>,
     size: u64,
     mood: Mutex<watch::Sender<Mood>>,
     /// Reads that had to wait, and those that did not.
@@ -269,7 +305,7 @@ pub(crate) struct MoodySource {
 
 impl MoodySource {
     pub(crate) fn open(path: &Path) -> Arc<Self> {
-        let file = File::open(path).expect("opens");
+        let file = Arc::new(File::open(path).expect("opens"));
         let size = file.metadata().expect("stat").len();
         let mood = Mutex::new(watch::Sender::new(Mood::Local));
         Arc::new(Self { file, size, mood, waited: AtomicU64::new(0), hit: AtomicU64::new(0) })
@@ -298,7 +334,7 @@ impl BlockSource for MoodySource {
 
     fn try_read(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<bool> {
         let local = match *self.mood().borrow() {
-            Mood::Local => true,
+            Mood::OnDisk | Mood::Local => true,
             Mood::Mixed | Mood::Pieces => (offset / BLOCK).is_multiple_of(3),
             Mood::Stuck | Mood::Fail(_) | Mood::TooMuch | Mood::Nothing => false,
         };
@@ -318,7 +354,7 @@ impl BlockSource for MoodySource {
                 Mood::Fail(errno) => Err(ReadError { errno, message: "as the test wants".to_owned() }),
                 Mood::TooMuch => self.bytes(offset, len).map(|bytes| [&bytes[..], &[0; 8]].concat().into()),
                 Mood::Nothing => Ok(Bytes::new()),
-                Mood::Local | Mood::Stuck => self.bytes(offset, len),
+                Mood::OnDisk | Mood::Local | Mood::Stuck => self.bytes(offset, len),
                 now => {
                     tokio::time::sleep(Duration::from_millis(1 + offset / BLOCK % 8)).await;
                     let half = (len / 2).next_multiple_of(BLOCK as usize).min(len);
@@ -327,5 +363,17 @@ impl BlockSource for MoodySource {
             }
         }
         .boxed()
+    }
+
+    fn file(&self) -> Option<Arc<File>> {
+        Some(Arc::clone(&self.file))
+    }
+
+    fn on_disk(&self, offset: u64) -> u64 {
+        match *self.mood().borrow() {
+            Mood::OnDisk => self.size,
+            Mood::Mixed if (offset / BLOCK).is_multiple_of(3) => (offset / BLOCK + 1) * BLOCK,
+            _ => offset,
+        }
     }
 }

@@ -48,6 +48,8 @@ enum State {
     /// Stopped at the end of a block that is not the last one.
     Boundary,
     Trailer(Vec<u8>),
+    /// Zeros after the last member: nothing else may follow, as for gzip(1), which calls it trailing garbage.
+    Padding,
 }
 
 impl GzipDecoder {
@@ -92,6 +94,7 @@ impl GzipDecoder {
             State::Header(_) => self.header(input)?,
             State::Body | State::Boundary => self.body(input)?,
             State::Trailer(_) => self.trailer(input)?,
+            State::Padding => self.padding(input)?,
         };
         self.offset += step.consumed as u64;
         Ok(step)
@@ -99,7 +102,8 @@ impl GzipDecoder {
 
     pub(super) fn finish(&self) -> Result<(), DecodeError> {
         match &self.state {
-            State::Header(bytes) if self.members > 0 && bytes.iter().all(|byte| *byte == 0) => Ok(()),
+            State::Header(bytes) if self.members > 0 && bytes.is_empty() => Ok(()),
+            State::Padding => Ok(()),
             _ => Err(DecodeError::Truncated { format: "gzip", offset: self.offset }),
         }
     }
@@ -162,11 +166,8 @@ impl GzipDecoder {
         let had = bytes.len();
         // Some writers pad the end with zeros.
         if self.members > 0 && had == 0 && input.first() == Some(&0) {
-            let zeros = input.iter().take_while(|byte| **byte == 0).count();
-            if zeros < input.len() {
-                return Err(self.damaged("bytes after the last member"));
-            }
-            return Ok(Step { consumed: zeros, boundary: false });
+            self.state = State::Padding;
+            return self.padding(input);
         }
         bytes.extend_from_slice(input.get(..input.len().min(MAX_HEADER)).unwrap_or(input));
         match header_len(bytes) {
@@ -223,6 +224,13 @@ impl GzipDecoder {
         self.members += 1;
         self.state = State::Header(Vec::new());
         Ok(Step { consumed: taken, boundary: true })
+    }
+
+    fn padding(&self, input: &[u8]) -> Result<Step, DecodeError> {
+        if input.iter().any(|byte| *byte != 0) {
+            return Err(self.damaged("bytes after the last member"));
+        }
+        Ok(Step { consumed: input.len(), boundary: false })
     }
 
     fn damaged(&self, what: &'static str) -> DecodeError {

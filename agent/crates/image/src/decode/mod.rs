@@ -5,6 +5,7 @@
 //! included) and plain tar.
 
 mod gzip;
+pub mod members;
 mod zstd;
 
 use crate::records::{SpanKind, SpanRecord};
@@ -114,6 +115,8 @@ pub enum Decoder {
     Gzip(Box<gzip::GzipDecoder>),
     /// zstd.
     Zstd(Box<zstd::ZstdDecoder>),
+    /// Members or frames listed by a table of contents.
+    Members(Box<members::MembersDecoder>),
 }
 
 /// Plain tar is cut into steps of this size, so that checkpoints fall often enough.
@@ -122,11 +125,7 @@ const PLAIN_STEP: usize = 256 * 1024;
 impl Decoder {
     /// A decoder at the beginning of a layer.
     pub fn new(compression: Compression) -> Result<Self, DecodeError> {
-        Ok(match compression {
-            Compression::None => Self::Plain { offset: 0, output: Vec::new() },
-            Compression::Gzip => Self::Gzip(Box::new(gzip::GzipDecoder::new(0))),
-            Compression::Zstd => Self::Zstd(Box::new(zstd::ZstdDecoder::new(0)?)),
-        })
+        Self::at_member(compression, 0)
     }
 
     /// Takes bytes from the front of `input`; what comes out stands in [`Self::output`] until the next step. A step that
@@ -142,6 +141,7 @@ impl Decoder {
             }
             Self::Gzip(decoder) => decoder.step(input),
             Self::Zstd(decoder) => decoder.step(input),
+            Self::Members(decoder) => decoder.step(input),
         }
     }
 
@@ -151,6 +151,7 @@ impl Decoder {
             Self::Plain { output, .. } => output,
             Self::Gzip(decoder) => decoder.output(),
             Self::Zstd(decoder) => decoder.output(),
+            Self::Members(decoder) => decoder.output(),
         }
     }
 
@@ -162,6 +163,7 @@ impl Decoder {
             }
             Self::Gzip(decoder) => decoder.checkpoint(),
             Self::Zstd(decoder) => decoder.checkpoint(),
+            Self::Members(_) => None,
         }
     }
 
@@ -171,7 +173,22 @@ impl Decoder {
             Self::Plain { .. } => Ok(()),
             Self::Gzip(decoder) => decoder.finish(),
             Self::Zstd(decoder) => decoder.finish(),
+            Self::Members(decoder) => decoder.finish(),
         }
+    }
+
+    /// A decoder at the first byte of a member or frame, which stands at `offset`.
+    fn at_member(compression: Compression, offset: u64) -> Result<Self, DecodeError> {
+        Ok(match compression {
+            Compression::None => Self::Plain { offset, output: Vec::new() },
+            Compression::Gzip => Self::Gzip(Box::new(gzip::GzipDecoder::new(offset))),
+            Compression::Zstd => Self::Zstd(Box::new(zstd::ZstdDecoder::new(offset)?)),
+        })
+    }
+
+    /// Whether the last step ended a member or frame.
+    fn is_between_members(&self) -> bool {
+        !matches!(self.checkpoint().map(|at| at.kind), None | Some(SpanKind::DeflateBlock | SpanKind::Plain))
     }
 
     /// A decoder at a span. `window_frame` is the span's zstd-compressed window, empty if it has none.
@@ -186,12 +203,21 @@ impl Decoder {
             kind if kind == SpanKind::ZstdFrame as u8 => {
                 Ok(Self::Zstd(Box::new(zstd::ZstdDecoder::new(offset)?)))
             }
+            kind if kind == SpanKind::GzipMembers as u8 || kind == SpanKind::ZstdFrames as u8 => {
+                let list = ::zstd::bulk::decompress(window_frame, WINDOW)
+                    .map_err(|_io| wrong("its list of pieces is damaged"))?;
+                let compression =
+                    if kind == SpanKind::GzipMembers as u8 { Compression::Gzip } else { Compression::Zstd };
+                members::MembersDecoder::new(compression, offset, &list)
+                    .map(|decoder| Self::Members(Box::new(decoder)))
+                    .ok_or_else(|| wrong("its list of pieces is damaged"))
+            }
             kind if kind == SpanKind::DeflateBlock as u8 => {
                 let window = if window_frame.is_empty() {
                     Vec::new()
                 } else {
                     ::zstd::bulk::decompress(window_frame, WINDOW)
-                        .map_err(|_| wrong("its window is damaged"))?
+                        .map_err(|_io| wrong("its window is damaged"))?
                 };
                 if span.bits > 7 {
                     return Err(wrong("its bit offset is above 7"));
@@ -218,7 +244,7 @@ pub fn decode_span(
     }
     let mut decoder = Decoder::at_span(span, window_frame)?;
     let mut input = compressed;
-    let mut left = usize::try_from(tar_len).map_err(|_| wrong("it is longer than memory"))?;
+    let mut left = usize::try_from(tar_len).map_err(|_io| wrong("it is longer than memory"))?;
     out.reserve(left);
     while left > 0 {
         let step = decoder.step(input)?;

@@ -57,12 +57,12 @@ impl ZstdDecoder {
         let offset = self.offset;
         let damaged = |what| DecodeError::Damaged { format: "zstd", offset, what };
         if self.between_frames {
-            self.decoder.reinit().map_err(|_| damaged("no decoder"))?;
+            self.decoder.reinit().map_err(|_io| damaged("no decoder"))?;
         }
         let status = self
             .decoder
             .run_on_buffers(input, &mut self.buffer)
-            .map_err(|_| damaged("invalid frame, or a window above 128 MiB"))?;
+            .map_err(|_io| damaged("invalid frame, or a window above 128 MiB"))?;
         self.output = status.bytes_written;
         self.offset += status.bytes_read as u64;
         self.between_frames = status.remaining == 0;

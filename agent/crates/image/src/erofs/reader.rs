@@ -3,11 +3,12 @@
 //! Everything is read from the image when it is asked for; memory does not grow with the number of files. Images are our
 //! own, yet are read as outside bytes: a damaged one gives an error, never a panic or an endless walk.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use super::{DIRENT, INODE, LAYOUT_INLINE, MAGIC, NID_UNIT, SUPER_OFFSET};
+use super::format::{DIRENT, INODE, LAYOUT_INLINE, MAGIC, NID_UNIT, SUPER_OFFSET};
 use crate::entry::Timestamp;
 use crate::records::BLOCK_SIZE;
 
@@ -209,10 +210,12 @@ impl<R: ReadAt> Reader<R> {
     }
 
     /// Tells `visit` every name in the image (path without leading `/`, inode number), depth first.
-    /// Memory: the names of one directory per level.
+    /// Memory: the names of one directory per level, and the number of every directory: one that is met twice (no image of
+    /// ours has it) would make the walk as good as endless.
     pub fn walk(&self, visit: Visit<'_>) -> Result<(), ReadError> {
         visit(b"", self.root);
         let mut path = Vec::new();
+        let mut met = HashSet::from([self.root]);
         let mut stack = vec![self.level(self.root, 0)?];
         while let Some((left, length)) = stack.last_mut() {
             path.truncate(*length);
@@ -226,8 +229,11 @@ impl<R: ReadAt> Reader<R> {
             path.extend_from_slice(&name);
             visit(&path, child);
             if is_directory {
-                if stack.len() >= MAX_DEPTH {
-                    return Err(ReadError::Corrupt { nid: child, what: "it is too deep, or in itself" });
+                if stack.len() >= MAX_DEPTH || !met.insert(child) {
+                    return Err(ReadError::Corrupt {
+                        nid: child,
+                        what: "it is too deep, or in two directories",
+                    });
                 }
                 stack.push(self.level(child, path.len())?);
             }

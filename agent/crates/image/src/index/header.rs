@@ -9,6 +9,10 @@ use super::IndexError;
 pub const MAGIC: [u8; 8] = *b"SLUICEIX";
 /// Version of the format.
 pub const VERSION: u16 = 1;
+/// Version of indexes made from a layer's own table of contents. The files section lists the chunks of each file with content of
+/// its own behind its 0: their number, then their lengths, all but the last multiples of the block size, none above
+/// `chunk_size`. Spans are of the kinds that list pieces. The tar is a stand-in: see `embedded`.
+pub const VERSION_LISTED: u16 = 2;
 /// Bytes of the header.
 pub const HEADER_LEN: usize = size_of::<IndexHeader>();
 /// Largest table of contents accepted, in bytes, compressed.
@@ -43,7 +47,7 @@ impl Section {
 pub struct IndexHeader {
     /// [`MAGIC`].
     pub magic: [u8; 8],
-    /// [`VERSION`].
+    /// [`VERSION`] or [`VERSION_LISTED`].
     pub version: U16,
     /// [`crate::records::LAYOUT_VERSION`].
     pub layout_version: U16,
@@ -91,12 +95,12 @@ impl IndexHeader {
     /// Reads the header at the front of `bytes`.
     pub fn parse(bytes: &[u8]) -> Result<Self, IndexError> {
         let (header, _) =
-            Self::read_from_prefix(bytes).map_err(|_| IndexError::Corrupt("shorter than its header"))?;
+            Self::read_from_prefix(bytes).map_err(|_cast| IndexError::Corrupt("shorter than its header"))?;
         if header.magic != MAGIC {
             return Err(IndexError::Corrupt("it does not begin with SLUICEIX"));
         }
-        if header.version.get() != VERSION {
-            return Err(IndexError::Version { found: header.version.get(), supported: VERSION });
+        if ![VERSION, VERSION_LISTED].contains(&header.version.get()) {
+            return Err(IndexError::Version { found: header.version.get(), supported: VERSION_LISTED });
         }
         if header.layout_version.get() != crate::records::LAYOUT_VERSION {
             return Err(IndexError::Corrupt("its layout version is not known here"));

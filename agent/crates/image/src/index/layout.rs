@@ -2,7 +2,7 @@
 //! so that a store offset is never taken from outside.
 
 use super::IndexError;
-use crate::records::{BLOCK_SIZE, ChunkRecord, ExtentRecord};
+use crate::records::{BLOCK_SIZE, ExtentRecord};
 use crate::tar::Content;
 
 /// Largest layer file accepted: 1 TiB.
@@ -70,9 +70,4 @@ pub(super) fn chunks(size: u64, store_offset: u64, chunk_size: u32) -> impl Iter
         let at = number * u64::from(chunk_size);
         (store_offset + at, (size - at).min(u64::from(chunk_size)) as u32)
     })
-}
-
-/// A chunk's record.
-pub(super) fn chunk_record((store_offset, len): (u64, u32), digest: [u8; 32]) -> ChunkRecord {
-    ChunkRecord { store_offset: store_offset.into(), len: len.into(), reserved: 0.into(), digest }
 }

@@ -2,13 +2,21 @@
 //!
 //! The format stands in ARCHITECTURE.md, "Stream index"; its fixed part is [`header::IndexHeader`].
 
+mod blob;
 mod build;
+mod contents;
+pub mod embedded;
+mod frame;
+mod hashing;
 pub mod header;
 mod layout;
 mod read;
+mod toc;
 
-pub use build::{ContentSink, IndexOptions, LayerIndexer, NoSink};
-pub use read::{LayerIndex, TocItem, TocReader};
+pub use build::{IndexOptions, LayerIndexer};
+pub use contents::{ContentSink, NoSink};
+pub use read::LayerIndex;
+pub use toc::{TocItem, TocReader};
 
 use crate::decode::DecodeError;
 use crate::tar::TarError;
@@ -37,7 +45,7 @@ pub enum IndexError {
         actual: String,
     },
     /// The blob is of another version.
-    #[error("stream index version {found} is not supported (this build reads version {supported})")]
+    #[error("stream index version {found} is not supported (this build reads versions up to {supported})")]
     Version {
         /// In the blob.
         found: u16,
@@ -50,6 +58,9 @@ pub enum IndexError {
     /// A limit on untrusted layers is exceeded.
     #[error("layer exceeds a limit: {0}")]
     Limit(&'static str),
+    /// The system gave no thread.
+    #[error("cannot start the thread that computes a layer's digests: {0}")]
+    Thread(#[source] std::io::Error),
     /// Contents could not be stored or compressed.
     #[error("cannot keep the layer's contents: {0}")]
     Sink(#[source] std::io::Error),

@@ -1,16 +1,16 @@
 //! Reads an index back: entries with their store offsets, extents, chunks, spans, and the tar itself again.
 
-use std::io::Read;
-
 use zerocopy::FromBytes;
 
-use super::IndexError;
-use super::header::{HEADER_LEN, IndexHeader, Section};
-use super::layout::{Layout, chunk_record, chunks, extents};
+use super::frame::Frame;
+use super::header::{HEADER_LEN, IndexHeader, VERSION_LISTED};
+use super::{IndexError, TocReader};
 use crate::decode::{Compression, MAX_WINDOW_FRAME};
-use crate::entry::{Entry, EntryKind};
-use crate::records::{ChunkRecord, DigestAlgorithm, ExtentRecord, SpanRecord};
-use crate::tar::{Content, Step, TarKind, TarParser};
+use crate::entry::Entry;
+use crate::records::{DigestAlgorithm, SpanKind, SpanRecord};
+
+/// Most bytes of span records accepted.
+const MAX_SPANS: u64 = 64 << 20;
 
 /// The table of contents of one layer, checked for consistency; windows may be absent.
 #[derive(Debug, Clone)]
@@ -25,7 +25,7 @@ impl LayerIndex {
     pub fn from_blob(blob: Vec<u8>) -> Result<Self, IndexError> {
         let header = IndexHeader::parse(&blob)?;
         let toc_len =
-            usize::try_from(header.toc_len()).map_err(|_| IndexError::Corrupt("larger than memory"))?;
+            usize::try_from(header.toc_len()).map_err(|_range| IndexError::Corrupt("larger than memory"))?;
         let toc =
             blob.get(HEADER_LEN..toc_len).ok_or(IndexError::Corrupt("shorter than its table of contents"))?;
         if *blake3::hash(toc).as_bytes() != header.toc_digest {
@@ -58,6 +58,24 @@ impl LayerIndex {
     /// The spans, ascending in both offsets.
     pub fn spans(&self) -> &[SpanRecord] {
         &self.spans
+    }
+
+    /// Whether the tar that the index describes is the layer's own. Of a layer that brings a table of contents it is a stand-in
+    /// ([`super::embedded`]): its replay does not have the diffID, and the chunks' digests alone verify the layer. An
+    /// index from elsewhere may not claim that.
+    pub fn has_own_tar(&self) -> bool {
+        !self.lists_chunks()
+    }
+
+    /// Whether decoding can go on from one span into the next.
+    pub fn spans_are_continuous(&self) -> bool {
+        let alone = [SpanKind::GzipMembers as u8, SpanKind::ZstdFrames as u8];
+        !self.spans.iter().any(|span| alone.contains(&span.kind))
+    }
+
+    /// Whether the files section lists each file's chunks.
+    pub(super) fn lists_chunks(&self) -> bool {
+        self.header.version.get() == VERSION_LISTED
     }
 
     /// What digests chunks.
@@ -101,39 +119,12 @@ impl LayerIndex {
         }
         Ok(())
     }
-
-    fn section(&self, section: &Section) -> Result<&[u8], IndexError> {
-        slice(&self.blob, section)
-    }
-}
-
-fn slice<'a>(blob: &'a [u8], section: &Section) -> Result<&'a [u8], IndexError> {
-    let start = usize::try_from(section.offset.get()).ok();
-    let end = section.end().and_then(|end| usize::try_from(end).ok());
-    start
-        .zip(end)
-        .and_then(|(start, end)| blob.get(start..end))
-        .ok_or(IndexError::Corrupt("a section lies outside the blob"))
-}
-
-/// Decompresses a whole section whose size the header bounds.
-fn expand(blob: &[u8], section: &Section, limit: u64) -> Result<Vec<u8>, IndexError> {
-    let raw_len = section.raw_len.get();
-    if raw_len > limit {
-        return Err(IndexError::Corrupt("a section is larger than it may be"));
-    }
-    let raw = zstd::bulk::decompress(slice(blob, section)?, raw_len as usize)
-        .map_err(|_| IndexError::Corrupt("a section does not decompress"))?;
-    if raw.len() as u64 != raw_len {
-        return Err(IndexError::Corrupt("a section has not the size its header says"));
-    }
-    Ok(raw)
 }
 
 fn read_spans(header: &IndexHeader, blob: &[u8]) -> Result<Vec<SpanRecord>, IndexError> {
-    let raw = expand(blob, &header.spans, 64 << 20)?;
+    let raw = Frame::new(blob, &header.spans)?.read_all(MAX_SPANS)?;
     let spans = <[SpanRecord]>::ref_from_bytes(&raw)
-        .map_err(|_| IndexError::Corrupt("its spans are not whole records"))?
+        .map_err(|_cast| IndexError::Corrupt("its spans are not whole records"))?
         .to_vec();
     let mut last: Option<&SpanRecord> = None;
     for span in &spans {
@@ -154,197 +145,4 @@ fn read_spans(header: &IndexHeader, blob: &[u8]) -> Result<Vec<SpanRecord>, Inde
         return Err(IndexError::Corrupt("it has no spans"));
     }
     Ok(spans)
-}
-
-/// An entry of the table of contents.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TocItem {
-    /// The entry; `None` for kinds that images do not use.
-    pub entry: Option<Entry>,
-    /// Where its content stands, if it has content of its own.
-    pub extents: Vec<ExtentRecord>,
-    /// The chunks of its own content.
-    pub chunks: Vec<ChunkRecord>,
-    /// `(store offset, bytes)` in tar order, own content or not.
-    segments: Vec<(u64, u64)>,
-}
-
-/// Iterator over the table of contents; memory does not grow with it but for 16 bytes a file.
-pub struct TocReader<'a> {
-    index: &'a LayerIndex,
-    skeleton: zstd::stream::read::Decoder<'static, std::io::BufReader<&'a [u8]>>,
-    skeleton_left: u64,
-    buffer: Vec<u8>,
-    at: usize,
-    filled: usize,
-    parser: TarParser,
-    files: Vec<u8>,
-    files_at: usize,
-    digests: &'a [u8],
-    layout: Layout,
-    tar_offset: u64,
-    entries: u64,
-    ended: bool,
-}
-
-impl std::fmt::Debug for TocReader<'_> {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("TocReader").field("entries", &self.entries).finish_non_exhaustive()
-    }
-}
-
-impl<'a> TocReader<'a> {
-    fn new(index: &'a LayerIndex) -> Result<Self, IndexError> {
-        let header = &index.header;
-        Ok(Self {
-            index,
-            skeleton: zstd::stream::read::Decoder::new(index.section(&header.skeleton)?)
-                .map_err(|_| IndexError::Corrupt("its skeleton does not decompress"))?,
-            skeleton_left: header.skeleton.raw_len.get(),
-            buffer: vec![0; 64 * 1024],
-            at: 0,
-            filled: 0,
-            parser: TarParser::new(true),
-            files: expand(&index.blob, &header.files, 1 << 30)?,
-            files_at: 0,
-            digests: index.section(&header.digests)?,
-            layout: Layout::default(),
-            tar_offset: 0,
-            entries: 0,
-            ended: false,
-        })
-    }
-
-    /// The next entry; skeleton bytes on the way go to `skeleton_bytes`.
-    fn next_step(&mut self, mut skeleton_bytes: impl FnMut(&[u8])) -> Result<Option<TocItem>, IndexError> {
-        loop {
-            if self.at == self.filled && !self.refill()? {
-                return self.end();
-            }
-            let input = self.buffer.get(self.at..self.filled).unwrap_or(&[]);
-            let (consumed, step) = self.parser.step(input)?;
-            skeleton_bytes(input.get(..consumed).unwrap_or(input));
-            self.at += consumed;
-            self.tar_offset += consumed as u64;
-            match step {
-                Step::Skeleton => {}
-                Step::Entry(entry) => return self.item(*entry).map(Some),
-                Step::Content { .. } => return Err(IndexError::Corrupt("its skeleton holds content")),
-            }
-        }
-    }
-
-    fn refill(&mut self) -> Result<bool, IndexError> {
-        let want = self.buffer.len().min(usize::try_from(self.skeleton_left).unwrap_or(usize::MAX));
-        self.at = 0;
-        self.filled = match self.buffer.get_mut(..want) {
-            Some(room) if want > 0 => self
-                .skeleton
-                .read(room)
-                .map_err(|_| IndexError::Corrupt("its skeleton does not decompress"))?,
-            _ => 0,
-        };
-        self.skeleton_left -= self.filled as u64;
-        Ok(self.filled > 0)
-    }
-
-    fn end(&mut self) -> Result<Option<TocItem>, IndexError> {
-        self.parser.finish()?;
-        let header = &self.index.header;
-        if self.skeleton_left > 0
-            || self.tar_offset != header.tar_size.get()
-            || self.layout.next() != header.store_size.get()
-            || !self.digests.is_empty()
-            || self.files_at != self.files.len()
-            || self.entries != header.entry_count.get()
-        {
-            return Err(IndexError::Corrupt("its sections do not fit each other"));
-        }
-        Ok(None)
-    }
-
-    fn item(&mut self, tar: crate::tar::TarEntry) -> Result<TocItem, IndexError> {
-        self.entries += 1;
-        let mut item = TocItem { entry: None, extents: Vec::new(), chunks: Vec::new(), segments: Vec::new() };
-        let kind = match tar.kind {
-            TarKind::File(content) => self.file(&content, &mut item)?,
-            TarKind::Directory => EntryKind::Directory,
-            TarKind::Symlink(target) => EntryKind::Symlink { target },
-            TarKind::HardLink(target) => EntryKind::HardLink { target },
-            TarKind::CharDevice(major, minor) => EntryKind::CharDevice { major, minor },
-            TarKind::BlockDevice(major, minor) => EntryKind::BlockDevice { major, minor },
-            TarKind::Fifo => EntryKind::Fifo,
-            TarKind::Unknown(_) => return Ok(item),
-        };
-        item.entry = Some(Entry {
-            path: tar.path,
-            kind,
-            mode: tar.mode,
-            uid: tar.uid,
-            gid: tar.gid,
-            mtime: tar.mtime,
-            xattrs: tar.xattrs,
-        });
-        Ok(item)
-    }
-
-    fn file(&mut self, content: &Content, item: &mut TocItem) -> Result<EntryKind, IndexError> {
-        let size = content.size;
-        if size == 0 {
-            return Ok(EntryKind::File { size: 0, store_offset: 0 });
-        }
-        let store_offset = match self.next_file()? {
-            0 => {
-                let store_offset = self.layout.place(size)?;
-                item.extents = extents(content, self.tar_offset, store_offset);
-                for chunk in chunks(size, store_offset, self.index.header.chunk_size.get()) {
-                    let (digest, rest) = self
-                        .digests
-                        .split_first_chunk::<32>()
-                        .ok_or(IndexError::Corrupt("it lacks digests"))?;
-                    item.chunks.push(chunk_record(chunk, *digest));
-                    self.digests = rest;
-                }
-                store_offset
-            }
-            number => match self.layout.own(number - 1) {
-                Some((store_offset, own_size)) if own_size == size => store_offset,
-                _ => return Err(IndexError::Corrupt("a file shares content that is not there")),
-            },
-        };
-        item.segments = content.segments().map(|(offset, len)| (store_offset + offset, len)).collect();
-        self.tar_offset = self
-            .tar_offset
-            .checked_add(content.stored)
-            .filter(|offset| *offset <= self.index.header.tar_size.get())
-            .ok_or(IndexError::Corrupt("its files are larger than the layer"))?;
-        Ok(EntryKind::File { size, store_offset })
-    }
-
-    /// The next varint of the files section.
-    fn next_file(&mut self) -> Result<u64, IndexError> {
-        let mut value = 0_u64;
-        for shift in (0..63).step_by(7) {
-            let byte = *self.files.get(self.files_at).ok_or(IndexError::Corrupt("it lacks files"))?;
-            self.files_at += 1;
-            value |= u64::from(byte & 0x7f) << shift;
-            if byte & 0x80 == 0 {
-                return Ok(value);
-            }
-        }
-        Err(IndexError::Corrupt("a number is too long"))
-    }
-}
-
-impl Iterator for TocReader<'_> {
-    type Item = Result<TocItem, IndexError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.ended {
-            return None;
-        }
-        let next = self.next_step(|_| {}).transpose();
-        self.ended = !matches!(next, Some(Ok(_)));
-        next
-    }
 }

@@ -73,7 +73,7 @@ impl<'a> Header<'a> {
     }
 
     pub(super) fn size(&self) -> Result<u64, TarError> {
-        u64::try_from(self.number(124, 12, "size")?).map_err(|_| self.bad("size"))
+        u64::try_from(self.number(124, 12, "size")?).map_err(|_range| self.bad("size"))
     }
 
     pub(super) fn mtime(&self) -> Result<i64, TarError> {
@@ -97,7 +97,7 @@ impl<'a> Header<'a> {
 
     /// Old GNU sparse: the file's size with its holes.
     pub(super) fn gnu_real_size(&self) -> Result<u64, TarError> {
-        u64::try_from(self.number(483, 12, "realsize")?).map_err(|_| self.bad("realsize"))
+        u64::try_from(self.number(483, 12, "realsize")?).map_err(|_range| self.bad("realsize"))
     }
 
     fn segment(&self, at: usize) -> Result<Option<(u64, u64)>, TarError> {
@@ -108,7 +108,7 @@ impl<'a> Header<'a> {
     }
 
     fn unsigned(&self, at: usize, len: usize, field: &'static str) -> Result<u32, TarError> {
-        u32::try_from(self.number(at, len, field)?).map_err(|_| self.bad(field))
+        u32::try_from(self.number(at, len, field)?).map_err(|_range| self.bad(field))
     }
 
     fn number(&self, at: usize, len: usize, field: &'static str) -> Result<i64, TarError> {

@@ -6,7 +6,10 @@
 
 mod header;
 mod parser;
+#[cfg(test)]
+mod parser_tests;
 mod pax;
+mod sparse;
 
 pub use parser::{Content, Step, TarParser};
 
@@ -16,7 +19,7 @@ use crate::entry::Timestamp;
 pub const TAR_BLOCK: usize = 512;
 /// Longest path or link text accepted, in bytes (PATH_MAX).
 pub const MAX_PATH: usize = 4096;
-/// Largest PAX or GNU extension block accepted, in bytes; also bounds the extended attributes of an entry.
+/// Most PAX and GNU extension blocks accepted before an entry, in bytes together; also bounds its extended attributes.
 pub const MAX_EXTENSION: u64 = 1 << 20;
 /// Most data segments accepted in a sparse file.
 pub const MAX_SEGMENTS: usize = 1 << 16;

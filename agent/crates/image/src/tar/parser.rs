@@ -1,8 +1,9 @@
 //! The parser: a state machine over the stream's blocks, fed with slices of any length.
 
-use super::header::{Dialect, Header, parse_segment};
-use super::pax::{Extensions, decimal};
-use super::{MAX_EXTENSION, MAX_PATH, MAX_SEGMENTS, TAR_BLOCK, TarEntry, TarError, TarKind, normalise};
+use super::header::Header;
+use super::pax::Extensions;
+use super::sparse::Pending;
+use super::{MAX_EXTENSION, MAX_PATH, TAR_BLOCK, TarEntry, TarError, TarKind, normalise};
 use crate::entry::Timestamp;
 
 /// A regular file's content as the tar holds it.
@@ -41,19 +42,21 @@ pub enum Step {
 /// See the module text. With `elided` content is taken to be absent from the stream (a skeleton).
 #[derive(Debug)]
 pub struct TarParser {
-    state: State,
+    pub(super) state: State,
     elided: bool,
     offset: u64,
-    block: Vec<u8>,
+    pub(super) block: Vec<u8>,
     header_offset: u64,
     extensions: Extensions,
+    /// Bytes of extension blocks since the last entry.
+    extension_bytes: u64,
     long_name: Option<Vec<u8>>,
     long_link: Option<Vec<u8>>,
     seen_zero_block: bool,
 }
 
 #[derive(Debug)]
-enum State {
+pub(super) enum State {
     /// A header block.
     Header,
     /// The body of an extension of this type, `left` bytes to come.
@@ -70,15 +73,6 @@ enum State {
     End,
 }
 
-/// An entry whose sparse map is not complete.
-#[derive(Debug)]
-struct Pending {
-    entry: TarEntry,
-    segments: Vec<(u64, u64)>,
-    stored: u64,
-    real_size: u64,
-}
-
 impl TarParser {
     /// A parser of a whole stream, or of a skeleton (`elided`).
     pub fn new(elided: bool) -> Self {
@@ -89,6 +83,7 @@ impl TarParser {
             block: Vec::with_capacity(TAR_BLOCK),
             header_offset: 0,
             extensions: Extensions::default(),
+            extension_bytes: 0,
             long_name: None,
             long_link: None,
             seen_zero_block: false,
@@ -160,13 +155,15 @@ impl TarParser {
         let type_flag = header.type_flag();
         if matches!(type_flag, b'L' | b'K' | b'x' | b'g') {
             let left = header.size()?;
-            if left > MAX_EXTENSION {
+            self.extension_bytes = self.extension_bytes.saturating_add(left);
+            if self.extension_bytes > MAX_EXTENSION {
                 return Err(self.too_large("extended header", MAX_EXTENSION));
             }
             self.state = State::Extension { type_flag, data: Vec::new(), left, padding: padding(left) };
             return Ok(Step::Skeleton);
         }
         let extensions = std::mem::take(&mut self.extensions);
+        self.extension_bytes = 0;
         let raw_name =
             self.long_name.take().or_else(|| extensions.path.clone()).unwrap_or_else(|| header.name());
         let raw_name = extensions.sparse.name.clone().unwrap_or(raw_name);
@@ -184,8 +181,6 @@ impl TarParser {
             None => header.size()?,
         };
         let kind = self.kind(header, &raw_name, raw_link, size)?;
-        let mut xattrs = extensions.xattrs;
-        xattrs.sort();
         let entry = TarEntry {
             path: self.path(&raw_name)?,
             kind,
@@ -193,7 +188,7 @@ impl TarParser {
             uid: extensions.uid.map_or_else(|| header.uid(), Ok)?,
             gid: extensions.gid.map_or_else(|| header.gid(), Ok)?,
             mtime,
-            xattrs,
+            xattrs: extensions.xattrs.into_iter().collect(),
         };
         match &entry.kind {
             TarKind::File(_) if type_flag == b'S' => self.begin_gnu_sparse(header, entry, size),
@@ -218,7 +213,8 @@ impl TarParser {
             return Err(self.too_large("link text", MAX_PATH as u64));
         }
         Ok(match header.type_flag() {
-            0 | b'0' if name.ends_with(b"/") => TarKind::Directory,
+            // As Go's archive/tar: only the type of the oldest archives; `0` is a file, whatever its name ends with.
+            0 if name.ends_with(b"/") => TarKind::Directory,
             0 | b'0' | b'7' | b'S' => TarKind::File(Content { size, stored: size, segments: None }),
             b'1' => TarKind::HardLink(self.path(&link)?),
             b'2' => TarKind::Symlink(link),
@@ -243,7 +239,7 @@ impl TarParser {
         })
     }
 
-    fn begin_file(&mut self, mut entry: TarEntry, content: Content) -> Result<Step, TarError> {
+    pub(super) fn begin_file(&mut self, mut entry: TarEntry, content: Content) -> Result<Step, TarError> {
         let after = padding(content.stored);
         content.stored.checked_add(after).ok_or_else(|| self.bad("size"))?;
         entry.kind = TarKind::File(content.clone());
@@ -253,59 +249,6 @@ impl TarParser {
             self.state = State::Content { content, segment: 0, in_segment: 0, padding: after };
         }
         Ok(Step::Entry(Box::new(entry)))
-    }
-
-    fn begin_gnu_sparse(
-        &mut self,
-        header: &Header<'_>,
-        entry: TarEntry,
-        stored: u64,
-    ) -> Result<Step, TarError> {
-        if header.dialect() != Dialect::Gnu {
-            return Err(self.bad("sparse"));
-        }
-        let (segments, more) = header.gnu_segments()?;
-        let pending = Box::new(Pending { entry, segments, stored, real_size: header.gnu_real_size()? });
-        if more {
-            self.state = State::GnuSparse { pending };
-            return Ok(Step::Skeleton);
-        }
-        self.begin_sparse(*pending)
-    }
-
-    fn begin_pax_sparse(
-        &mut self,
-        sparse: super::pax::Sparse,
-        entry: TarEntry,
-        stored: u64,
-    ) -> Result<Step, TarError> {
-        let real_size = sparse.real_size.ok_or_else(|| self.bad("sparse"))?;
-        let pending = Pending { entry, segments: sparse.segments, stored, real_size };
-        if sparse.map_in_data {
-            self.state = State::MapInData { pending: Box::new(pending), text: Vec::new() };
-            return Ok(Step::Skeleton);
-        }
-        self.begin_sparse(pending)
-    }
-
-    /// Checks a complete sparse map and begins the file's content.
-    fn begin_sparse(&mut self, pending: Pending) -> Result<Step, TarError> {
-        let mut end = 0_u64;
-        let mut sum = 0_u64;
-        for (start, len) in &pending.segments {
-            let segment_end = start.checked_add(*len).ok_or_else(|| self.bad("sparse"))?;
-            if *start < end || segment_end > pending.real_size {
-                return Err(self.bad("sparse"));
-            }
-            end = segment_end;
-            sum += len;
-        }
-        if sum != pending.stored {
-            return Err(self.bad("sparse"));
-        }
-        let content =
-            Content { size: pending.real_size, stored: pending.stored, segments: Some(pending.segments) };
-        self.begin_file(pending.entry, content)
     }
 
     fn extension_bytes(
@@ -327,65 +270,13 @@ impl TarParser {
         match type_flag {
             b'L' => self.long_name = Some(text()),
             b'K' => self.long_link = Some(text()),
-            b'x' => self.extensions.read(&data, self.header_offset)?,
+            // As Go's archive/tar: a second one replaces the first.
+            b'x' => self.extensions = Extensions::read(&data, self.header_offset)?,
             // Global headers: ignored, as containerd does.
             _ => {}
         }
         self.skip(padding);
         Ok((taken, Step::Skeleton))
-    }
-
-    fn gnu_sparse_bytes(
-        &mut self,
-        input: &[u8],
-        mut pending: Box<Pending>,
-    ) -> Result<(usize, Step), TarError> {
-        let taken = self.gather(input);
-        if self.block.len() < TAR_BLOCK {
-            self.state = State::GnuSparse { pending };
-            return Ok((taken, Step::Skeleton));
-        }
-        let block = std::mem::take(&mut self.block);
-        for segment in block.chunks_exact(24).take(21).take_while(|segment| segment.first() != Some(&0)) {
-            pending.segments.push(parse_segment(segment).ok_or_else(|| self.bad("sparse"))?);
-        }
-        if pending.segments.len() > MAX_SEGMENTS {
-            return Err(self.too_large("sparse map", MAX_SEGMENTS as u64));
-        }
-        if block.get(504).is_some_and(|more| *more != 0) {
-            self.state = State::GnuSparse { pending };
-            return Ok((taken, Step::Skeleton));
-        }
-        Ok((taken, self.begin_sparse(*pending)?))
-    }
-
-    fn map_bytes(
-        &mut self,
-        input: &[u8],
-        mut pending: Box<Pending>,
-        mut text: Vec<u8>,
-    ) -> Result<(usize, Step), TarError> {
-        let taken = self.gather(input);
-        if self.block.len() < TAR_BLOCK {
-            self.state = State::MapInData { pending, text };
-            return Ok((taken, Step::Skeleton));
-        }
-        text.append(&mut self.block);
-        pending.stored = pending.stored.checked_sub(TAR_BLOCK as u64).ok_or_else(|| self.bad("sparse"))?;
-        if text.len() as u64 > MAX_EXTENSION {
-            return Err(self.too_large("sparse map", MAX_EXTENSION));
-        }
-        match parse_map(&text) {
-            Err(()) => Err(self.bad("sparse")),
-            Ok(None) => {
-                self.state = State::MapInData { pending, text };
-                Ok((taken, Step::Skeleton))
-            }
-            Ok(Some(segments)) => {
-                pending.segments = segments;
-                Ok((taken, self.begin_sparse(*pending)?))
-            }
-        }
     }
 
     fn content_bytes(
@@ -419,21 +310,21 @@ impl TarParser {
     }
 
     /// Adds to the current block up to its end; returns how many bytes of `input` that took.
-    fn gather(&mut self, input: &[u8]) -> usize {
+    pub(super) fn gather(&mut self, input: &[u8]) -> usize {
         let taken = input.len().min(TAR_BLOCK.saturating_sub(self.block.len()));
         self.block.extend_from_slice(input.get(..taken).unwrap_or(input));
         taken
     }
 
-    fn skip(&mut self, left: u64) {
+    pub(super) fn skip(&mut self, left: u64) {
         self.state = if left == 0 { State::Header } else { State::Skip { left } };
     }
 
-    fn bad(&self, field: &'static str) -> TarError {
+    pub(super) fn bad(&self, field: &'static str) -> TarError {
         TarError::Field { offset: self.header_offset, field }
     }
 
-    fn too_large(&self, what: &'static str, limit: u64) -> TarError {
+    pub(super) fn too_large(&self, what: &'static str, limit: u64) -> TarError {
         TarError::TooLarge { offset: self.header_offset, what, limit }
     }
 }
@@ -444,96 +335,4 @@ fn padding(size: u64) -> u64 {
 
 fn padded(size: u64) -> Option<u64> {
     size.checked_add(padding(size))
-}
-
-/// A PAX 1.0 map: a count, then that many pairs, one decimal number a line. `None`: not complete yet.
-fn parse_map(text: &[u8]) -> Result<Option<Vec<(u64, u64)>>, ()> {
-    let mut lines = text.split_inclusive(|byte| *byte == b'\n');
-    let mut number = || -> Result<Option<u64>, ()> {
-        match lines.next().map(|line| line.strip_suffix(b"\n")) {
-            Some(Some(line)) => decimal(line).ok_or(()).map(Some),
-            Some(None) | None => Ok(None),
-        }
-    };
-    let Some(count) = number()? else { return Ok(None) };
-    if count > MAX_SEGMENTS as u64 {
-        return Err(());
-    }
-    let mut segments = Vec::new();
-    for _ in 0..count {
-        let (Some(start), Some(len)) = (number()?, number()?) else { return Ok(None) };
-        segments.push((start, len));
-    }
-    Ok(Some(segments))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Entries and contents of a stream fed in pieces of `piece` bytes.
-    fn parse(tar: &[u8], piece: usize) -> Result<Vec<(TarEntry, Vec<u8>)>, TarError> {
-        let mut parser = TarParser::new(false);
-        let mut found: Vec<(TarEntry, Vec<u8>)> = Vec::new();
-        for mut input in tar.chunks(piece) {
-            while !input.is_empty() {
-                let (consumed, step) = parser.step(input)?;
-                match step {
-                    Step::Entry(entry) => found.push((*entry, Vec::new())),
-                    Step::Content { offset } => {
-                        let content = &mut found.last_mut().expect("content after an entry").1;
-                        content.resize(offset as usize, 0);
-                        content.extend_from_slice(&input[..consumed]);
-                    }
-                    Step::Skeleton => {}
-                }
-                input = &input[consumed..];
-            }
-        }
-        parser.finish()?;
-        Ok(found)
-    }
-
-    fn sample() -> Vec<u8> {
-        let mut builder = tar::Builder::new(Vec::new());
-        let mut header = tar::Header::new_gnu();
-        header.set_size(5);
-        header.set_mode(0o644);
-        builder
-            .append_data(&mut header, format!("{}/file", "long".repeat(60)), &b"hello"[..])
-            .expect("append");
-        let mut header = tar::Header::new_ustar();
-        header.set_entry_type(tar::EntryType::Symlink);
-        header.set_size(0);
-        builder.append_link(&mut header, "link", "some/target").expect("append");
-        builder.into_inner().expect("finish")
-    }
-
-    #[test]
-    fn the_pieces_do_not_matter() {
-        let tar = sample();
-        let whole = parse(&tar, tar.len()).expect("parse");
-        assert_eq!(whole.len(), 2);
-        assert_eq!(whole[0].1, b"hello");
-        assert_eq!(whole[1].0.kind, TarKind::Symlink(b"some/target".to_vec()));
-        for piece in [1, 7, 511, 512, 513] {
-            assert_eq!(parse(&tar, piece).expect("parse"), whole, "{piece}");
-        }
-    }
-
-    #[test]
-    fn damage_and_truncation_are_named() {
-        let mut tar = sample();
-        assert!(matches!(parse(&tar[..700], 512), Err(TarError::Truncated { .. })));
-        tar[10] ^= 1;
-        assert_eq!(parse(&tar, 512), Err(TarError::Checksum { offset: 0 }));
-    }
-
-    #[test]
-    fn maps_in_data() {
-        assert_eq!(parse_map(b"2\n0\n5\n10\n1\n\0\0"), Ok(Some(vec![(0, 5), (10, 1)])));
-        assert_eq!(parse_map(b"2\n0\n5\n1"), Ok(None));
-        assert_eq!(parse_map(b"x\n"), Err(()));
-        assert_eq!(parse_map(b"0\n\0"), Ok(Some(Vec::new())));
-    }
 }

@@ -1,5 +1,7 @@
 //! PAX extended headers (POSIX.1-2001, `%d %s=%s\n` records) and the GNU sparse keys among them.
 
+use std::collections::BTreeMap;
+
 use super::TarError;
 use crate::entry::Timestamp;
 
@@ -12,7 +14,7 @@ pub(super) struct Extensions {
     pub(super) uid: Option<u32>,
     pub(super) gid: Option<u32>,
     pub(super) mtime: Option<Timestamp>,
-    pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub(super) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
     pub(super) sparse: Sparse,
 }
 
@@ -30,7 +32,8 @@ pub(super) struct Sparse {
 
 impl Extensions {
     /// Takes the records of one extended header that stands at `offset`.
-    pub(super) fn read(&mut self, mut records: &[u8], offset: u64) -> Result<(), TarError> {
+    pub(super) fn read(mut records: &[u8], offset: u64) -> Result<Self, TarError> {
+        let mut extensions = Self::default();
         while !records.is_empty() {
             // Some writers pad the records with NULs.
             if records.iter().all(|byte| *byte == 0) {
@@ -38,16 +41,15 @@ impl Extensions {
             }
             let (key, value, rest) =
                 record(records).ok_or(TarError::Field { offset, field: "pax record" })?;
-            self.take(key, value).ok_or(TarError::Field { offset, field: "pax value" })?;
+            extensions.take(key, value).ok_or(TarError::Field { offset, field: "pax value" })?;
             records = rest;
         }
-        Ok(())
+        Ok(extensions)
     }
 
     fn take(&mut self, key: &[u8], value: &[u8]) -> Option<()> {
         if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-            self.xattrs.retain(|(known, _)| known != name);
-            self.xattrs.push((name.to_vec(), value.to_vec()));
+            self.xattrs.insert(name.to_vec(), value.to_vec());
             return Some(());
         }
         if value.is_empty() {
@@ -155,9 +157,8 @@ mod tests {
 
     #[test]
     fn records_are_read() {
-        let mut extensions = Extensions::default();
         let text = b"12 path=a/b\n19 mtime=-1.250000\n29 SCHILY.xattr.user.x=a=b\n\x00\n";
-        assert_eq!(extensions.read(text, 0), Ok(()));
+        let extensions = Extensions::read(text, 0).expect("valid");
         assert_eq!(extensions.path.as_deref(), Some(&b"a/b"[..]));
         assert_eq!(extensions.mtime, Some(Timestamp { seconds: -2, nanoseconds: 750_000_000 }));
         assert_eq!(extensions.xattrs.len(), 1);
@@ -166,7 +167,7 @@ mod tests {
     #[test]
     fn a_lying_length_is_refused() {
         for text in [&b"99 path=a\n"[..], b"5 path=a\n", b"x path=a\n", b"9 path=a"] {
-            assert!(Extensions::default().read(text, 7).is_err());
+            assert!(Extensions::read(text, 7).is_err());
         }
     }
 

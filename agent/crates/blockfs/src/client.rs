@@ -1,0 +1,291 @@
+//! The agent's side of its block files: where sources are added, and reads that are not local are answered.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+
+use crate::options::{Options, Way};
+use crate::protocol::{FileRecord, Head, Kind, Message, VERSION};
+use crate::server::{files::file_name, start_within};
+use crate::{BlockFsError, BlockSource, ReadError};
+
+/// The agent's block files: one per layer that is not complete. Dropped, it leaves a server of its own process to those
+/// that come after; a server within this process ends with it.
+#[derive(Debug)]
+pub struct BlockFs {
+    dir: PathBuf,
+    way: (Way, String),
+    client: Arc<Client>,
+    /// Files that the server had from an earlier agent and that nobody has asked for yet, by name.
+    left: Mutex<HashMap<String, FileRecord>>,
+    next: AtomicU64,
+}
+
+/// What the threads and tasks of an agent have in common.
+#[derive(Debug)]
+struct Client {
+    stream: UnixStream,
+    /// Messages must not be mixed.
+    writing: Mutex<()>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    sources: HashMap<u64, Arc<dyn BlockSource>>,
+    /// Who waits for the server's word: by inode, and 0 for the unmounting.
+    expected: HashMap<u64, Sender<u64>>,
+    closed: bool,
+}
+
+impl BlockFs {
+    /// Mounts on `dir` and serves within this process; reads that wait are driven by `runtime`.
+    pub fn mount(dir: &Path, options: Options, runtime: Handle) -> Result<Self, BlockFsError> {
+        Self::greet(dir, start_within(dir, options)?, runtime)
+    }
+
+    /// Takes over from whatever agent there was at the server that [`crate::serve`]s at `socket`, mounted on `dir`.
+    ///
+    /// `NotFound` or `ConnectionRefused` by [`BlockFsError::Server`]: there is no server.
+    pub fn connect(dir: &Path, socket: &Path, runtime: Handle) -> Result<Self, BlockFsError> {
+        let failed = |source| BlockFsError::Server { path: socket.to_path_buf(), source };
+        Self::greet(dir, UnixStream::connect(socket).map_err(failed)?, runtime)
+    }
+
+    fn greet(dir: &Path, stream: UnixStream, runtime: Handle) -> Result<Self, BlockFsError> {
+        let failed = |source| BlockFsError::Server { path: dir.to_path_buf(), source };
+        let hello = Message::receive(&stream).map_err(failed)?;
+        if hello.kind != Kind::Hello || hello.a != VERSION {
+            return Err(BlockFsError::ServerVersion { server: hello.a, agent: VERSION });
+        }
+        let text = String::from_utf8_lossy(&hello.bytes).into_owned();
+        let mut lines = text.lines();
+        let way = if lines.next() == Some("io_uring") { Way::IoUring } else { Way::Classic };
+        let reason = lines.next().unwrap_or_default().to_owned();
+        let left = lines.filter_map(FileRecord::parse).map(|file| (file.name.clone(), file)).collect();
+        let client = Arc::new(Client { stream, writing: Mutex::default(), state: Mutex::default() });
+        let reader = Arc::clone(&client);
+        let read = move || reader.listen(&runtime);
+        std::thread::Builder::new().name("block-agent".to_owned()).spawn(read).map_err(failed)?;
+        let next = AtomicU64::new(hello.b);
+        Ok(Self { dir: dir.to_path_buf(), way: (way, reason), client, left: Mutex::new(left), next })
+    }
+
+    /// In which way the kernel is served, and why in that.
+    pub fn way(&self) -> (Way, &str) {
+        (self.way.0, &self.way.1)
+    }
+
+    /// Names of files that the server has from an earlier agent and that were not added yet.
+    pub fn left(&self) -> Vec<String> {
+        lock(&self.left).keys().cloned().collect()
+    }
+
+    /// Adds a file; returns its path. One that an earlier agent had by the same name and size goes on: who has it open
+    /// notices nothing. Waits for the server's word.
+    pub fn add(&self, name: &str, source: Arc<dyn BlockSource>) -> Result<PathBuf, BlockFsError> {
+        let left = lock(&self.left).remove(name).filter(|file| file.size == source.size());
+        let inode = left.map_or_else(|| self.next.fetch_add(1, Ordering::Relaxed), |file| file.inode);
+        let failed = |source| BlockFsError::Server { path: self.dir.clone(), source };
+        let added = self.client.expect(inode).map_err(failed)?;
+        self.client.state().sources.insert(inode, Arc::clone(&source));
+        let head = Head { a: source.size(), ..Head::new(Kind::Add, inode) };
+        let file = source.file();
+        self.client.say_with(head, name.as_bytes(), file.as_deref()).map_err(failed)?;
+        self.client.tell_local(inode, source.as_ref(), 0, source.size()).map_err(failed)?;
+        added.recv().map_err(|_closed| failed(io::ErrorKind::ConnectionAborted.into()))?;
+        Ok(self.dir.join(file_name(inode, name)))
+    }
+
+    /// Removes a file by the path that `add` gave. Whoever has it open gets ESTALE from now on.
+    pub fn remove(&self, path: &Path) -> Result<(), BlockFsError> {
+        let name = path.file_name().and_then(|name| name.to_str());
+        let inode = name.and_then(|name| name.split_once('-')).and_then(|(inode, _)| inode.parse().ok());
+        let Some(inode) = inode else { return Ok(()) };
+        self.client.state().sources.remove(&inode);
+        let failed = |source| BlockFsError::Server { path: self.dir.clone(), source };
+        self.client.say(Head::new(Kind::Remove, inode), &[]).map_err(failed)
+    }
+
+    /// Takes the mount out of the tree and ends the server. Loop devices that still read a file of it fail once the
+    /// server's process ends.
+    pub fn unmount(self) -> Result<(), BlockFsError> {
+        let failed = |source| BlockFsError::Server { path: self.dir.clone(), source };
+        let unmounted = self.client.expect(0).map_err(failed)?;
+        self.client.say(Head::new(Kind::Unmount, 0), &[]).map_err(failed)?;
+        match unmounted.recv() {
+            Ok(0) => Ok(()),
+            Ok(errno) => Err(failed(io::Error::from_raw_os_error(errno as i32))),
+            // With nothing left to serve the server may have ended before its word came.
+            Err(_closed) if !sluice_kernel::mount::is_mount_point(&self.dir)? => Ok(()),
+            Err(_closed) => Err(failed(io::ErrorKind::ConnectionAborted.into())),
+        }
+    }
+}
+
+impl Drop for BlockFs {
+    fn drop(&mut self) {
+        if let Err(error) = self.client.stream.shutdown(std::net::Shutdown::Both) {
+            tracing::debug!(%error, "the server is gone already");
+        }
+    }
+}
+
+impl Client {
+    /// Takes what the server says until it goes.
+    fn listen(self: &Arc<Self>, runtime: &Handle) {
+        loop {
+            let message = match Message::receive(&self.stream) {
+                Ok(message) => message,
+                Err(error) => {
+                    tracing::debug!(%error, "no more reads come from the server of block files");
+                    break;
+                }
+            };
+            match message.kind {
+                Kind::Added => self.heard(message.id, 0),
+                Kind::Unmounted => self.heard(0, message.a),
+                Kind::Read => {
+                    let len = message.bytes.first_chunk().map_or(0, |len| u64::from_le_bytes(*len) as usize);
+                    let source = self.state().sources.get(&message.a).cloned();
+                    let client = Arc::clone(self);
+                    runtime.spawn(async move { client.answer(&message, source, len).await });
+                }
+                _ => tracing::error!(kind = ?message.kind, "the server of block files says what agents say"),
+            }
+        }
+        let mut state = self.state();
+        state.closed = true;
+        // Whoever waits for a word of the server learns that none will come.
+        state.expected.clear();
+    }
+
+    /// Answers a read, now or when its bytes are there; nobody is held up by it but the reader.
+    async fn answer(&self, message: &Message, source: Option<Arc<dyn BlockSource>>, len: usize) {
+        let (id, inode, offset) = (message.id, message.a, message.b);
+        let supplied = match source {
+            Some(source) => self.supply(id, inode, &source, offset, len).await,
+            None => self.say(Head { a: ESTALE, ..Head::new(Kind::Failed, id) }, &[]),
+        };
+        if let Err(error) = supplied {
+            tracing::warn!(%error, "the server of block files does not take an answer");
+        }
+    }
+
+    async fn supply(
+        &self,
+        id: u64,
+        inode: u64,
+        source: &Arc<dyn BlockSource>,
+        offset: u64,
+        len: usize,
+    ) -> io::Result<()> {
+        let end = offset + len as u64;
+        if source.on_disk(offset) >= end {
+            self.tell_local(inode, source.as_ref(), offset, end)?;
+            return self.say(Head::new(Kind::InFile, id), &[]);
+        }
+        let read = match try_read(source, offset, len) {
+            Some(read) => read,
+            None => read_whole(source, offset, len).await,
+        };
+        match read {
+            Ok(bytes) => {
+                self.say(Head::new(Kind::Bytes, id), &bytes)?;
+                self.tell_local(inode, source.as_ref(), offset, end)
+            }
+            Err(error) => {
+                tracing::error!(offset, size = len, %error, "a read fails");
+                self.say(Head { a: error.errno as u64, ..Head::new(Kind::Failed, id) }, &[])
+            }
+        }
+    }
+
+    /// Tells the server what of the file, from `offset` to at least `end`, is in the local file: those reads come no more.
+    fn tell_local(&self, inode: u64, source: &dyn BlockSource, offset: u64, end: u64) -> io::Result<()> {
+        // What was fetched lies in chunks around what was asked for.
+        const CHUNK: u64 = 256 << 10;
+        let mut at = offset - offset % CHUNK;
+        let end = end.next_multiple_of(CHUNK).min(source.size());
+        while at < end {
+            let local = source.on_disk(at);
+            if local > at {
+                self.say(Head { a: at, b: local, ..Head::new(Kind::Local, inode) }, &[])?;
+                at = local;
+            } else {
+                at += CHUNK;
+            }
+        }
+        Ok(())
+    }
+
+    fn expect(&self, id: u64) -> io::Result<Receiver<u64>> {
+        let (sender, receiver) = channel();
+        let mut state = self.state();
+        if state.closed {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
+        state.expected.insert(id, sender);
+        Ok(receiver)
+    }
+
+    fn heard(&self, id: u64, word: u64) {
+        let expected = self.state().expected.remove(&id);
+        if expected.is_none_or(|sender| sender.send(word).is_err()) {
+            tracing::debug!(id, "nobody waits for this word of the server");
+        }
+    }
+
+    fn say(&self, head: Head, bytes: &[u8]) -> io::Result<()> {
+        self.say_with(head, bytes, None)
+    }
+
+    /// The server reads at once whatever comes, so this does not wait for anything but copying.
+    fn say_with(&self, head: Head, bytes: &[u8], file: Option<&File>) -> io::Result<()> {
+        let _whole = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        head.send(&self.stream, bytes, file.map(AsFd::as_fd))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+}
+
+/// The errno of a file that nobody has (all architectures of Linux but MIPS).
+const ESTALE: u64 = 116;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn try_read(source: &Arc<dyn BlockSource>, offset: u64, len: usize) -> Option<Result<Bytes, ReadError>> {
+    let mut buffer = vec![0; len];
+    match source.try_read(offset, &mut buffer) {
+        Ok(true) => Some(Ok(buffer.into())),
+        Ok(false) => None,
+        Err(error) => Some(Err(ReadError::of_store(&error))),
+    }
+}
+
+/// Reads until all is there. The kernel would take less for the end of the file and (buffered) shrink its idea of the size.
+async fn read_whole(source: &Arc<dyn BlockSource>, offset: u64, len: usize) -> Result<Bytes, ReadError> {
+    let mut bytes = Arc::clone(source).read(offset, len).await?;
+    while bytes.len() < len {
+        let missing = len - bytes.len();
+        let next = Arc::clone(source).read(offset + bytes.len() as u64, missing).await?;
+        if next.is_empty() {
+            return Err(ReadError::other_length(bytes.len(), len));
+        }
+        bytes = [bytes, next].concat().into();
+    }
+    if bytes.len() > len { Err(ReadError::other_length(bytes.len(), len)) } else { Ok(bytes) }
+}

@@ -1,0 +1,60 @@
+//! How block files are served, chosen at run time.
+
+use std::fmt;
+use std::time::Duration;
+
+/// A way in which the kernel's requests reach us and its replies go back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// FUSE over io_uring (Linux 6.14): a queue per CPU, bytes read from the layer's file straight into the reply.
+    IoUring,
+    /// Reading and writing `/dev/fuse`, by fuser.
+    Classic,
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::IoUring => "io_uring",
+            Self::Classic => "classic",
+        })
+    }
+}
+
+/// Which way is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Choice {
+    /// io_uring where it can be had, else classic, with the reason in the log and in [`crate::BlockFs::way`].
+    #[default]
+    Auto,
+    /// This one or none.
+    Only(Way),
+}
+
+/// How a server of block files works.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// The way.
+    pub choice: Choice,
+    /// Requests that each CPU's queue can hold at first (io_uring). Each read that waits for the network takes one until it
+    /// is answered; a queue that gets short of them is made longer.
+    pub queue_depth: u16,
+    /// Of those, how many have a registered payload buffer, which is pinned in memory.
+    pub registered: u16,
+    /// Bytes that one request may ask for at most: a multiple of 4096, no more than 1 MiB.
+    pub request_bytes: u32,
+    /// How long reads wait for an agent that is gone. Then they fail with EIO, until one comes.
+    pub patience: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            choice: Choice::Auto,
+            queue_depth: 256,
+            registered: 4,
+            request_bytes: 1 << 20,
+            patience: Duration::from_secs(300),
+        }
+    }
+}

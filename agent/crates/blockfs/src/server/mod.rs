@@ -1,0 +1,254 @@
+//! The server of block files: one FUSE mount, one read-only file per layer, and one agent at a time that knows the rest.
+//!
+//! It answers by itself what is in the layers' local files, and asks the agent for everything else. When the agent dies it
+//! goes on doing the former, keeps the reads that wait, and asks the next agent again. Why it is a process of its own: the
+//! kernel (Linux 6.18) gives requests to the ring entries of a process that is being killed without telling anyone what they
+//! were (`fuse_uring_send_in_task` with `IO_URING_F_TASK_DEAD`), and no notification makes it send them again
+//! (`FUSE_NOTIFY_RESEND` is about `/dev/fuse` alone). So what may be killed at any time must not have rings.
+
+mod classic;
+pub(crate) mod files;
+mod misses;
+mod rings;
+mod wire;
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use sluice_kernel::mount::UnmountOptions;
+
+use crate::BlockFsError;
+use crate::options::{Choice, Options, Way};
+use crate::protocol::{Head, Kind, Message, VERSION};
+use files::Files;
+use misses::{Misses, Outgoing, Supply};
+
+/// What all threads of a server have in common.
+#[derive(Debug)]
+struct Shared {
+    dir: PathBuf,
+    options: Options,
+    files: Files,
+    misses: Misses,
+    way: OnceLock<(Way, String)>,
+    classic: Mutex<Option<fuser::BackgroundSession>>,
+    ended: Mutex<Option<Sender<()>>>,
+}
+
+/// How a conversation with an agent ended.
+#[derive(Debug, PartialEq, Eq)]
+enum Parting {
+    /// Its end of the socket is closed.
+    Gone,
+    /// It had the mount taken away.
+    Unmounted,
+}
+
+/// Serves the agents that connect to `socket` one after the other, mounted on `dir`, until one of them says to unmount. A
+/// process of its own calls this, which does not die with any agent. `ready` is called once agents can connect.
+pub fn serve(
+    dir: &Path,
+    socket: &Path,
+    options: Options,
+    ready: impl FnOnce() -> io::Result<()>,
+) -> Result<(), BlockFsError> {
+    let failed = |source| BlockFsError::Server { path: socket.to_path_buf(), source };
+    let (shared, ended) = Shared::start(dir, options)?;
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(socket).map_err(failed)?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    std::thread::spawn(move || accept(&shared, &listener));
+    ready().map_err(failed)?;
+    // The sender goes when the file system ends.
+    if ended.recv().is_err() {
+        tracing::debug!("the server was dropped");
+    }
+    std::fs::remove_file(socket).map_err(failed)
+}
+
+/// A server in this process, for one agent in this process: it ends with it.
+pub(crate) fn start_within(dir: &Path, options: Options) -> Result<UnixStream, BlockFsError> {
+    let failed = |source| BlockFsError::Server { path: dir.to_path_buf(), source };
+    let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+    let (shared, _ended) = Shared::start(dir, options)?;
+    let attend = move || {
+        if shared.attend(&ours) == Parting::Gone {
+            shared.unmount().unwrap_or_else(|error| tracing::debug!(%error, "the mount is gone already"));
+        }
+    };
+    std::thread::Builder::new().name("block-server".to_owned()).spawn(attend).map_err(failed)?;
+    Ok(theirs)
+}
+
+fn accept(shared: &Arc<Shared>, listener: &UnixListener) {
+    let mut present: Option<UnixStream> = None;
+    for stream in listener.incoming() {
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::error!(%error, "an agent cannot connect");
+                continue;
+            }
+        };
+        // One agent at a time: the new one knows that it is the one.
+        if let Some(former) = present.take()
+            && let Err(error) = former.shutdown(std::net::Shutdown::Both)
+        {
+            tracing::debug!(%error, "the former agent is gone already");
+        }
+        match stream.try_clone() {
+            Ok(own) => {
+                present = Some(stream);
+                let shared = Arc::clone(shared);
+                std::thread::spawn(move || shared.attend(&own));
+            }
+            Err(error) => tracing::error!(%error, "an agent cannot be served"),
+        }
+    }
+}
+
+impl Shared {
+    /// Mounts by the way that is wanted. The receiver ends when the file system does.
+    fn start(dir: &Path, options: Options) -> Result<(Arc<Self>, Receiver<()>), BlockFsError> {
+        let (ending, ended) = channel();
+        let shared = Arc::new(Self {
+            dir: dir.to_path_buf(),
+            options,
+            files: Files::default(),
+            misses: Misses::default(),
+            way: OnceLock::new(),
+            classic: Mutex::default(),
+            ended: Mutex::new(Some(ending)),
+        });
+        let way = shared.mount().map_err(|source| BlockFsError::Fuse { path: dir.to_path_buf(), source })?;
+        tracing::info!(way = %way.0, reason = way.1, "block files are served");
+        shared.way.get_or_init(|| way);
+        let watched = Arc::clone(&shared);
+        std::thread::spawn(move || watched.misses.watch(watched.options.patience));
+        Ok((shared, ended))
+    }
+
+    fn mount(self: &Arc<Self>) -> io::Result<(Way, String)> {
+        let reason = match self.options.choice {
+            Choice::Only(Way::Classic) => "as configured".to_owned(),
+            choice => match rings::start(self, &self.dir) {
+                Ok(()) => return Ok((Way::IoUring, "the kernel offers it".to_owned())),
+                Err(error) if choice == Choice::Auto => format!("no io_uring: {error}"),
+                Err(error) => return Err(error),
+            },
+        };
+        let session = classic::start(self, &self.dir)?;
+        *self.classic.lock().unwrap_or_else(PoisonError::into_inner) = Some(session);
+        Ok((Way::Classic, reason))
+    }
+
+    /// The file system is no more, say the threads that served it in this way.
+    fn ended(&self, served: Way) {
+        // Threads of a way that was tried and failed end, too: the other way goes on.
+        if self.way.get().is_some_and(|(way, _)| *way == served) {
+            self.misses.end();
+            drop(self.ended.lock().unwrap_or_else(PoisonError::into_inner).take());
+        }
+    }
+
+    /// Takes the mount out of the tree. Loop devices that still read a file of it are served until the process ends.
+    fn unmount(&self) -> io::Result<()> {
+        // Joining the session would wait for the last open file; its threads end with the process.
+        std::mem::forget(self.classic.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let options = UnmountOptions { lazy: true, force: false };
+        sluice_kernel::unmount(&self.dir, options).map_err(io::Error::other)
+    }
+
+    /// Talks with one agent until it goes.
+    fn attend(self: &Arc<Self>, stream: &UnixStream) -> Parting {
+        let (outgoing, messages) = channel();
+        let writer = match stream.try_clone() {
+            Ok(writer) => writer,
+            Err(error) => {
+                tracing::error!(%error, "an agent cannot be served");
+                return Parting::Gone;
+            }
+        };
+        std::thread::spawn(move || write_all(&writer, &messages));
+        let number = self.misses.agent_came(outgoing.clone());
+        let parting = self.converse(stream, number, &outgoing);
+        self.misses.agent_gone(number);
+        match parting {
+            Ok(parting) => parting,
+            Err(error) => {
+                if error.kind() != io::ErrorKind::UnexpectedEof {
+                    tracing::warn!(%error, "the agent's connection fails");
+                }
+                Parting::Gone
+            }
+        }
+    }
+
+    fn converse(&self, stream: &UnixStream, number: u64, outgoing: &Sender<Outgoing>) -> io::Result<Parting> {
+        let say = |head: Head, bytes: Vec<u8>| {
+            outgoing.send((head, bytes)).map_err(|_closed| io::Error::from(io::ErrorKind::BrokenPipe))
+        };
+        let hello = Head { a: VERSION, b: self.files.next_inode(), ..Head::new(Kind::Hello, 0) };
+        say(hello, self.introduction().into_bytes())?;
+        loop {
+            let message = Message::receive(stream)?;
+            let (id, a, b) = (message.id, message.a, message.b);
+            match message.kind {
+                Kind::Add => {
+                    let name = String::from_utf8_lossy(&message.bytes).into_owned();
+                    self.files.add(id, name, a, message.descriptor.map(File::from))?;
+                    self.misses.file_added(number, id);
+                    say(Head::new(Kind::Added, id), Vec::new())?;
+                }
+                Kind::Remove => self.files.remove(id),
+                Kind::Local => self.files.set_local(id, a, b),
+                Kind::InFile => self.misses.answer(id, |waiting| match self.files.disk(waiting.inode) {
+                    Some(file) => Supply::InFile(file),
+                    None => Supply::Failed(0),
+                }),
+                Kind::Bytes => self.misses.answer(id, |_| Supply::Bytes(message.bytes)),
+                Kind::Failed => {
+                    self.misses.answer(id, |_| Supply::Failed(i32::try_from(a).unwrap_or(0)));
+                }
+                Kind::Unmount => {
+                    let errno = self.unmount().err().map_or(0, |error| error.raw_os_error().unwrap_or(5));
+                    say(Head { a: errno as u64, ..Head::new(Kind::Unmounted, 0) }, Vec::new())?;
+                    if errno == 0 {
+                        return Ok(Parting::Unmounted);
+                    }
+                }
+                Kind::Hello | Kind::Added | Kind::Read | Kind::Unmounted => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        "the agent says what servers say",
+                    ));
+                }
+            }
+        }
+    }
+
+    /// The way, why, and the files, a line each.
+    fn introduction(&self) -> String {
+        let (way, reason) = self.way.get().map_or((Way::Classic, ""), |(way, reason)| (*way, reason));
+        let mut text = format!("{way}\n{}\n", reason.replace('\n', " "));
+        self.files.list().iter().for_each(|file| text.push_str(&file.line()));
+        text
+    }
+}
+
+fn write_all(stream: &UnixStream, messages: &Receiver<Outgoing>) {
+    for (head, bytes) in messages {
+        if let Err(error) = head.send(stream, &bytes, None) {
+            tracing::debug!(%error, "the agent is gone");
+            return;
+        }
+    }
+}

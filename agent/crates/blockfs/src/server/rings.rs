@@ -1,0 +1,404 @@
+//! The way over io_uring: a thread and a ring per CPU, and one thread for what still comes by `/dev/fuse`.
+//!
+//! A read of local bytes is one submission: the bytes go from the layer's file into the reply, and the reply back, before this
+//! process sees the ring again. One that waits for the agent leaves its entry in `Inbox` when it is answered, and
+//! wakes the ring's thread.
+
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::statvfs::statvfs;
+use nix::unistd::Pid;
+use sluice_kernel::fuse_ring::{Event, FuseRing, Held, RingSize, Waker};
+use sluice_kernel::mount::{Restrictions, UnmountOptions};
+
+use super::Shared;
+use super::files::Read;
+use super::misses::{Supply, Waiting};
+use super::wire::{self, Answer, Request};
+use crate::{Options, Way};
+
+/// As for the classic way: all that loop devices ask for counts.
+const MAX_BACKGROUND: u16 = u16::MAX;
+/// A request by `/dev/fuse` is no longer (`FUSE_MIN_READ_BUFFER`, and a batch of forgets).
+const DEVICE_BUFFER: usize = 64 << 10;
+/// A loop device has 128 requests under way at most (Linux 6.18): a queue with fewer free entries gets as many more.
+const SPARE_ENTRIES: u16 = 128;
+/// No queue gets longer than this; the memory of one entry is `request_bytes` when all of it was used.
+const MAX_ENTRIES: usize = 4096;
+/// All requests are as small as this at least.
+const MIN_PAYLOAD: usize = 8192;
+
+/// Mounts on `dir` and serves. On an error nothing is mounted.
+pub(super) fn start(shared: &Arc<Shared>, dir: &Path) -> io::Result<()> {
+    sluice_kernel::fuse::enable_uring()?;
+    sluice_kernel::fuse_ring::probe()?;
+    let restrictions = Restrictions { read_only: true, no_suid: true, no_dev: true, no_exec: true };
+    let device = sluice_kernel::fuse::mount_fuse("sluice", restrictions, dir).map_err(io::Error::other)?;
+    let started = handshake(&device, &shared.options).and_then(|()| serve(shared, Arc::new(device)));
+    if started.is_err() {
+        let options = UnmountOptions { lazy: true, force: false };
+        sluice_kernel::unmount(dir, options).map_err(io::Error::other)?;
+    }
+    started
+}
+
+fn handshake(mut device: &File, options: &Options) -> io::Result<()> {
+    let mut buffer = vec![0; DEVICE_BUFFER];
+    let length = device.read(&mut buffer)?;
+    let request = buffer.get(..length).and_then(Request::from_device);
+    let request = request.filter(|request| request.header.opcode == wire::INIT);
+    let request = request.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no INIT came first"))?;
+    let reply = wire::init(&request, options.request_bytes, MAX_BACKGROUND).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::Unsupported, "the kernel does not offer FUSE over io_uring")
+    })?;
+    device.write_all(&reply)
+}
+
+/// Starts the threads, and waits until all rings are registered.
+fn serve(shared: &Arc<Shared>, device: Arc<File>) -> io::Result<()> {
+    let (started, results) = channel();
+    let poker = start_poker(shared.dir.clone())?;
+    let threads = assign(&usable_cpus()?, possible_cpus()?);
+    let count = threads.len();
+    for (cpu, queues) in threads {
+        let (shared, device, started) = (Arc::clone(shared), Arc::clone(&device), started.clone());
+        let (name, poker) = (format!("fuse-ring-{cpu}"), poker.clone());
+        let run = move || ring_thread(&shared, device, cpu, &queues, poker, &started);
+        std::thread::Builder::new().name(name).spawn(run)?;
+    }
+    let shared = Arc::clone(shared);
+    std::thread::Builder::new()
+        .name("fuse-device".to_owned())
+        .spawn(move || device_thread(&shared, &device))?;
+    drop(started);
+    let results: Vec<_> = results.iter().take(count).collect();
+    if results.len() < count {
+        return Err(io::Error::other("a ring's thread ended"));
+    }
+    results.into_iter().collect()
+}
+
+/// For each thread its CPU and its queues: each CPU that we may run on has a thread, other CPUs' queues are shared out.
+fn assign(usable: &[u16], possible: u16) -> Vec<(u16, Vec<u16>)> {
+    let mut threads: Vec<_> = usable.iter().map(|cpu| (*cpu, vec![*cpu])).collect();
+    let others = (0..possible).filter(|cpu| !usable.contains(cpu));
+    for (number, cpu) in others.enumerate() {
+        let count = threads.len().max(1);
+        if let Some((_, queues)) = threads.get_mut(number % count) {
+            queues.push(cpu);
+        }
+    }
+    threads
+}
+
+fn usable_cpus() -> io::Result<Vec<u16>> {
+    let set = sched_getaffinity(Pid::from_raw(0))?;
+    Ok((0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).map(|cpu| cpu as u16).collect())
+}
+
+/// How many queues the kernel wants: one more than the highest number in a list such as `0-3,8`.
+fn possible_cpus() -> io::Result<u16> {
+    let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
+    let last = text.trim().rsplit([',', '-']).next().and_then(|number| number.parse::<u16>().ok());
+    last.map(|last| last + 1).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, text))
+}
+
+/// Answers that other threads have for a ring.
+#[derive(Debug)]
+struct Inbox {
+    answers: Mutex<Vec<(Held, u64, u32, Supply)>>,
+    waker: Waker,
+}
+
+impl Inbox {
+    fn put(&self, held: Held, offset: u64, len: u32, supply: Supply) {
+        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = answers.is_empty();
+        answers.push((held, offset, len, supply));
+        drop(answers);
+        if first && let Err(error) = self.waker.wake() {
+            tracing::error!(%error, "a ring cannot be woken");
+        }
+    }
+
+    fn take(&self) -> Vec<(Held, u64, u32, Supply)> {
+        std::mem::take(&mut self.answers.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+fn ring_thread(
+    shared: &Arc<Shared>,
+    device: Arc<File>,
+    cpu: u16,
+    queues: &[u16],
+    poker: Sender<u16>,
+    started: &Sender<io::Result<()>>,
+) {
+    let ring = pin(cpu).and_then(|()| RingThread::new(shared, device, queues, poker));
+    let (result, ring) = match ring {
+        Ok(ring) => (Ok(()), Some(ring)),
+        Err(error) => (Err(error), None),
+    };
+    if started.send(result).is_err() {
+        tracing::debug!(cpu, "nobody waits for this ring any more");
+    }
+    if let Some(mut ring) = ring
+        && let Err(error) = ring.run()
+    {
+        tracing::error!(cpu, %error, "a ring ends");
+    }
+    shared.ended(Way::IoUring);
+}
+
+fn pin(cpu: u16) -> io::Result<()> {
+    let mut set = CpuSet::new();
+    set.set(cpu.into())?;
+    Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
+}
+
+/// Requests for which a queue had no entry stay queued in the kernel when new entries are registered: they move, one each, when
+/// a request of the queue is answered (Linux 6.18, `fuse_uring_do_register` and `fuse_uring_commit_fetch`). This thread
+/// makes a harmless request on the CPUs that it is sent.
+fn start_poker(dir: PathBuf) -> io::Result<Sender<u16>> {
+    let (sender, cpus) = channel();
+    let poke = move || {
+        for cpu in cpus {
+            let poked = pin(cpu).and_then(|()| Ok(statvfs(&dir)?));
+            if let Err(error) = poked {
+                tracing::debug!(cpu, %error, "cannot poke");
+            }
+        }
+    };
+    std::thread::Builder::new().name("fuse-poker".to_owned()).spawn(poke)?;
+    Ok(sender)
+}
+
+struct RingThread {
+    shared: Arc<Shared>,
+    ring: FuseRing,
+    inbox: Arc<Inbox>,
+    /// Entries that wait for the agent.
+    waiting: usize,
+    poker: Sender<u16>,
+}
+
+impl RingThread {
+    fn new(shared: &Arc<Shared>, device: Arc<File>, queues: &[u16], poker: Sender<u16>) -> io::Result<Self> {
+        let options = &shared.options;
+        let size = RingSize {
+            entries: options.queue_depth.max(1),
+            registered: options.registered.min(options.queue_depth.max(1)),
+            payload_bytes: (options.request_bytes as usize).max(MIN_PAYLOAD),
+        };
+        let waker = Waker::new()?;
+        let inbox = Arc::new(Inbox { answers: Mutex::default(), waker: waker.clone() });
+        let mut ring = FuseRing::new(device, queues, size, waker)?;
+        ring.submit()?;
+        Ok(Self { shared: Arc::clone(shared), ring, inbox, waiting: 0, poker })
+    }
+
+    /// Until the file system is unmounted.
+    fn run(&mut self) -> io::Result<()> {
+        loop {
+            self.ring.wait()?;
+            while let Some(event) = self.ring.next_event()? {
+                match event {
+                    Event::Request(held) => self.request(held)?,
+                    Event::Unread(held) => self.unread(held)?,
+                    Event::Woken => self.answers()?,
+                    Event::Lost(Errno::ENOTCONN | Errno::ECONNABORTED) => return Ok(()),
+                    Event::Lost(errno) => {
+                        tracing::error!(%errno, "the kernel refused an entry of a FUSE ring")
+                    }
+                }
+            }
+        }
+    }
+
+    fn request(&mut self, mut held: Held) -> io::Result<()> {
+        let (headers, payload) = self.ring.request(&held);
+        let Some(request) = Request::from_ring(headers, payload) else {
+            return self.ring.reply(held, Err(libc_eio()));
+        };
+        let poked = request.header.opcode == wire::STATFS;
+        let (inode, unique) = (request.header.inode, request.header.unique);
+        let (number, queue) = (held.number(), self.ring.queue(&held));
+        match request.answer(&self.shared.files) {
+            Answer::Read { offset, read: Read::InFile { file, len } } => {
+                self.ring.reply_from_file(held, &file, offset, len)
+            }
+            Answer::Read { offset, read: Read::Ask { len } } => {
+                self.ask(held, inode, unique, offset, len);
+                self.grow(queue)
+            }
+            Answer::Bytes(bytes) => {
+                let place = self.ring.payload_mut(&mut held).get_mut(..bytes.len());
+                let answer = place.map(|place| place.copy_from_slice(&bytes));
+                self.ring.reply(held, answer.map(|()| bytes.len() as u32).ok_or(libc_eio()))?;
+                if poked && self.ring.next_came(number)? {
+                    // The kernel had a request queued, and maybe more behind it.
+                    self.poke(queue);
+                }
+                Ok(())
+            }
+            Answer::Failed(errno) => self.ring.reply(held, Err(errno)),
+            Answer::Read { read: Read::Nothing, .. } | Answer::Nothing => self.ring.reply(held, Ok(0)),
+        }
+    }
+
+    fn ask(&mut self, held: Held, inode: u64, unique: u64, offset: u64, len: u32) {
+        let inbox = Arc::clone(&self.inbox);
+        let answer = Box::new(move |supply| inbox.put(held, offset, len, supply));
+        self.waiting += 1;
+        self.shared.misses.ask(Waiting { unique, inode, offset, len, answer });
+    }
+
+    /// Waiting reads must leave entries for those that need not wait.
+    fn grow(&mut self, queue: u16) -> io::Result<()> {
+        let spare = usize::from(SPARE_ENTRIES);
+        if self.waiting + spare <= usize::from(self.shared.options.queue_depth) {
+            return Ok(());
+        }
+        let (used, all) = self.ring.usage(queue);
+        if used + spare > all && all < MAX_ENTRIES {
+            tracing::debug!(queue, used, all, "a queue of the FUSE ring gets longer");
+            self.ring.grow(queue, SPARE_ENTRIES)?;
+            self.ring.submit()?;
+            self.poke(queue);
+        }
+        Ok(())
+    }
+
+    fn poke(&self, queue: u16) {
+        if self.poker.send(queue).is_err() {
+            tracing::error!(queue, "nobody pokes");
+        }
+    }
+
+    fn answers(&mut self) -> io::Result<()> {
+        for (mut held, offset, len, supply) in self.inbox.take() {
+            self.waiting = self.waiting.saturating_sub(1);
+            match supply {
+                Supply::InFile(file) => self.ring.reply_from_file(held, &file, offset, len)?,
+                Supply::Failed(errno) => self.ring.reply(held, Err(errno))?,
+                Supply::Bytes(bytes) => {
+                    let place = self.ring.payload_mut(&mut held).get_mut(..bytes.len());
+                    let answer = place.map(|place| place.copy_from_slice(&bytes));
+                    self.ring.reply(held, answer.map(|()| len).ok_or(libc_eio()))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The read in front of a commit failed or came short. Reading again tells why.
+    fn unread(&mut self, held: Held) -> io::Result<()> {
+        let (headers, payload) = self.ring.request(&held);
+        let answer = Request::from_ring(headers, payload).map(|request| request.answer(&self.shared.files));
+        match answer {
+            Some(Answer::Read { offset, read: Read::InFile { file, len } }) => {
+                tracing::warn!(offset, size = len, "a read of the layer store came short; it is tried again");
+                self.ring.reply_by_hand(held, &file, offset, len)
+            }
+            // It was answered by the agent, or the file was removed meanwhile.
+            _ => self.ring.reply(held, Err(libc_eio())),
+        }
+    }
+}
+
+fn libc_eio() -> i32 {
+    Errno::EIO as i32
+}
+
+/// What comes by `/dev/fuse` all the same: forgets, interrupts, and requests of before the rings were ready.
+fn device_thread(shared: &Arc<Shared>, device: &Arc<File>) {
+    let mut buffer = vec![0; DEVICE_BUFFER];
+    loop {
+        let length = match (&**device).read(&mut buffer) {
+            Ok(length) => length,
+            Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+                // Interrupted; or a request whose reader was killed before it came here.
+                Some(Errno::EINTR | Errno::ENOENT | Errno::EAGAIN) => continue,
+                // ENODEV: unmounted.
+                Some(Errno::ENODEV | Errno::ECONNABORTED) => break,
+                _ => {
+                    tracing::error!(%error, "cannot read /dev/fuse");
+                    break;
+                }
+            },
+        };
+        if let Some(request) = buffer.get(..length).and_then(Request::from_device) {
+            from_device(shared, device, &request);
+        }
+    }
+    shared.ended(Way::IoUring);
+}
+
+fn from_device(shared: &Arc<Shared>, device: &Arc<File>, request: &Request<'_>) {
+    let unique = request.header.unique;
+    let answer = match request.answer(&shared.files) {
+        Answer::Bytes(bytes) => Ok(bytes),
+        Answer::Failed(errno) => Err(errno),
+        Answer::Read { read: Read::Nothing, .. } => Ok(Vec::new()),
+        Answer::Read { offset, read: Read::InFile { file, len } } => {
+            return write_supply(device, unique, offset, len, Supply::InFile(file));
+        }
+        Answer::Read { offset, read: Read::Ask { len } } => {
+            let device = Arc::clone(device);
+            let answer = Box::new(move |supply| write_supply(&device, unique, offset, len, supply));
+            let inode = request.header.inode;
+            return shared.misses.ask(Waiting { unique, inode, offset, len, answer });
+        }
+        Answer::Nothing => {
+            if request.header.opcode == wire::INTERRUPT
+                && let Some(unique) = request.interrupted()
+            {
+                shared.misses.interrupt(unique);
+            }
+            return;
+        }
+    };
+    write_reply(device, unique, answer.as_deref().map_err(|errno| *errno));
+}
+
+fn write_supply(device: &File, unique: u64, offset: u64, len: u32, supply: Supply) {
+    use std::os::unix::fs::FileExt;
+    let answer = match supply {
+        Supply::Bytes(bytes) => Ok(bytes),
+        Supply::Failed(errno) => Err(errno),
+        Supply::InFile(file) => {
+            let mut bytes = vec![0; len as usize];
+            let read = file.read_exact_at(&mut bytes, offset);
+            read.map(|()| bytes).map_err(|error| error.raw_os_error().unwrap_or(libc_eio()))
+        }
+    };
+    write_reply(device, unique, answer.as_deref().map_err(|errno| *errno));
+}
+
+fn write_reply(mut device: &File, unique: u64, answer: Result<&[u8], i32>) {
+    if let Err(error) = device.write_all(&wire::reply(unique, answer)) {
+        // ENOENT: the request was interrupted.
+        tracing::debug!(unique, %error, "a reply was not taken");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_queue_has_one_thread() {
+        assert_eq!(assign(&[0, 1], 2), [(0, vec![0]), (1, vec![1])]);
+        assert_eq!(assign(&[2], 4), [(2, vec![2, 0, 1, 3])]);
+        assert_eq!(assign(&[1, 3], 6), [(1, vec![1, 0, 4]), (3, vec![3, 2, 5])]);
+        let possible = possible_cpus().expect("known");
+        let all: usize = assign(&usable_cpus().expect("known"), possible).iter().map(|(_, q)| q.len()).sum();
+        assert_eq!(all, usize::from(possible));
+    }
+}

@@ -1,0 +1,431 @@
+//! The probes of the running kernel: loaded, attached, read.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use aya::maps::{HashMap as KernelMap, Map, MapData, MapError, PerCpuArray, RingBuf};
+use aya::{Btf as KernelTypes, Ebpf, EbpfLoader};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use sluice_events::{Drop as Lost, FillKey, FillValue};
+use sluice_trace::{Capability, Level, Levels, What};
+use zerocopy::FromBytes;
+
+use crate::attach::{self, Link};
+use crate::btf::{Btf, BtfError};
+use crate::decode::{self, Event, RecordError};
+use crate::hooks::{Hook, WAYS, Way};
+use crate::{Device, offsets, resolve};
+
+#[cfg(with_object)]
+const OBJECT: Option<&[u8]> = Some(aya::include_bytes_aligned!(env!("SLUICE_EBPF_OBJECT_PATH")));
+#[cfg(not(with_object))]
+const OBJECT: Option<&[u8]> = None;
+
+const TRACEFS: &str = "/sys/kernel/tracing";
+/// How long programs stay attached after the last file system is watched no more.
+const LINGER: Duration = Duration::from_secs(10);
+
+/// Why there are no probes.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProbeError {
+    /// This program was built without the eBPF toolchain.
+    #[error("probes are not built in: this program was built without `cargo xtask ebpf`")]
+    NotBuiltIn,
+    /// The kernel does not describe its types.
+    #[error("the kernel cannot be probed")]
+    Types(#[from] BtfError),
+    /// The kernel refuses the maps or the object: no right to use eBPF, or too old.
+    #[error("the kernel refuses eBPF")]
+    Refused(#[source] Box<aya::EbpfError>),
+    /// The object lacks a map: another build's.
+    #[error("the eBPF object has no map {0}")]
+    NoMap(&'static str),
+    /// A map cannot be read or written.
+    #[error("the map {name} cannot be used")]
+    Map {
+        /// Which.
+        name: &'static str,
+        /// Why.
+        #[source]
+        source: Box<MapError>,
+    },
+    /// A program that could be attached when loading cannot be attached any more.
+    #[error("cannot attach: {0}")]
+    Attach(String),
+    /// The object's records are of another version.
+    #[error("the kernel's records are not understood")]
+    Record(#[from] RecordError),
+    /// Waiting failed.
+    #[error("cannot wait for records")]
+    Wait(#[source] nix::Error),
+}
+
+/// What to load.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Size of the ring buffer in bytes; a power of two of at least 4096.
+    pub ring_bytes: u32,
+    /// The highest level to use: lower ones exist for kernels that refuse it, and tests run with each.
+    pub highest: Level,
+    /// What to see.
+    pub capabilities: Vec<Capability>,
+}
+
+impl Default for Options {
+    /// Everything by the best hook, 8 MiB.
+    fn default() -> Self {
+        Self { ring_bytes: 8 << 20, highest: Level::Fexit, capabilities: Capability::ALL.to_vec() }
+    }
+}
+
+/// What was lost since loading.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Losses {
+    /// Records that found the ring buffer full.
+    pub records: u64,
+    /// Page-cache fills (or sleeps) that found their map full.
+    pub fills: u64,
+    /// Failed calls beyond the limit per second.
+    pub failures: u64,
+}
+
+impl Losses {
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.records.saturating_add(self.fills).saturating_add(self.failures)
+    }
+}
+
+/// Loaded probes. Dropping them takes them out of the kernel.
+pub struct Probes {
+    bpf: Ebpf,
+    levels: Levels,
+    /// Attached while something is watched.
+    recording: Vec<Hook>,
+    links: Vec<Link>,
+    /// Since when nothing is watched.
+    idle_since: Option<Instant>,
+    /// Takes links that are not needed any more out of the kernel.
+    detaching: Option<JoinHandle<()>>,
+    /// Attached all the time.
+    _always: Vec<Link>,
+    watched: KernelMap<MapData, u32, u32>,
+    /// Device by the number of the watch, as long as its entries may be in the kernel's maps.
+    watches: HashMap<u32, Device>,
+    active: HashMap<Device, u32>,
+    last_watch: u32,
+    events: RingBuf<MapData>,
+    filled: KernelMap<MapData, [u8; size_of::<FillKey>()], [u8; size_of::<FillValue>()]>,
+    drops: PerCpuArray<MapData, u64>,
+}
+
+impl std::fmt::Debug for Probes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Probes")
+            .field("levels", &self.levels)
+            .field("active", &self.active)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Probes {
+    /// Whether this program was built with probes.
+    pub const BUILT_IN: bool = OBJECT.is_some();
+
+    /// Loads what the kernel can do. Needs root, and the kernel's type information (stock kernels since 5.10 have it).
+    ///
+    /// Mounts tracefs at its usual place if it is not there: system-call tracepoints are found through it.
+    pub fn load(options: &Options) -> Result<Self, ProbeError> {
+        let object = OBJECT.ok_or(ProbeError::NotBuiltIn)?;
+        let types = Btf::running()?;
+        let offsets = offsets::resolve(&types);
+        let mut loader = EbpfLoader::new();
+        let words = zerocopy::transmute_ref!(&offsets);
+        let global: &[u32; size_of::<sluice_events::Offsets>() / 4] = words;
+        loader.btf(None).override_global("OFFSETS", global.as_slice(), true);
+        loader.map_max_entries("EVENTS", options.ring_bytes);
+        let mut bpf = loader.load(object).map_err(|source| ProbeError::Refused(Box::new(source)))?;
+        mount_tracefs();
+        let chosen = choose(&mut bpf, options, &offsets);
+        Ok(Self {
+            watched: map(&mut bpf, "WATCHED")?,
+            events: map(&mut bpf, "EVENTS")?,
+            filled: map(&mut bpf, "FILLED")?,
+            drops: map(&mut bpf, "DROPS")?,
+            bpf,
+            levels: chosen.levels,
+            recording: chosen.recording,
+            links: Vec::new(),
+            idle_since: None,
+            detaching: None,
+            _always: chosen.always,
+            watches: HashMap::new(),
+            active: HashMap::new(),
+            last_watch: 0,
+        })
+    }
+
+    /// What is seen, and by what.
+    pub fn levels(&self) -> &Levels {
+        &self.levels
+    }
+
+    /// Begins to record what is done with a file system; anew if it is watched already, so that pages count as not
+    /// touched. The first watch attaches the programs, which takes less than a millisecond.
+    pub fn watch(&mut self, device: Device) -> Result<(), ProbeError> {
+        if self.links.is_empty() {
+            self.attach()?;
+        }
+        self.idle_since = None;
+        self.last_watch = self.last_watch.wrapping_add(1);
+        let Device(number) = device;
+        self.watched.insert(number, self.last_watch, 0).map_err(used("WATCHED"))?;
+        self.active.insert(device, self.last_watch);
+        self.watches.insert(self.last_watch, device);
+        Ok(())
+    }
+
+    /// Ends it. What was recorded can still be drained. Some time after the last one the programs are detached.
+    pub fn unwatch(&mut self, device: Device) -> Result<(), ProbeError> {
+        if self.active.remove(&device).is_some() {
+            let Device(number) = device;
+            self.watched.remove(&number).map_err(used("WATCHED"))?;
+        }
+        if self.active.is_empty() {
+            self.idle_since = Some(Instant::now());
+        }
+        Ok(())
+    }
+
+    fn attach(&mut self) -> Result<(), ProbeError> {
+        // What is still attached cannot be attached once more. Only who watches just when the others are detached waits.
+        if let Some(thread) = self.detaching.take() {
+            thread.join().unwrap_or_else(|_panic| tracing::error!("detaching probes failed"));
+        }
+        for hook in &self.recording {
+            match attach_one(&mut self.bpf, *hook) {
+                Ok(links) => self.links.extend(links),
+                Err(error) => {
+                    self.links.clear();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Detaches what nobody has needed for a while: not at once, since containers come in bursts.
+    fn detach_if_idle(&mut self) {
+        if self.idle_since.is_some_and(|since| since.elapsed() > LINGER) {
+            self.idle_since = None;
+            let links = std::mem::take(&mut self.links);
+            // The kernel takes up to 70 ms per system-call tracepoint (6.18), for which nobody needs to wait.
+            self.detaching = Some(std::thread::spawn(move || drop(links)));
+        }
+    }
+
+    /// Waits until 64 KiB of records are there, or so long. Fewer do not wake anybody: drain now and then.
+    pub fn wait(&self, at_most: Duration) -> Result<(), ProbeError> {
+        let timeout = PollTimeout::try_from(at_most).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(self.events.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(_) | Err(nix::Error::EINTR) => Ok(()),
+            Err(error) => Err(ProbeError::Wait(error)),
+        }
+    }
+
+    /// Takes all records that are there, in the order in which the kernel made them; returns how many.
+    ///
+    /// Does not wait for records. Looks up in `/proc` what failed calls were about if the kernel's record does not say.
+    pub fn drain(&mut self, mut sink: impl FnMut(Event)) -> Result<usize, ProbeError> {
+        let mut count = 0;
+        while let Some(item) = self.events.next() {
+            let mut event = decode::event(&item)?;
+            if let What::Failed(call) = &mut event.record.what {
+                resolve::complete(call, &event.record.process);
+            }
+            sink(event);
+            count += 1;
+        }
+        self.detach_if_idle();
+        Ok(count)
+    }
+
+    /// Takes the pages that came into the page cache from mount namespace `mnt_ns` (`None`: from all) since the watch of
+    /// `device` began. In no order; take them when recording is over, since a page that comes while its neighbours
+    /// are taken may be lost.
+    pub fn take_fills(
+        &mut self,
+        device: Device,
+        mnt_ns: Option<u32>,
+        mut sink: impl FnMut(Event),
+    ) -> Result<(), ProbeError> {
+        let keys: Result<Vec<_>, MapError> = self.filled.keys().collect();
+        for bytes in keys.map_err(used("FILLED"))? {
+            let Ok(key) = FillKey::read_from_bytes(&bytes) else { continue };
+            let known = self.watches.get(&key.watch);
+            let stale = known.is_none_or(|_| !self.is_latest(key.watch));
+            let wanted = known == Some(&device) && mnt_ns.is_none_or(|wanted| wanted == key.mnt_ns);
+            if !stale && !wanted {
+                continue;
+            }
+            let value = match self.filled.get(&bytes, 0) {
+                Ok(value) => value,
+                Err(MapError::KeyNotFound) => continue,
+                Err(error) => return Err(used("FILLED")(error)),
+            };
+            match self.filled.remove(&bytes) {
+                Ok(()) | Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(used("FILLED")(error)),
+            }
+            if let Ok(value) = FillValue::read_from_bytes(&value)
+                && !stale
+            {
+                decode::fills(&key, &value, device, &mut sink);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether no later watch is of the same device.
+    fn is_latest(&self, watch: u32) -> bool {
+        let device = self.watches.get(&watch);
+        !self.watches.iter().any(|(other, one)| *other > watch && Some(one) == device)
+    }
+
+    /// What was lost since loading.
+    pub fn losses(&self) -> Result<Losses, ProbeError> {
+        let sum = |what: Lost| -> Result<u64, ProbeError> {
+            let values = self.drops.get(&(what as u32), 0).map_err(used("DROPS"))?;
+            Ok(values.iter().sum())
+        };
+        Ok(Losses {
+            records: sum(Lost::RingFull)?,
+            fills: sum(Lost::FillMapFull)?,
+            failures: sum(Lost::TooManyFailures)?,
+        })
+    }
+}
+
+impl AsFd for Probes {
+    /// Readable when 64 KiB of records are there.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
+    }
+}
+
+/// What is used of the object.
+#[derive(Default)]
+struct Chosen {
+    levels: Levels,
+    recording: Vec<Hook>,
+    always: Vec<Link>,
+}
+
+/// Tries the ways to each capability, best first, until one can be loaded and attached.
+fn choose(bpf: &mut Ebpf, options: &Options, offsets: &sluice_events::Offsets) -> Chosen {
+    let mut chosen = Chosen::default();
+    let mut types = None;
+    for way in WAYS {
+        let capability = way.capability;
+        if way.level > options.highest
+            || !options.capabilities.contains(&capability)
+            || chosen.levels.of(capability).is_some()
+        {
+            continue;
+        }
+        let tried = if way.is_possible(offsets) {
+            if way.level == Level::Fexit && types.is_none() {
+                // Trampolines are attached by the kernel's own type numbers; not to be had means that they are not.
+                types = KernelTypes::from_sys_fs()
+                    .map_err(|error| tracing::debug!(%error, "no trampolines"))
+                    .ok();
+            }
+            try_hooks(bpf, types.as_ref(), way)
+        } else {
+            Err("the kernel's type information lacks what it needs".to_owned())
+        };
+        match tried {
+            Ok(links) => {
+                chosen.levels.reached.insert(capability, way.level);
+                chosen.levels.missing.remove(&capability);
+                chosen.always.extend(links);
+                if !is_permanent(capability) {
+                    chosen.recording.extend_from_slice(way.hooks);
+                }
+            }
+            Err(reason) => {
+                let level = way.level;
+                tracing::debug!(?capability, %level, reason, "not to be had");
+                let text = chosen.levels.missing.entry(capability).or_default();
+                text.push_str(if text.is_empty() { "" } else { "; " });
+                text.push_str(&format!("{level}: {reason}"));
+            }
+        }
+    }
+    chosen
+}
+
+/// Whether its programs are attached all the time: they cost nothing until something fails.
+fn is_permanent(capability: Capability) -> bool {
+    capability == Capability::FailedCall
+}
+
+/// Loads and attaches; returns what is to stay attached.
+///
+/// What is not to stay is tried all the same, except system-call tracepoints, which take 70 ms each to detach (6.18).
+fn try_hooks(bpf: &mut Ebpf, types: Option<&KernelTypes>, way: &Way) -> Result<Vec<Link>, String> {
+    for hook in way.hooks {
+        attach::load(bpf, types, *hook).map_err(|error| words(&error))?;
+    }
+    let mut links = Vec::new();
+    for hook in way.hooks {
+        match hook {
+            Hook::Syscalls(_, names) if !is_permanent(way.capability) => {
+                let events = Path::new(TRACEFS).join("events/syscalls");
+                if !names.iter().any(|name| events.join(name).exists()) {
+                    return Err(format!("no tracepoint of {names:?}"));
+                }
+            }
+            hook => links.extend(attach::attach(bpf, *hook).map_err(|error| words(&error))?),
+        }
+    }
+    Ok(if is_permanent(way.capability) { links } else { Vec::new() })
+}
+
+fn attach_one(bpf: &mut Ebpf, hook: Hook) -> Result<Vec<Link>, ProbeError> {
+    attach::attach(bpf, hook).map_err(|error| ProbeError::Attach(words(&error)))
+}
+
+/// An error and its causes in one line; the verifier's log is left to the first line.
+fn words(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let lines: Vec<String> =
+        causes.map(|cause| cause.to_string().lines().next().unwrap_or_default().to_owned()).collect();
+    lines.join(": ")
+}
+
+fn map<T: TryFrom<Map, Error = MapError>>(bpf: &mut Ebpf, name: &'static str) -> Result<T, ProbeError> {
+    let found = bpf.take_map(name).ok_or(ProbeError::NoMap(name))?;
+    T::try_from(found).map_err(used(name))
+}
+
+fn used(name: &'static str) -> impl Fn(MapError) -> ProbeError {
+    move |source| ProbeError::Map { name, source: Box::new(source) }
+}
+
+/// Where it cannot be mounted, system-call tracepoints are missing, which the levels say.
+fn mount_tracefs() {
+    if Path::new(TRACEFS).join("events").exists() {
+        return;
+    }
+    let none: Option<&str> = None;
+    let flags =
+        nix::mount::MsFlags::MS_NOSUID | nix::mount::MsFlags::MS_NODEV | nix::mount::MsFlags::MS_NOEXEC;
+    if let Err(error) = nix::mount::mount(Some("tracefs"), TRACEFS, Some("tracefs"), flags, none) {
+        tracing::warn!(%error, "cannot mount tracefs at {TRACEFS}");
+    }
+}

@@ -1,0 +1,176 @@
+//! Verified chunks that are not on the disk: it was full, or failed. Readers get them from here.
+//!
+//! The order of things is what makes this safe. A chunk is here before its bits are set; it leaves only after it was written, or
+//! after its bits were cleared and `evictions` counted up. So a reader that looks at the bits, then here, then at the
+//! file has every byte, unless `evictions` changed meanwhile.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use sluice_image::records::BLOCK_SIZE;
+
+use crate::space::Space;
+
+/// A layer may hold this much whatever other layers hold, so that each reader comes to its bytes. More than the kernel's largest
+/// read.
+const ALWAYS_ALLOWED: u64 = 4 << 20;
+
+/// See the module text.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    held: Mutex<Held>,
+    bytes: AtomicU64,
+    evictions: AtomicU64,
+    space: Arc<Space>,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    chunks: BTreeMap<u64, Bytes>,
+    /// Store offsets, oldest first.
+    order: VecDeque<u64>,
+}
+
+impl Memory {
+    pub(crate) fn new(space: Arc<Space>) -> Self {
+        Self { held: Mutex::default(), bytes: AtomicU64::new(0), evictions: AtomicU64::new(0), space }
+    }
+
+    /// Bytes held.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn evictions(&self) -> u64 {
+        self.evictions.load(Ordering::Acquire)
+    }
+
+    /// Keeps a chunk if there is room. For an urgent one the oldest make room: `forget` clears their bits.
+    pub(crate) fn keep(&self, start: u64, bytes: Bytes, urgent: bool, forget: impl Fn(Range<u64>)) -> bool {
+        let len = bytes.len() as u64;
+        let mut held = self.lock();
+        if held.chunks.contains_key(&start) {
+            // The same bytes, since both were verified. To take them out even for a moment would show a hole.
+            return true;
+        }
+        while !self.space.memory.take(len) {
+            if !urgent {
+                return false;
+            }
+            if self.bytes() + len <= ALWAYS_ALLOWED {
+                self.space.memory.take_anyway(len);
+                break;
+            }
+            let Some(oldest) = held.order.front().copied() else {
+                self.space.memory.take_anyway(len);
+                break;
+            };
+            if let Some(gone) = held.chunks.get(&oldest) {
+                forget(padded(oldest, gone.len()));
+            }
+            self.evictions.fetch_add(1, Ordering::AcqRel);
+            self.remove(&mut held, oldest);
+        }
+        self.bytes.fetch_add(len, Ordering::AcqRel);
+        held.order.push_back(start);
+        held.chunks.insert(start, bytes);
+        true
+    }
+
+    fn remove(&self, held: &mut Held, start: u64) {
+        if let Some(gone) = held.chunks.remove(&start) {
+            held.order.retain(|one| *one != start);
+            self.bytes.fetch_sub(gone.len() as u64, Ordering::AcqRel);
+            self.space.memory.give_back(gone.len() as u64);
+        }
+    }
+
+    /// Chunks with bytes in a range.
+    pub(crate) fn overlapping(&self, range: Range<u64>) -> Vec<(u64, Bytes)> {
+        if self.bytes() == 0 {
+            return Vec::new();
+        }
+        let held = self.lock();
+        // A chunk that begins before may reach into the range.
+        let first = held.chunks.range(..=range.start).next_back().map_or(range.start, |(start, _)| *start);
+        held.chunks
+            .range(first..range.end)
+            .filter(|(start, bytes)| padded(**start, bytes.len()).end > range.start)
+            .map(|(start, bytes)| (*start, bytes.clone()))
+            .collect()
+    }
+
+    /// Store ranges of all chunks held, in whole blocks.
+    pub(crate) fn ranges(&self) -> Vec<Range<u64>> {
+        self.lock().chunks.iter().map(|(start, bytes)| padded(*start, bytes.len())).collect()
+    }
+
+    /// Writes what is held, until `write` fails.
+    pub(crate) fn drain(&self, write: impl Fn(u64, &[u8]) -> std::io::Result<()>) -> std::io::Result<()> {
+        loop {
+            // Not held while writing: readers need it.
+            let first = self.lock().chunks.first_key_value().map(|(start, bytes)| (*start, bytes.clone()));
+            let Some((start, bytes)) = first else { return Ok(()) };
+            write(start, &bytes)?;
+            let mut held = self.lock();
+            self.remove(&mut held, start);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.space.memory.give_back(self.bytes());
+    }
+}
+
+/// Copies into `buffer`, which begins at `offset`, what `held` has of it, zeros behind each chunk included. Returns how many
+/// bytes that were.
+pub(crate) fn overlay(held: &[(u64, Bytes)], offset: u64, buffer: &mut [u8]) -> u64 {
+    let end = offset + buffer.len() as u64;
+    let mut covered = 0;
+    for (start, bytes) in held {
+        let whole = padded(*start, bytes.len());
+        let (from, to) = (offset.max(whole.start), end.min(whole.end));
+        let Some(target) = buffer.get_mut((from - offset) as usize..(to.max(from) - offset) as usize) else {
+            continue;
+        };
+        let source = bytes.get((from - start) as usize..).unwrap_or(&[]);
+        let copied = source.len().min(target.len());
+        let (content, padding) = target.split_at_mut(copied);
+        content.copy_from_slice(source.get(..copied).unwrap_or(&[]));
+        padding.fill(0);
+        covered += to.saturating_sub(from);
+    }
+    covered
+}
+
+fn padded(start: u64, len: usize) -> Range<u64> {
+    start..start + (len as u64).next_multiple_of(BLOCK_SIZE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::StoreLimits;
+
+    #[test]
+    fn what_is_held_stays_when_it_comes_again() {
+        let limits = StoreLimits { memory_budget_bytes: 10_000, quota_bytes: None, reserve_bytes: 0 };
+        let memory = Memory::new(Arc::new(Space::new(std::path::Path::new("/"), limits)));
+        let nothing_goes = |range| panic!("{range:?} was forgotten");
+        assert!(memory.keep(4096, Bytes::from(vec![1; 6000]), false, nothing_goes));
+        // No room for another, but this one is there.
+        assert!(!memory.keep(0, Bytes::from(vec![2; 6000]), false, nothing_goes));
+        assert!(memory.keep(4096, Bytes::from(vec![1; 6000]), false, nothing_goes));
+        assert_eq!((memory.bytes(), memory.overlapping(8000..8001).len()), (6000, 1));
+        assert_eq!(memory.evictions(), 0);
+    }
+}

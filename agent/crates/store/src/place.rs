@@ -1,0 +1,185 @@
+//! Puts layers in their places, finds them there, and takes them away; what a crash leaves between two steps is cleared at the
+//! next start.
+//!
+//! A layer is a record and a directory. The directory comes first, by one rename, and goes first, by one rename: a record without
+//! a directory is forgotten at the next start, a directory without a record is removed.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, MutexGuard, PoisonError, Weak};
+
+use sluice_image::index::LayerIndex;
+
+use crate::state::LayerRecord;
+use crate::{Ingest, Layer, OnFile, Store, StoreError, gc, hex_of, remove_dir};
+
+impl Store {
+    /// Adds a layer whose contents are to come. A layer that is there already stays.
+    pub fn add_layer(&self, index: &LayerIndex) -> Result<Arc<Layer>, StoreError> {
+        let digest = index.header().layer_digest_text();
+        let _placing = self.inner.placing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(layer) = self.layer(&digest)? {
+            return Ok(layer);
+        }
+        self.place(index, false, |data| {
+            File::create(data)
+                .and_then(|file| file.set_len(index.header().store_size.get()))
+                .on("create", data)
+        })
+    }
+
+    /// Begins a layer that is decoded as it arrives.
+    pub fn begin_ingest(&self) -> Result<Ingest, StoreError> {
+        Ingest::begin(&self.temporary(), Arc::clone(&self.inner.space))
+    }
+
+    /// Ends an ingest: the layer is complete. The caller has compared its digest and diffID with the manifest and config.
+    pub fn commit_ingest(&self, ingest: Ingest, index: &LayerIndex) -> Result<Arc<Layer>, StoreError> {
+        let digest = index.header().layer_digest_text();
+        let _placing = self.inner.placing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(layer) = self.layer(&digest)?
+            && layer.is_complete()
+        {
+            return Ok(layer);
+        }
+        self.place(index, true, |data| ingest.finish(data, index.header().store_size.get()))
+    }
+
+    /// A layer of the store.
+    pub fn layer(&self, digest: &str) -> Result<Option<Arc<Layer>>, StoreError> {
+        let mut open = self.lock_open();
+        if let Some(layer) = open.get(digest).and_then(Weak::upgrade) {
+            return Ok(Some(layer));
+        }
+        let Some((record, bits)) = self.inner.state.layer_and_bits(digest)? else { return Ok(None) };
+        let dir = self.layer_dir(digest)?;
+        let layer = Arc::new(Layer::open(digest, dir, &record, &bits, Arc::clone(&self.inner.space))?);
+        open.insert(digest.to_owned(), Arc::downgrade(&layer));
+        Ok(Some(layer))
+    }
+
+    /// Forgets a layer and its file; bytes freed. Handles of it go on reading, but nothing they verify is recorded any more.
+    pub fn remove_layer(&self, digest: &str) -> Result<u64, StoreError> {
+        let mut open = self.lock_open();
+        open.remove(digest);
+        let gone = self.take_away(digest)?;
+        let bytes = gone.as_deref().map_or(Ok(0), gc::disk_bytes)?;
+        // On a full disk there may be room for the transaction only once the file is gone.
+        let removed = gone.as_deref().map_or(Ok(()), remove_dir);
+        self.inner.state.remove_layer(digest)?;
+        drop(open);
+        removed.map(|()| bytes)
+    }
+
+    /// Moves a layer's directory out of its place.
+    fn take_away(&self, digest: &str) -> Result<Option<PathBuf>, StoreError> {
+        let dir = self.layer_dir(digest)?;
+        let gone = self.temporary().join(format!("removed-{}", hex_of(digest)?));
+        remove_dir(&gone)?;
+        match fs::rename(&dir, &gone) {
+            Ok(()) => Ok(Some(gone)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).on("move", &dir),
+        }
+    }
+
+    pub(crate) fn layer_dir(&self, digest: &str) -> Result<PathBuf, StoreError> {
+        Ok(self.inner.root.join("layers").join(hex_of(digest)?))
+    }
+
+    /// Stages a layer and publishes it; leaves nothing if that fails.
+    fn place(
+        &self,
+        index: &LayerIndex,
+        complete: bool,
+        write_data: impl FnOnce(&Path) -> Result<(), StoreError>,
+    ) -> Result<Arc<Layer>, StoreError> {
+        let digest = index.header().layer_digest_text();
+        let staged = self.temporary().join(format!("staged-{}", hex_of(&digest)?));
+        remove_dir(&staged)?;
+        let placed = stage(index, &staged)
+            .and_then(|()| write_data(&staged.join("data")))
+            .and_then(|()| self.publish(&staged, index, complete));
+        if let Err(error) = placed {
+            remove_dir(&staged)?;
+            return Err(error);
+        }
+        self.layer(&digest)?.ok_or(StoreError::NoLayer(digest))
+    }
+
+    /// Moves a staged layer to its place and records it.
+    fn publish(&self, staged: &Path, index: &LayerIndex, complete: bool) -> Result<(), StoreError> {
+        let digest = index.header().layer_digest_text();
+        let dir = self.layer_dir(&digest)?;
+        for name in ["data", "index", "chunks", "extents", "digests"] {
+            let path = staged.join(name);
+            File::open(&path).and_then(|file| file.sync_data()).on("flush", &path)?;
+        }
+        sync_dir(staged)?;
+        let record = LayerRecord {
+            diff_id: index.header().diff_id_text(),
+            store_size: index.header().store_size.get(),
+            complete,
+            generation: 0,
+        };
+        let mut open = self.lock_open();
+        open.remove(&digest);
+        let gone = self.take_away(&digest)?;
+        fs::rename(staged, &dir).on("move", staged)?;
+        sync_dir(&self.inner.root.join("layers"))?;
+        self.inner.state.put_layer(&digest, record)?;
+        drop(open);
+        gone.as_deref().map_or(Ok(()), remove_dir)
+    }
+
+    /// Temporary files, directories of layers that were never recorded, records of layers that are gone, metadata of images that
+    /// are not recorded.
+    pub(crate) fn remove_leftovers(&self) -> Result<(), StoreError> {
+        let temporary = self.temporary();
+        remove_dir(&temporary)?;
+        fs::create_dir(&temporary).on("create", &temporary)?;
+        for digest in self.layers()? {
+            if !self.layer_dir(&digest)?.exists() {
+                self.inner.state.remove_layer(&digest)?;
+            }
+        }
+        let known = self.layers()?;
+        let layers = self.inner.root.join("layers");
+        for entry in fs::read_dir(&layers).on("list", &layers)? {
+            let entry = entry.on("list", &layers)?;
+            let digest = format!("sha256:{}", entry.file_name().to_string_lossy());
+            if !known.contains(&digest) {
+                remove_dir(&entry.path())?;
+            }
+        }
+        let known = self.images()?;
+        let images = self.inner.root.join("images");
+        for entry in fs::read_dir(&images).on("list", &images)? {
+            let path = entry.on("list", &images)?.path();
+            let recorded = known
+                .iter()
+                .any(|image| self.erofs_path(&image.manifest_digest).is_ok_and(|metadata| metadata == path));
+            if !recorded {
+                fs::remove_file(&path).on("remove", &path)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn lock_open(&self) -> MutexGuard<'_, HashMap<String, Weak<Layer>>> {
+        self.inner.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Writes what is derived from an index into a new directory.
+fn stage(index: &LayerIndex, dir: &Path) -> Result<(), StoreError> {
+    fs::create_dir(dir).on("create", dir)?;
+    let path = dir.join("index");
+    fs::write(&path, index.blob()).on("write", &path)?;
+    crate::records::write_tables(index, dir)
+}
+
+fn sync_dir(dir: &Path) -> Result<(), StoreError> {
+    File::open(dir).and_then(|file| file.sync_all()).on("flush", dir)
+}

@@ -1,0 +1,292 @@
+//! The store as its users see it: layers replaced while held, damage found, contents copied, room made, holders kept.
+
+mod rig;
+
+use std::collections::HashSet;
+use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rig::{Sample, noise, sample};
+use sluice_image::records::DigestAlgorithm;
+use sluice_store::{ImageRecord, InUse, Store, StoreError, StoreLimits};
+
+fn image(number: u8, layers: &[&Sample], last_used: u64) -> ImageRecord {
+    ImageRecord {
+        manifest_digest: format!("sha256:{}", hex::encode([number; 32])),
+        references: vec![format!("registry.example/image:{number}")],
+        manifest: "{}".to_owned(),
+        config: "{}".to_owned(),
+        layers: layers.iter().map(|layer| layer.digest()).collect(),
+        layer_blocks: layers.iter().map(|layer| layer.data.len() as u64 / 4096).collect(),
+        last_used,
+    }
+}
+
+fn complete(store: &Store, sample: &Sample) {
+    let layer = store.add_layer(&sample.index).expect("layer");
+    assert_eq!(sample.insert(&layer, &sample.chunks, false), sample.chunks.len());
+    store.mark_complete(&layer).expect("complete");
+}
+
+#[test]
+fn an_old_handle_records_nothing_for_its_successor() {
+    let (dir, sample) = (tempfile::tempdir().expect("dir"), sample(&[noise(1, 300_000), noise(2, 5000)]));
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    let old = store.add_layer(&sample.index).expect("layer");
+    sample.insert(&old, &sample.chunks, false);
+    store.remove_layer(&sample.digest()).expect("remove");
+    let new = store.add_layer(&sample.index).expect("layer again");
+    assert!(matches!(store.flush(&old), Err(StoreError::Superseded(_))));
+    assert!(matches!(store.mark_complete(&old), Err(StoreError::Superseded(_))));
+    assert!(!new.is_complete() && new.local_bytes() == 0);
+    // The old handle still reads its own file.
+    assert!(sample.check(&old, &sample.chunks[0]) && !sample.check(&new, &sample.chunks[0]));
+    drop((old, new, store));
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    let kept = store.layer(&sample.digest()).expect("layer").expect("kept");
+    assert!(
+        !kept.is_complete() && kept.local_bytes() == 0,
+        "{} bytes came out of nothing",
+        kept.local_bytes()
+    );
+}
+
+#[test]
+fn an_ingest_takes_the_place_of_a_partial_layer() {
+    let (dir, sample) = (tempfile::tempdir().expect("dir"), sample(&[noise(1, 300_000)]));
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    let partial = store.add_layer(&sample.index).expect("layer");
+    sample.insert(&partial, &sample.chunks[..1], false);
+    store.flush(&partial).expect("flush");
+    let mut ingest = store.begin_ingest().expect("ingest");
+    sluice_image::index::ContentSink::write(&mut ingest, 0, &sample.data).expect("write");
+    let whole = store.commit_ingest(ingest, &sample.index).expect("commit");
+    assert!(whole.is_complete() && !partial.is_complete());
+    assert!(matches!(store.mark_complete(&partial), Err(StoreError::NotFull(_) | StoreError::Superseded(_))));
+    assert_eq!(fs::read_dir(store.temporary()).expect("tmp").count(), 0, "something is left behind");
+    assert_eq!(store.fsck().expect("fsck").problems, Vec::<String>::new());
+}
+
+#[test]
+fn a_layer_that_is_not_all_there_is_never_complete() {
+    let (dir, sample) = (tempfile::tempdir().expect("dir"), sample(&[noise(1, 300_000)]));
+    let limits = StoreLimits { memory_budget_bytes: 1 << 20, quota_bytes: Some(0), reserve_bytes: 0 };
+    let store = Store::open_with(dir.path(), limits).expect("store");
+    let layer = store.add_layer(&sample.index).expect("layer");
+    sample.insert(&layer, &sample.chunks[1..], false);
+    assert!(matches!(store.mark_complete(&layer), Err(StoreError::NotFull(_))));
+    sample.insert(&layer, &sample.chunks[..1], false);
+    // All verified, but only in memory.
+    assert!(layer.is_full() && layer.memory_bytes() == 300_000);
+    assert!(matches!(store.mark_complete(&layer), Err(StoreError::OnlyInMemory(_))));
+    drop((layer, store));
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    let layer = store.layer(&sample.digest()).expect("layer").expect("kept");
+    assert!(!layer.is_complete() && layer.local_bytes() == 0);
+    assert_eq!(store.fsck().expect("fsck").problems, Vec::<String>::new());
+}
+
+#[test]
+fn fsck_goes_on_past_what_it_cannot_read() {
+    let dir = tempfile::tempdir().expect("dir");
+    let samples: Vec<Sample> =
+        (1..5).map(|seed| sample(&[noise(seed, 200_000), noise(seed + 100, 9000)])).collect();
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    for sample in &samples {
+        complete(&store, sample);
+    }
+    let place = |sample: &Sample, name: &str| {
+        dir.path().join("layers").join(sample.digest().trim_start_matches("sha256:")).join(name)
+    };
+    // A directory in the index's place cannot be read, nor can a file that is gone; one layer is damaged, one is well.
+    fs::remove_file(place(&samples[0], "index")).expect("remove");
+    fs::create_dir(place(&samples[0], "index")).expect("create");
+    fs::remove_file(place(&samples[1], "data")).expect("remove");
+    let damaged = fs::File::options().write(true).open(place(&samples[2], "data")).expect("open");
+    damaged.write_all_at(b"damage", 70_000).expect("write");
+    let report = store.fsck().expect("fsck");
+    assert_eq!(report.layers, 4);
+    assert_eq!(report.problems.len(), 3, "{:?}", report.problems);
+    assert!(report.problems.iter().any(|line| line.contains("bytes 65536..131072 are not what they were")));
+    for (sample, complete) in [(&samples[2], false), (&samples[3], true)] {
+        let layer = store.layer(&sample.digest()).expect("layer").expect("kept");
+        assert_eq!(layer.is_complete(), complete);
+    }
+    let layer = store.layer(&samples[2].digest()).expect("layer").expect("kept");
+    assert_eq!(layer.missing_chunks(0..u64::MAX).expect("missing").len(), 1);
+    assert!(
+        samples[2].check(&layer, &samples[2].chunks[0]) && !samples[2].check(&layer, &samples[2].chunks[1])
+    );
+}
+
+#[test]
+fn fsck_reads_from_memory_what_is_only_there() {
+    let (dir, sample) = (tempfile::tempdir().expect("dir"), sample(&[noise(1, 300_001), noise(2, 5)]));
+    let limits = StoreLimits { memory_budget_bytes: 1 << 20, quota_bytes: Some(0), reserve_bytes: 0 };
+    let store = Store::open_with(dir.path(), limits).expect("store");
+    let layer = store.add_layer(&sample.index).expect("layer");
+    assert_eq!(sample.insert(&layer, &sample.chunks, false), sample.chunks.len());
+    assert_eq!(layer.memory_bytes(), 300_006);
+    let report = store.fsck().expect("fsck");
+    assert_eq!((report.problems, report.chunks_checked), (Vec::new(), sample.chunks.len() as u64));
+    assert!(sample.chunks.iter().all(|chunk| sample.check(&layer, chunk)));
+    // Padding too, and across chunks.
+    let mut all = vec![0xAA; sample.data.len()];
+    assert!(layer.try_read(0, &mut all).expect("read") && all == sample.data);
+}
+
+#[test]
+fn readers_never_see_a_hole_while_memory_is_written_or_evicted() {
+    let files: Vec<Vec<u8>> = (0..100).map(|seed| noise(seed, 65536)).collect();
+    let (dir, sample) = (tempfile::tempdir().expect("dir"), sample(&files));
+    // Room in memory for a part of the layer; the quota comes and goes with `fill`.
+    let limits = StoreLimits { memory_budget_bytes: 1 << 20, quota_bytes: Some(0), reserve_bytes: 0 };
+    let store = Store::open_with(dir.path(), limits).expect("store");
+    let layer = store.add_layer(&sample.index).expect("layer");
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for seed in 0..2 {
+            let (done, layer, sample) = (&done, &layer, &sample);
+            scope.spawn(move || {
+                let mut seen = 0;
+                while !done.load(Ordering::Relaxed) || seen == 0 {
+                    for chunk in sample.chunks.iter().skip(seed) {
+                        seen += usize::from(sample.check(layer, chunk));
+                    }
+                }
+            });
+        }
+        for _ in 0..200 {
+            assert_eq!(sample.insert(&layer, &sample.chunks, true), sample.chunks.len());
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    assert!(layer.memory_bytes() <= 5 << 20, "{} bytes are held", layer.memory_bytes());
+}
+
+#[test]
+fn what_another_layer_has_is_copied_and_checked() {
+    let dir = tempfile::tempdir().expect("dir");
+    let shared = [noise(1, 200_000), noise(2, 5000), noise(3, 70_000)];
+    let source = sample(&[noise(9, 10_000), shared[0].clone(), shared[1].clone(), shared[2].clone()]);
+    let target = sample(&[shared[2].clone(), noise(8, 100_000), shared[0].clone(), shared[1].clone()]);
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    complete(&store, &source);
+    // Damage to one of the shared files: found when it is copied.
+    let data = dir.path().join("layers").join(source.digest().trim_start_matches("sha256:")).join("data");
+    let offset =
+        source.chunks.iter().find(|chunk| chunk.len.get() == 5000).expect("chunk").store_offset.get();
+    fs::File::options()
+        .write(true)
+        .open(&data)
+        .and_then(|file| file.write_all_at(b"!", offset))
+        .expect("damage");
+    let layer = store.add_layer(&target.index).expect("layer");
+    let copies = store.local_copies(&layer).expect("copies");
+    let mut copied = 0;
+    for chunk in &target.chunks {
+        copied += u32::from(copies.copy(&layer, chunk, DigestAlgorithm::Blake3).expect("copy"));
+    }
+    // 200,000 bytes are four chunks, 70,000 are two; the damaged one and the target's own are not copied.
+    assert_eq!((copies.len(), copied), (7, 6));
+    assert_eq!(target.chunks.iter().filter(|chunk| target.check(&layer, chunk)).count(), 6);
+    store.flush(&layer).expect("flush");
+    drop((layer, copies, store));
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    let layer = store.layer(&target.digest()).expect("layer").expect("kept");
+    assert_eq!(target.chunks.iter().filter(|chunk| target.check(&layer, chunk)).count(), 6);
+}
+
+/// What `du` counts, by itself.
+fn allocated(path: &Path) -> u64 {
+    let output =
+        std::process::Command::new("du").args(["-s", "--block-size=1"]).arg(path).output().expect("du");
+    let text = String::from_utf8(output.stdout).expect("text");
+    text.split_whitespace().next().expect("a number").parse().expect("a number")
+}
+
+#[test]
+fn the_quota_evicts_what_was_used_longest_ago_and_nobody_holds() {
+    let dir = tempfile::tempdir().expect("dir");
+    let samples: Vec<Sample> = (1..6).map(|seed| sample(&[noise(seed, 1_000_000)])).collect();
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    for sample in &samples {
+        complete(&store, sample);
+    }
+    let used: [u64; 4] = [40, 10, 20, 30];
+    // The last layer belongs to images 0 and 1; image 3 is held by a lease, image 2 is mounted as the caller says.
+    let images: Vec<ImageRecord> = (0..4)
+        .map(|at| {
+            let layers = if at < 2 { vec![&samples[at], &samples[4]] } else { vec![&samples[at]] };
+            image(at as u8, &layers, used[at])
+        })
+        .collect();
+    for image in &images {
+        store.put_image(image).expect("image");
+        fs::write(store.erofs_path(&image.manifest_digest).expect("path"), [1; 5000]).expect("metadata");
+    }
+    store.hold(&images[3].manifest_digest, "process:1").expect("hold");
+    assert!(matches!(store.remove_image(&images[3].manifest_digest), Err(StoreError::InUse { .. })));
+    let before = store.disk_bytes().expect("bytes");
+    assert_eq!(before, allocated(dir.path()));
+    drop(store);
+    let quota = before - 1_500_000;
+    let limits = StoreLimits { memory_budget_bytes: 1 << 20, quota_bytes: Some(quota), reserve_bytes: 0 };
+    // Opened anew: the lease is still there.
+    let store = Store::open_with(dir.path(), limits).expect("store");
+    let in_use = InUse {
+        images: HashSet::from([images[2].manifest_digest.clone()]),
+        layers: HashSet::from([samples[2].digest()]),
+    };
+    let freed = store.make_room(0, &in_use).expect("room");
+    // Image 1 was used longest ago, but its shared layer stays with image 0, so image 0 goes too.
+    assert_eq!((freed.images, freed.layers), (2, 3), "{freed:?}");
+    let after = store.disk_bytes().expect("bytes");
+    assert_eq!(after, allocated(dir.path()));
+    assert!(after <= quota && before - after <= freed.bytes + (1 << 20), "{before} {after} {freed:?}");
+    let left: Vec<String> =
+        store.images().expect("images").into_iter().map(|one| one.manifest_digest).collect();
+    assert_eq!(left, [images[2].manifest_digest.clone(), images[3].manifest_digest.clone()]);
+    // Nothing more goes, however much is wanted, until it is let go.
+    assert_eq!(store.make_room(1 << 40, &in_use).expect("room").layers, 0);
+    store.release("process:1").expect("release");
+    assert!(store.images().expect("images")[1].last_used > 1_000_000_000, "letting go is a use");
+    assert_eq!(store.make_room(1 << 40, &in_use).expect("room").images, 1);
+    assert_eq!(store.layers().expect("layers"), [samples[2].digest()]);
+}
+
+#[test]
+fn accounting_and_gc_say_what_they_cannot_read() {
+    let dir = tempfile::tempdir().expect("dir");
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    // A file in the place of the directory of unpacked layers.
+    fs::write(dir.path().join("unpacked"), b"").expect("write");
+    let error = store.gc(&|_| false).expect_err("gc of what is no directory");
+    assert!(error.to_string().contains("unpacked"), "{error}");
+    assert!(fs::metadata(dir.path()).expect("stat").blocks() > 0);
+}
+
+#[test]
+fn leftovers_of_a_crash_are_cleared_and_half_removed_layers_forgotten() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (one, two) = (sample(&[noise(1, 100_000)]), sample(&[noise(2, 100_000)]));
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    complete(&store, &one);
+    complete(&store, &two);
+    drop(store);
+    let place =
+        |sample: &Sample| dir.path().join("layers").join(sample.digest().trim_start_matches("sha256:"));
+    // As after a crash between the rename and the transaction of a removal, and of an addition.
+    fs::rename(place(&one), dir.path().join("tmp/removed")).expect("rename");
+    fs::create_dir(dir.path().join("layers").join("ab".repeat(32))).expect("create");
+    fs::write(dir.path().join("images").join("unrecorded.erofs"), b"").expect("write");
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    assert_eq!(store.layers().expect("layers"), [two.digest()]);
+    assert!(store.layer(&one.digest()).expect("layer").is_none());
+    for (name, count) in [("tmp", 0), ("layers", 1), ("images", 0)] {
+        assert_eq!(fs::read_dir(dir.path().join(name)).expect("list").count(), count, "{name}");
+    }
+    assert_eq!(store.fsck().expect("fsck").problems, Vec::<String>::new());
+}

@@ -1,0 +1,123 @@
+//! Demand before background: how long a blocked read takes during a fill, how much is under way, and that nothing is fetched twice.
+
+mod rig;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use rig::{LONG, Source, plain_sample};
+use sluice_store::{Store, StoreLimits};
+use sluice_stream::{Lane, Scheduler, StreamedLayer};
+
+fn filling(layer: &Arc<StreamedLayer>) -> tokio::task::JoinHandle<Result<(), sluice_stream::StreamError>> {
+    let layer = Arc::clone(layer);
+    tokio::spawn(async move { layer.fill().await })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blocked_read_does_not_wait_for_the_fill() {
+    let dir = tempfile::tempdir().expect("dir");
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    // 4 MB/s: a run of the fill takes a second, a span 50 ms.
+    let sample = plain_sample(1, 80, 200_000);
+    let source = Source::with(&sample.layer, |source| {
+        source.rate = 4_000_000;
+        source.piece = 16_384;
+        source.delay = Duration::from_millis(2);
+    });
+    let layer = sample.streamed(&store, source.clone(), &Scheduler::new(3), LONG);
+    let fill = filling(&layer);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let mut times = Vec::new();
+    for at in (0..20).map(|step| (79 - step * 3) as usize) {
+        let (name, start, content) = &sample.files[at];
+        let began = Instant::now();
+        let got = layer.read(*start, 100_000).await.expect("read");
+        times.push(began.elapsed());
+        assert!(got == content[..100_000], "{name}");
+        tokio::time::sleep(Duration::from_millis(if at % 2 == 0 { 5 } else { 250 })).await;
+    }
+    times.sort_unstable();
+    let (median, longest) = (times[times.len() / 2], times[times.len() - 1]);
+    println!("demand during a fill at 4 MB/s: median {median:?}, longest {longest:?}");
+    assert!(median < Duration::from_millis(250) && longest < Duration::from_millis(700), "{times:?}");
+    fill.await.expect("joined").expect("fill");
+    let twice = sent(&source) as f64 / sample.layer.len() as f64;
+    println!("sent: {twice:.3} of the layer");
+    assert!(twice < 1.25, "{twice}");
+    sample.check(&layer).await;
+}
+
+/// Bytes that the source sent.
+fn sent(source: &Source) -> u64 {
+    source.0.sent.load(Ordering::SeqCst)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_fill_gets_a_turn_however_much_demand_there_is() {
+    let dir = tempfile::tempdir().expect("dir");
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    let (busy, quiet) = (plain_sample(1, 100, 100_000), plain_sample(2, 10, 100_000));
+    let scheduler = Scheduler::new(2);
+    let slow = Source::with(&busy.layer, |source| {
+        source.rate = 1_000_000;
+        source.piece = 10_000;
+    });
+    let busy_layer = busy.streamed(&store, slow, &scheduler, LONG);
+    let quiet_layer = quiet.streamed(&store, Source::new(&quiet.layer), &scheduler, LONG);
+    let reading = tokio::spawn(async move { busy.check(&busy_layer).await });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let began = Instant::now();
+    quiet_layer.fill().await.expect("fill");
+    assert!(!reading.is_finished(), "there was no demand");
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    reading.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_fetch_serves_everybody_who_waits() {
+    let dir = tempfile::tempdir().expect("dir");
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    let sample = plain_sample(1, 10, 200_000);
+    let source = Source::with(&sample.layer, |source| source.rate = 2_000_000);
+    let layer = sample.streamed(&store, source.clone(), &Scheduler::new(2), LONG);
+    let (_, start, content) = &sample.files[4];
+    let reads = (0..500).map(|at| layer.read(*start + at % 7 * 1000, 50_000));
+    for (at, got) in futures::future::join_all(reads).await.into_iter().enumerate() {
+        let from = at % 7 * 1000;
+        assert!(got.expect("read") == content[from..from + 50_000]);
+    }
+    let asked = source.asked();
+    assert!(asked.len() <= 2 && asked.iter().all(|(_, lane)| *lane == Lane::Demand), "{asked:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_under_way_is_bounded() {
+    let dir = tempfile::tempdir().expect("dir");
+    let sample = plain_sample(1, 100, 200_000);
+    // No space: fills stop in their decoders, with as much behind them as may wait.
+    let limits = StoreLimits { memory_budget_bytes: 1 << 20, quota_bytes: Some(6 << 20), reserve_bytes: 0 };
+    let store = Store::open_with(dir.path(), limits).expect("store");
+    let source = Source::with(&sample.layer, |source| source.piece = 60_000);
+    let layer = sample.streamed(&store, source.clone(), &Scheduler::new(3), LONG);
+    let fill = filling(&layer);
+    while !layer.layer().disk_full() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let held = source.0.held_most.load(Ordering::SeqCst);
+    assert!(held <= 700_000, "{held} bytes wait for one decoder");
+    // Many blocked reads of all places at once.
+    let reads = (0..2000).map(|at: usize| {
+        let (_, start, content) = &sample.files[at % 100];
+        let layer = &layer;
+        async move { assert!(layer.read(*start, 4096).await.expect("read") == content[..4096]) }
+    });
+    futures::future::join_all(reads).await;
+    let (open, held) = (source.0.open_most.load(Ordering::SeqCst), source.0.held_most.load(Ordering::SeqCst));
+    println!("2000 blocked reads: {open} transfers, {held} bytes waiting at most");
+    assert!(open <= 16 + 3, "{open} transfers at once");
+    assert!(held <= 19 * 700_000, "{held} bytes");
+    fill.abort();
+}

@@ -1,0 +1,170 @@
+//! Writes the seed corpora in `seeds/`: `cargo +nightly run --example seeds` in this directory. Output is always the same.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use sluice_fuzz::tar::member;
+use sluice_image::erofs::{self, Form};
+use sluice_image::index::{IndexOptions, LayerIndex, LayerIndexer, NoSink};
+use sluice_image::merge::Tree;
+
+type Failure = Box<dyn std::error::Error>;
+
+fn main() -> Result<(), Failure> {
+    let tars = tars()?;
+    for (name, tar) in &tars {
+        put("tar", name, &[&[7], tar.as_slice()].concat())?;
+        for (packing, layer) in packings(tar)? {
+            let target = if packing.starts_with("zstd") { "zstd" } else { "gzip" };
+            put(target, &format!("{name}-{packing}"), &[&[64], layer.as_slice()].concat())?;
+            let index = index(&layer)?;
+            put("index", &format!("{name}-{packing}-blob"), &[&[0], index.blob()].concat())?;
+        }
+        let sections = sections(&index(tar)?)?;
+        put("index", &format!("{name}-sections"), &[&[1], sections.as_slice()].concat())?;
+        put("replay", &format!("{name}-sections"), &sections)?;
+        for (form, number) in [(Form::Devices, 1), (Form::OneDevice, 2)] {
+            put("erofs", &format!("{name}-{number}"), &image(tar, form)?)?;
+        }
+    }
+    for (name, text) in [
+        (
+            "file",
+            r#"{"version":1,"entries":[{"type":"reg","name":"f","size":9,"offset":100,"chunkDigest":"sha256:D"}]}"#,
+        ),
+        (
+            "chunks",
+            r#"{"version":1,"entries":[{"type":"dir","name":"d/","mode":493,"modtime":"2001-02-03T04:05:06.5Z"},
+               {"type":"reg","name":"d/f","size":9000,"offset":1,"chunkSize":4096,"chunkDigest":"sha256:D","digest":"sha256:D"},
+               {"type":"chunk","name":"d/f","offset":99,"chunkOffset":4096,"chunkDigest":"sha256:D","chunkType":"zeros"}]}"#,
+        ),
+        (
+            "kinds",
+            r#"{"version":1,"entries":[{"type":"symlink","name":"l","linkName":"../x","xattrs":{"user.a":"d29yZA=="}},
+               {"type":"hardlink","name":"h","linkName":"./f"},{"type":"char","name":"c","devMajor":1,"devMinor":3}]}"#,
+        ),
+    ] {
+        put(
+            "embedded",
+            name,
+            &[&[0], text.replace(":D", &format!(":{}", "5a".repeat(32))).as_bytes()].concat(),
+        )?;
+    }
+    put(
+        "embedded",
+        "annotations",
+        format!("\u{1}50:60:70:1\nsha256:{}\n{}", "5a".repeat(32), "x".repeat(99)).as_bytes(),
+    )?;
+    let mut pieces = vec![2, 0, 3, 20, 40, 5, 40, 6, 0, 7];
+    let member = packings(b"content")?.swap_remove(0).1;
+    pieces.extend([&[0; 20][..], &member, &vec![0; 40 - member.len()], &member].concat());
+    put("embedded", "pieces", &pieces)?;
+    for (name, records) in [
+        ("names", &b"12 path=a/b\n19 mtime=-1.250000\n15 linkpath=x\n"[..]),
+        ("xattr", b"29 SCHILY.xattr.user.x=a=b\n\x00\n"),
+        ("ids", b"13 uid=70000\n13 gid=80000\n11 size=10\n"),
+        ("map", b"26 GNU.sparse.map=0,4,8,6\n22 GNU.sparse.size=99\n"),
+        ("pairs", b"25 GNU.sparse.offset=0\n27 GNU.sparse.numbytes=10\n25 GNU.sparse.size=100\n"),
+        ("version1", b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n26 GNU.sparse.realsize=9\n"),
+    ] {
+        put("pax", name, &[&[255], records].concat())?;
+        put("pax", &format!("{name}-cut"), &[&[12], records].concat())?;
+    }
+    Ok(())
+}
+
+fn put(target: &str, name: &str, bytes: &[u8]) -> Result<(), Failure> {
+    let dir = Path::new("seeds").join(target);
+    fs::create_dir_all(&dir)?;
+    Ok(fs::write(dir.join(name), bytes)?)
+}
+
+fn tars() -> Result<Vec<(&'static str, Vec<u8>)>, Failure> {
+    let end = vec![0; 1024];
+    let files = [
+        member(b'5', "d", b""),
+        member(b'0', "d/a", b"hello"),
+        member(b'0', "d/b", &[7; 5000]),
+        member(b'0', "d/c", b"hello"),
+        member(b'0', "d/.wh.gone", b""),
+        end.clone(),
+    ];
+    let mut kinds = tar::Builder::new(Vec::new());
+    for kind in [tar::EntryType::Link, tar::EntryType::Symlink, tar::EntryType::Char, tar::EntryType::Fifo] {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_size(0);
+        header.set_device_major(1)?;
+        header.set_device_minor(3)?;
+        kinds.append_link(&mut header, format!("{kind:?}/{}", "n".repeat(120)), "target".repeat(20))?;
+    }
+    let extended = [
+        member(b'x', "x", b"12 path=a/b\n29 SCHILY.xattr.user.x=a=b\n\x00\n"),
+        member(b'0', "short", b"0123456789"),
+        member(b'L', "l", b"a-long-name\0"),
+        member(0, "old/", b""),
+        member(b'g', "g", b"12 path=a/b\n"),
+        end,
+    ];
+    Ok(vec![("files", files.concat()), ("kinds", kinds.into_inner()?), ("extended", extended.concat())])
+}
+
+fn packings(tar: &[u8]) -> Result<Vec<(&'static str, Vec<u8>)>, Failure> {
+    let gzip = |bytes: &[u8], level| -> Result<Vec<u8>, Failure> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(level));
+        encoder.write_all(bytes)?;
+        Ok(encoder.finish()?)
+    };
+    let (front, back) = tar.split_at(tar.len() / 2);
+    Ok(vec![
+        ("gzip", gzip(tar, 6)?),
+        ("members", [gzip(front, 1)?, gzip(back, 9)?].concat()),
+        ("zstd", zstd::encode_all(tar, 3)?),
+        ("zstd-frames", [zstd::encode_all(front, 1)?, zstd::encode_all(back, 9)?].concat()),
+        ("stored", gzip(tar, 0)?),
+    ])
+}
+
+fn index(layer: &[u8]) -> Result<LayerIndex, Failure> {
+    let options = IndexOptions { chunk_size: 4096, span_compressed_bytes: 256, span_tar_bytes: 512 };
+    let mut indexer = LayerIndexer::new(options, NoSink)?;
+    indexer.push(layer)?;
+    Ok(indexer.finish(&sluice_fuzz::index::sha256(layer))?.0)
+}
+
+/// The input of `sluice_fuzz::index::blob` that gives this index.
+fn sections(index: &LayerIndex) -> Result<Vec<u8>, Failure> {
+    let header = index.header();
+    let raw = |section: &sluice_image::index::header::Section| -> Result<Vec<u8>, Failure> {
+        let start = usize::try_from(section.offset.get())?;
+        let bytes =
+            index.blob().get(start..start + usize::try_from(section.len.get())?).ok_or("no section")?;
+        Ok(zstd::bulk::decompress(bytes, usize::try_from(section.raw_len.get())?)?)
+    };
+    let parts = [raw(&header.skeleton)?, raw(&header.files)?, raw(&header.spans)?];
+    let mut out = Vec::new();
+    for part in &parts {
+        out.extend(u16::try_from(part.len())?.to_le_bytes());
+    }
+    out.extend(u32::try_from(header.tar_size.get())?.to_le_bytes());
+    out.extend(u32::try_from(header.store_size.get() / 4096)?.to_le_bytes());
+    out.extend(u16::try_from(header.chunk_count.get())?.to_le_bytes());
+    out.extend(u32::try_from(header.entry_count.get())?.to_le_bytes());
+    out.extend(u32::try_from(header.layer_size.get())?.to_le_bytes());
+    out.extend(parts.concat());
+    out.extend([1; 32]);
+    Ok(out)
+}
+
+fn image(tar: &[u8], form: Form) -> Result<Vec<u8>, Failure> {
+    let index = index(tar)?;
+    let mut tree = Tree::new();
+    let without_links = index.entries()?.filter(|entry| {
+        !matches!(entry, Ok(entry) if matches!(entry.kind, sluice_image::entry::EntryKind::HardLink { .. }))
+    });
+    tree.apply::<Failure>(without_links.map(|entry| entry.map_err(Into::into)))?;
+    let mut out = Vec::new();
+    erofs::write(&tree, &[index.header().store_size.get() / 4096], form, &mut out)?;
+    Ok(out)
+}

@@ -1,0 +1,82 @@
+//! `kill -9` of the daemon is a pause: mounts stay, reads go on, nothing is fetched twice.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::rig::{MANY, Node, assert_content, large, one_of_many};
+
+#[test]
+fn readers_do_not_notice_that_daemons_die() {
+    let node = Node::indexed("");
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    let (over, reads) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let reader = std::thread::spawn({
+        let (over, reads, dir) = (Arc::clone(&over), Arc::clone(&reads), dir.clone());
+        move || {
+            let mut longest = Duration::ZERO;
+            while !over.load(Ordering::Relaxed) {
+                let start = Instant::now();
+                let number = reads.fetch_add(1, Ordering::Relaxed) as usize % MANY;
+                assert_content(&dir.join(format!("data/many/{number}")), &one_of_many(number));
+                assert_content(&dir.join("data/large"), &large());
+                longest = longest.max(start.elapsed());
+                nix::fcntl::posix_fadvise(
+                    std::fs::File::open(dir.join("data/large")).unwrap(),
+                    0,
+                    0,
+                    nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED,
+                )
+                .unwrap();
+            }
+            longest
+        }
+    });
+    for _ in 0..5 {
+        node.kill_daemon();
+        node.ok(&["gc"]); // Any command starts the next daemon.
+        let before = reads.load(Ordering::Relaxed);
+        crate::rig::wait_until("reads go on", || reads.load(Ordering::Relaxed) > before + 1);
+    }
+    over.store(true, Ordering::Relaxed);
+    let longest = reader.join().expect("no read failed");
+    eprintln!("longest read across 5 deaths: {longest:?}");
+    assert!(longest < Duration::from_secs(3));
+    let complaint = node.complaint(&["rm", &node.image()]);
+    assert!(complaint.contains("in use"), "the next daemon knows the mount: {complaint}");
+    node.ok(&["umount", &dir.to_string_lossy()]);
+    assert!(node.ok(&["fsck"]).ends_with(" 0 problems\n"));
+}
+
+#[test]
+fn a_container_outlives_a_stopped_daemon() {
+    let node = Node::indexed("[stream]\nfill = false\n");
+    let out = node.path("out");
+    let script = "echo up; while [ ! -e /mnt/go ]; do sleep 0.05; done; sha256sum /data/large";
+    let shared = node.room("shared");
+    let volume = format!("{}:/mnt", shared.display());
+    let mut command = node.command(&["run", "-v", &volume, &node.image(), "sh", "-c", script]);
+    let mut child = command.stdout(std::fs::File::create(&out).unwrap()).spawn().unwrap();
+    crate::rig::wait_until("the container is up", || std::fs::read_to_string(&out).unwrap().contains("up"));
+    node.ok(&["stop"]);
+    std::fs::write(shared.join("go"), "").unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    node.ok(&["gc"]);
+    assert!(child.wait().unwrap().success(), "{}", node.log());
+    assert!(std::fs::read_to_string(&out).unwrap().contains(&crate::rig::sha256(&large())));
+}
+
+#[test]
+fn a_fill_goes_on_where_it_was_killed() {
+    let node = Node::indexed("");
+    node.ok(&["mount", &node.image(), &node.room("mount").to_string_lossy()]);
+    for pause_ms in [0, 5, 10, 20, 40, 80, 5, 10] {
+        std::thread::sleep(Duration::from_millis(pause_ms));
+        node.kill_daemon();
+        assert!(node.ok(&["fsck"]).ends_with(" 0 problems\n"));
+    }
+    node.wait_for_state("local");
+    assert_content(&node.path("mount/data/large"), &large());
+    node.ok(&["umount", &node.path("mount").to_string_lossy()]);
+}

@@ -1,0 +1,97 @@
+//! `mount`, `umount`, `pull`, `status`, `check`, `index`, `rm`, `gc`, `fsck`.
+
+use std::os::unix::fs::MetadataExt;
+
+use crate::rig::{MANY, Node, assert_content, large, one_of_many};
+
+/// The image's files are what was put into its layers.
+fn assert_image(root: &std::path::Path) {
+    assert_content(&root.join("data/large"), &large());
+    assert_content(&root.join("data/changed"), b"after");
+    assert!(!root.join("data/gone").exists());
+    let (changed, linked) =
+        (root.join("data/changed").metadata().unwrap(), root.join("data/linked").metadata().unwrap());
+    assert_eq!((changed.ino(), changed.nlink(), changed.mode() & 0o7777), (linked.ino(), 2, 0o600));
+    for number in 0..MANY {
+        assert_content(&root.join(format!("data/many/{number}")), &one_of_many(number));
+    }
+}
+
+#[test]
+fn a_mounted_image_shows_its_files_and_goes_away() {
+    let node = Node::indexed("");
+    let dir = node.room("mount");
+    let name = dir.to_string_lossy().into_owned();
+    node.ok(&["mount", &node.image(), &name]);
+    assert_image(&dir);
+    assert!(std::fs::write(dir.join("data/changed"), "x").is_err(), "it is read-only");
+    let complaint = node.complaint(&["rm", &node.image()]);
+    assert!(complaint.contains("in use"), "{complaint}");
+    node.ok(&["umount", &name]);
+    assert!(!dir.join("data").exists());
+    let complaint = node.complaint(&["umount", &name]);
+    assert!(complaint.contains("nothing is mounted"), "{complaint}");
+}
+
+#[test]
+fn an_image_is_pulled_used_without_the_registry_and_removed() {
+    let mut node = Node::indexed("");
+    node.ok(&["pull", &node.image()]);
+    node.wait_for_state("local");
+    let status = node.status();
+    let image = &status["images"][0];
+    assert_eq!(image["bytes_local"], image["bytes_total"], "{status}");
+    assert!(node.ok(&["fsck"]).ends_with(" 0 problems\n"));
+    node.kill_registry();
+    assert_eq!(node.shell("cat /data/changed"), "after");
+    let said = node.ok(&["rm", &node.image()]);
+    assert_eq!(said, "");
+    assert_eq!(node.status()["images"].as_array().unwrap().len(), 0);
+    assert!(node.status()["disk_bytes"].as_u64().unwrap() < 1 << 20, "{}", node.status());
+}
+
+#[test]
+fn an_index_is_published_shown_and_used() {
+    let node = Node::new("");
+    let output = node.run(&["check", &node.image()]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8(output.stdout).unwrap().contains("not streamable yet"));
+    let said = node.ok(&["index", "--dry-run", &node.image()]);
+    assert!(said.contains("layers indexed"), "{said}");
+    assert_eq!(node.run(&["check", &node.image()]).status.code(), Some(1), "a dry run publishes nothing");
+    node.ok(&["index", &node.image()]);
+    assert!(node.ok(&["check", &node.image()]).ends_with("streamable\n"));
+    assert!(node.ok(&["index", "show", &node.image()]).contains("sha256:"));
+}
+
+#[test]
+fn an_index_may_be_in_an_object_store() {
+    let node = Node::new("");
+    let url = format!("file://{}", node.path("indexes").display());
+    node.ok(&["index", "--store", &url, &node.image()]);
+    assert_eq!(node.run(&["check", &node.image()]).status.code(), Some(1), "the registry has none");
+    assert!(node.ok(&["check", "--store", &url, &node.image()]).ends_with("streamable\n"));
+    std::fs::write(node.path("config.toml"), format!("index_store = {url:?}\n[stream]\nfill = false\n"))
+        .unwrap();
+    assert_eq!(node.shell("cat /data/changed"), "after");
+    assert_eq!(node.status()["images"][0]["state"], "streaming");
+}
+
+#[test]
+fn a_first_pull_makes_the_index_for_the_next_node() {
+    let node = Node::new("");
+    assert_eq!(node.shell("cat /data/changed"), "after");
+    assert_eq!(node.status()["images"][0]["state"], "local");
+    crate::rig::wait_until("the index is published", || node.run(&["check", &node.image()]).status.success());
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    assert_image(&dir);
+    node.ok(&["umount", &dir.to_string_lossy()]);
+}
+
+#[test]
+fn unused_layers_are_freed() {
+    let node = Node::indexed("");
+    node.ok(&["pull", &node.image()]);
+    assert_eq!(node.ok(&["gc"]), "0 layers removed, 0 bytes freed\n");
+}

@@ -1,0 +1,55 @@
+//! A registry that goes away and comes back, and one that lies.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::rig::{Node, assert_content, large};
+
+#[test]
+fn a_blocked_read_waits_for_the_registry() {
+    let mut node = Node::indexed("[stream]\nfill = false\n");
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    node.kill_registry();
+    let reader = std::thread::spawn({
+        let path = dir.join("data/large");
+        move || assert_content(&path, &large())
+    });
+    std::thread::sleep(Duration::from_millis(700));
+    assert!(!reader.is_finished(), "nothing can have come");
+    assert_eq!(node.status()["reads"]["waiting"].as_u64().map(|waiting| waiting > 0), Some(true));
+    // The refusing registry takes no connection for its faults either: it is told by a signal of its own making.
+    node.revive_registry();
+    reader.join().unwrap();
+    node.ok(&["umount", &dir.to_string_lossy()]);
+}
+
+#[test]
+fn only_after_the_time_out_a_read_fails() {
+    let mut node = Node::indexed("[stream]\nfill = false\noutage_timeout_s = 1\n");
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    node.kill_registry();
+    let start = Instant::now();
+    let error = std::fs::read(dir.join("data/large")).expect_err("the registry is dead");
+    assert_eq!(error.raw_os_error(), Some(nix::libc::EIO), "{error}");
+    assert!(start.elapsed() >= Duration::from_secs(1), "it waited {:?}", start.elapsed());
+    let log = node.log();
+    let line = log.lines().find(|line| line.contains("read failed")).expect("it is logged");
+    for word in ["layer=", "offset=", "size="] {
+        assert!(line.contains(word), "{line}");
+    }
+    node.ok(&["umount", &dir.to_string_lossy()]);
+}
+
+#[test]
+fn a_flipped_bit_never_reaches_a_reader() {
+    let node = Node::indexed("[stream]\nfill = false\noutage_timeout_s = 1\n");
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    node.faults(&json!({ "path": "/blobs/", "flip": true, "times": 1 }));
+    assert_content(&dir.join("data/large"), &large());
+    assert!(node.log().contains("damaged bytes"), "{}", node.log());
+    node.ok(&["umount", &dir.to_string_lossy()]);
+}

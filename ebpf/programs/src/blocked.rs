@@ -1,0 +1,83 @@
+//! How long threads sleep until bytes of watched files are there.
+//!
+//! Whoever waits for a page sleeps in the kernel's `io_schedule`, uninterruptibly and counted as waiting for I/O. A thread
+//! that goes to sleep that way after it asked a watched file system for something, and no other since, waits for that.
+
+use aya_ebpf::macros::raw_tracepoint;
+use aya_ebpf::programs::RawTracePointContext;
+use sluice_events::{BlockedEvent, Head, Kind, SwitchState, VERSION, Waiting, level};
+
+use crate::kernel::{Pointer, read};
+use crate::maps::{WAITING, offset};
+use crate::record::{now_ns, pid, reserve, submit};
+
+const TASK_UNINTERRUPTIBLE: u64 = 2;
+
+/// `sched_switch(bool, struct task_struct *prev, struct task_struct *next, unsigned prev_state)`, the last since 5.18.
+#[raw_tracepoint(tracepoint = "sched_switch")]
+pub fn raw_switch(ctx: RawTracePointContext) -> i32 {
+    let (previous, next): (Pointer, Pointer) = (ctx.arg(1), ctx.arg(2));
+    let state = if offset!(switch_state) == SwitchState::Argument as u32 {
+        u64::from(ctx.arg::<u32>(3))
+    } else {
+        read::<u64>(previous, offset!(task_state)).unwrap_or(0)
+    };
+    if state & TASK_UNINTERRUPTIBLE != 0 && waits_for_io(previous) {
+        goes_to_sleep();
+    }
+    // Cleared only by the thread itself, once it runs.
+    if waits_for_io(next) {
+        runs_again(next).unwrap_or(());
+    }
+    0
+}
+
+#[inline(always)]
+fn waits_for_io(task: Pointer) -> bool {
+    let flags: u8 = read(task, offset!(task_iowait)).unwrap_or(0);
+    u32::from(flags) & offset!(task_iowait_mask) != 0
+}
+
+#[inline(always)]
+fn goes_to_sleep() {
+    // The thread that goes is still the current one here.
+    if let Some(waiting) = WAITING.get_ptr_mut(&pid()) {
+        // SAFETY: the pointer is to an entry of the map, which stays writable while the program runs.
+        unsafe { (*waiting).since_ns = now_ns() };
+    }
+}
+
+#[inline(always)]
+fn runs_again(task: Pointer) -> Option<()> {
+    let pid: u32 = read(task, offset!(task_pid))?;
+    let waiting = WAITING.get_ptr_mut(&pid)?;
+    // SAFETY: as above.
+    let waiting: &mut Waiting = unsafe { &mut *waiting };
+    let since = waiting.since_ns;
+    if since == 0 {
+        return None;
+    }
+    (waiting.since_ns, waiting.exact, waiting.run_end) = (0, 0, 0);
+    let mut entry = reserve::<BlockedEvent>()?;
+    let time_ns = now_ns();
+    entry.write(BlockedEvent {
+        head: Head {
+            time_ns,
+            cgroup: waiting.cgroup,
+            mnt_ns: waiting.mnt_ns,
+            kind: Kind::Blocked as u16,
+            version: VERSION,
+            level: level::TRACEPOINT,
+            tgid: waiting.tgid,
+            pid,
+            comm: waiting.comm,
+        },
+        inode: waiting.inode,
+        page: waiting.page,
+        blocked_ns: time_ns.saturating_sub(since),
+        dev: waiting.dev,
+        reserved: 0,
+    });
+    submit(entry);
+    Some(())
+}

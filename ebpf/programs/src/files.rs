@@ -1,0 +1,97 @@
+//! Opens and executions of watched files.
+
+use aya_ebpf::helpers::generated::bpf_probe_read_kernel_str;
+use aya_ebpf::macros::{fentry, kprobe, raw_tracepoint, tracepoint};
+use aya_ebpf::programs::{FEntryContext, ProbeContext, RawTracePointContext, TracePointContext};
+use sluice_events::{ExecEvent, Kind, OpenEvent, OpenKey, PATH_LEN, level};
+
+use crate::kernel::{Pointer, Watched, mount_namespace, open_file, read, watched_file, watched_inode};
+use crate::maps::{OPENED, offset};
+use crate::record::{head, reserve, submit};
+
+/// Offset of the result in the record of `syscalls:sys_exit_*`, the same in all kernels since 2.6.
+const EXIT_RESULT: usize = 16;
+
+/// At the exits of `open`, `openat` and `openat2`: the descriptor leads to the file.
+#[tracepoint]
+pub fn exit_open(ctx: TracePointContext) -> u32 {
+    opened_descriptor(&ctx).map_or(0, |()| 0)
+}
+
+#[inline(always)]
+fn opened_descriptor(ctx: &TracePointContext) -> Option<()> {
+    // SAFETY: the record of the tracepoint has a long there.
+    let descriptor: i64 = unsafe { ctx.read_at(EXIT_RESULT) }.ok()?;
+    let number = u32::try_from(descriptor).ok()?;
+    let file = open_file(number)?;
+    opened(watched_file(file)?, level::TRACEPOINT);
+    Some(())
+}
+
+/// `security_file_open(struct file *)`. An overlay opens the real file too, so that its inode comes by here.
+#[fentry(function = "security_file_open")]
+pub fn fentry_open(ctx: FEntryContext) -> i32 {
+    opened_file(ctx.arg(0), level::FEXIT);
+    0
+}
+
+#[kprobe(function = "security_file_open")]
+pub fn kprobe_open(ctx: ProbeContext) -> u32 {
+    if let Some(file) = ctx.arg(0) {
+        opened_file(file, level::KPROBE);
+    }
+    0
+}
+
+#[inline(always)]
+fn opened_file(file: Pointer, level: u8) {
+    if let Some(watched) = read(file, offset!(file_inode)).and_then(|inode: Pointer| watched_inode(inode)) {
+        opened(watched, level);
+    }
+}
+
+#[inline(always)]
+fn opened(watched: Watched, level: u8) {
+    let key = OpenKey { inode: watched.inode, watch: watched.watch, mnt_ns: mount_namespace() };
+    if OPENED.get_ptr(&key).is_some() {
+        return;
+    }
+    // That there is no memory only means a second record.
+    OPENED.insert(&key, &1, 0).ok();
+    let Some(mut entry) = reserve::<OpenEvent>() else { return };
+    entry.write(OpenEvent {
+        head: head(Kind::Open, level),
+        inode: watched.inode,
+        dev: watched.dev,
+        reserved: 0,
+    });
+    submit(entry);
+}
+
+/// `sched_process_exec(struct task_struct *, pid_t, struct linux_binprm *)`.
+#[raw_tracepoint(tracepoint = "sched_process_exec")]
+pub fn raw_exec(ctx: RawTracePointContext) -> i32 {
+    executed(ctx.arg(2)).map_or(0, |()| 0)
+}
+
+#[inline(always)]
+fn executed(bprm: Pointer) -> Option<()> {
+    let file: Pointer = read(bprm, offset!(bprm_file))?;
+    let watched = watched_file(file)?;
+    let path: Pointer = read(bprm, offset!(bprm_filename))?;
+    let mut entry = reserve::<ExecEvent>()?;
+    let event = entry.as_mut_ptr();
+    // SAFETY: `event` points to reserved room for the whole record; the helper writes at most the path's length there.
+    unsafe {
+        (&raw mut (*event).head).write(head(Kind::Exec, level::TRACEPOINT));
+        (&raw mut (*event).inode).write(watched.inode);
+        (&raw mut (*event).dev).write(watched.dev);
+        (&raw mut (*event).reserved).write(0);
+        let to = &raw mut (*event).path;
+        if bpf_probe_read_kernel_str(to.cast(), PATH_LEN as u32, path.cast()) < 0 {
+            (&raw mut (*to)[0]).write(0);
+        }
+    }
+    submit(entry);
+    Some(())
+}

@@ -1,0 +1,71 @@
+//! Maps that the programs share with the agent, and what the agent writes before loading.
+
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{HashMap, LruHashMap, PerCpuArray, RingBuf};
+use sluice_events::{DROP_COUNTERS, Drop, FillKey, FillValue, Offsets, OpenKey, Waiting};
+
+use crate::failed::{Budget, Pending};
+
+/// Where the running kernel keeps things. Written over before loading.
+#[unsafe(no_mangle)]
+static OFFSETS: Offsets = Offsets::UNKNOWN;
+
+/// Device numbers of the watched file systems, and numbers of the watches.
+#[map]
+pub static WATCHED: HashMap<u32, u32> = HashMap::with_max_entries(4096, 0);
+
+/// Records for the agent. The size is set when loading.
+#[map]
+pub static EVENTS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
+
+/// Pages that were accessed, one bit each. An entry that is pushed out costs a second record, nothing else.
+#[map]
+pub static ACCESSED: LruHashMap<FillKey, u32> = LruHashMap::with_max_entries(65_536, 0);
+
+/// Pages that came into the page cache. The agent takes them out.
+#[map]
+pub static FILLED: HashMap<FillKey, FillValue> = HashMap::with_max_entries(65_536, 0);
+
+/// Files that were opened. An entry that is pushed out costs a second record, nothing else.
+#[map]
+pub static OPENED: LruHashMap<OpenKey, u32> = LruHashMap::with_max_entries(65_536, 0);
+
+/// What each thread last asked for.
+#[map]
+pub static WAITING: LruHashMap<u32, Waiting> = LruHashMap::with_max_entries(16_384, 0);
+
+/// Calls under way whose failure would be recorded, by thread.
+#[map]
+pub static PENDING: LruHashMap<u64, Pending> = LruHashMap::with_max_entries(16_384, 0);
+
+/// How many failures may still be recorded in this second.
+#[map]
+pub static BUDGET: PerCpuArray<Budget> = PerCpuArray::with_max_entries(1, 0);
+
+/// What was lost.
+#[map]
+pub static DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(DROP_COUNTERS, 0);
+
+/// Reads one of the [`OFFSETS`]: `offset!(inode_sb)`.
+macro_rules! offset {
+    ($field:ident) => {
+        // SAFETY: the field is a plain number in a static that nobody writes while programs run. Volatile, since what
+        // the compiler sees there is not what the agent puts there.
+        unsafe { core::ptr::read_volatile(&raw const (*$crate::maps::offsets()).$field) }
+    };
+}
+pub(crate) use offset;
+
+#[inline(always)]
+pub fn offsets() -> *const Offsets {
+    &raw const OFFSETS
+}
+
+/// Counts a loss.
+#[inline(always)]
+pub fn lost(what: Drop) {
+    if let Some(counter) = DROPS.get_ptr_mut(what as u32) {
+        // SAFETY: the pointer is this processor's counter, and programs are not preempted by others of their kind there.
+        unsafe { *counter += 1 }
+    }
+}

@@ -1,0 +1,293 @@
+//! Which pages of watched files are accessed, and which come into the page cache.
+//!
+//! An access is a record, once per page and mount namespace, so it is seen whether the page is in memory or not. What comes
+//! into the page cache (asked for or read ahead, page by page) is only marked in a map that the agent takes out.
+
+use aya_ebpf::macros::{fentry, kprobe, raw_tracepoint};
+use aya_ebpf::programs::{FEntryContext, ProbeContext, RawTracePointContext};
+use sluice_events::{
+    ABSENT, AccessEvent, CHUNK_PAGES, CHUNK_SHIFT, Drop, FillKey, FillValue, Kind, Waiting, level,
+};
+
+use crate::kernel::{Pointer, Watched, mount_namespace, read, watched_mapping};
+use crate::maps::{ACCESSED, FILLED, WAITING, lost, offset};
+use crate::record::{cgroup, head, now_ns, pid, reserve, submit};
+
+const PAGE_SHIFT: u32 = 12;
+/// Most chunks of one access that are looked up: 2 MiB. Larger ones are recorded as they are, maybe again.
+const MAX_CHUNKS: u64 = 16;
+/// A folio of more pages than 2 to this would be larger than any the kernel makes.
+const MAX_ORDER: u32 = 9;
+
+#[raw_tracepoint(tracepoint = "mm_filemap_get_pages")]
+pub fn raw_get_pages(ctx: RawTracePointContext) -> i32 {
+    access(ctx.arg(0), ctx.arg(1), ctx.arg(2), Kind::Read, level::TRACEPOINT)
+}
+
+#[raw_tracepoint(tracepoint = "mm_filemap_fault")]
+pub fn raw_fault(ctx: RawTracePointContext) -> i32 {
+    let page: u64 = ctx.arg(1);
+    access(ctx.arg(0), page, page, Kind::Fault, level::TRACEPOINT)
+}
+
+#[raw_tracepoint(tracepoint = "mm_filemap_map_pages")]
+pub fn raw_map_pages(ctx: RawTracePointContext) -> i32 {
+    access(ctx.arg(0), ctx.arg(1), ctx.arg(2), Kind::Around, level::TRACEPOINT)
+}
+
+#[fentry(function = "filemap_read")]
+pub fn fentry_read(ctx: FEntryContext) -> i32 {
+    read_call(ctx.arg(0), ctx.arg(1), level::FEXIT)
+}
+
+#[kprobe(function = "filemap_read")]
+pub fn kprobe_read(ctx: ProbeContext) -> u32 {
+    match (ctx.arg(0), ctx.arg(1)) {
+        (Some(iocb), Some(iter)) => read_call(iocb, iter, level::KPROBE) as u32,
+        _ => 0,
+    }
+}
+
+#[fentry(function = "filemap_fault")]
+pub fn fentry_fault(ctx: FEntryContext) -> i32 {
+    fault_call(ctx.arg(0), Kind::Fault, level::FEXIT)
+}
+
+#[kprobe(function = "filemap_fault")]
+pub fn kprobe_fault(ctx: ProbeContext) -> u32 {
+    ctx.arg(0).map_or(0, |fault| fault_call(fault, Kind::Fault, level::KPROBE) as u32)
+}
+
+/// The page of the fault itself: exact, unlike the tracepoint of the same name.
+#[fentry(function = "filemap_map_pages")]
+pub fn fentry_map_pages(ctx: FEntryContext) -> i32 {
+    fault_call(ctx.arg(0), Kind::Fault, level::FEXIT)
+}
+
+#[kprobe(function = "filemap_map_pages")]
+pub fn kprobe_map_pages(ctx: ProbeContext) -> u32 {
+    ctx.arg(0).map_or(0, |fault| fault_call(fault, Kind::Fault, level::KPROBE) as u32)
+}
+
+#[raw_tracepoint(tracepoint = "mm_filemap_add_to_page_cache")]
+pub fn raw_fill(ctx: RawTracePointContext) -> i32 {
+    fill(ctx.arg(0)).map_or(0, |()| 0)
+}
+
+/// `filemap_read(struct kiocb *, struct iov_iter *, ...)`.
+#[inline(always)]
+fn read_call(iocb: Pointer, iter: Pointer, level: u8) -> i32 {
+    let arguments = || {
+        let file: Pointer = read(iocb, offset!(kiocb_file))?;
+        let inode: Pointer = read(file, offset!(file_inode))?;
+        let watched = crate::kernel::watched_inode(inode)?;
+        let position: u64 = read(iocb, offset!(kiocb_pos))?;
+        let count: u64 = read(iter, offset!(iter_count))?;
+        if count == 0 {
+            return None;
+        }
+        let last = position.saturating_add(count - 1) >> PAGE_SHIFT;
+        touched(inode, watched, position >> PAGE_SHIFT, last, Kind::Read, level);
+        Some(())
+    };
+    arguments().map_or(0, |()| 0)
+}
+
+/// `filemap_fault(struct vm_fault *)` and its like.
+#[inline(always)]
+fn fault_call(fault: Pointer, kind: Kind, level: u8) -> i32 {
+    let arguments = || {
+        let vma: Pointer = read(fault, offset!(fault_vma))?;
+        let file: Pointer = read(vma, offset!(vma_file))?;
+        let inode: Pointer = read(file, offset!(file_inode))?;
+        let watched = crate::kernel::watched_inode(inode)?;
+        let page: u64 = read(fault, offset!(fault_pgoff))?;
+        touched(inode, watched, page, page, kind, level);
+        Some(())
+    };
+    arguments().map_or(0, |()| 0)
+}
+
+#[inline(always)]
+fn access(mapping: Pointer, first: u64, last: u64, kind: Kind, level: u8) -> i32 {
+    if let Some((inode, watched)) = watched_mapping(mapping) {
+        touched(inode, watched, first, last, kind, level);
+    }
+    0
+}
+
+/// Records pages `first..=last` if one of them was not accessed before from this mount namespace.
+#[inline(always)]
+fn touched(inode: Pointer, watched: Watched, first: u64, last: u64, kind: Kind, level: u8) {
+    // Programs read with large buffers: what is behind the end was not read.
+    let size: u64 = read(inode, offset!(inode_size)).unwrap_or(u64::MAX);
+    let Some(end) = size.checked_sub(1) else { return };
+    let last = last.min(end >> PAGE_SHIFT);
+    if last < first {
+        return;
+    }
+    let mnt_ns = mount_namespace();
+    asked(watched, first, 0, u32::from(kind as u16 == Kind::Fault as u16), mnt_ns);
+    let Some((first, last)) = first_touch(watched, first, last, mnt_ns) else { return };
+    let Some(mut entry) = reserve::<AccessEvent>() else { return };
+    entry.write(AccessEvent {
+        head: head(kind, level),
+        inode: watched.inode,
+        first_page: first,
+        pages: (last - first + 1) as u32,
+        dev: watched.dev,
+    });
+    submit(entry);
+}
+
+/// The part of `first..=last` that holds all pages not yet marked in [`ACCESSED`]; marks them.
+#[inline(always)]
+fn first_touch(watched: Watched, first: u64, last: u64, mnt_ns: u32) -> Option<(u64, u64)> {
+    let (first_chunk, last_chunk) = (first >> CHUNK_SHIFT, last >> CHUNK_SHIFT);
+    if last_chunk - first_chunk >= MAX_CHUNKS {
+        return Some((first, last));
+    }
+    let mut new: Option<(u64, u64)> = None;
+    for number in 0..MAX_CHUNKS {
+        let chunk = first_chunk + number;
+        if chunk > last_chunk {
+            break;
+        }
+        let from = first.max(chunk << CHUNK_SHIFT);
+        let to = last.min((chunk << CHUNK_SHIFT) + CHUNK_PAGES as u64 - 1);
+        let mask = (u32::MAX << (from & 31)) & (u32::MAX >> (31 - (to & 31)));
+        let key = FillKey { inode: watched.inode, chunk, watch: watched.watch, mnt_ns };
+        if mark(&key, mask) {
+            new = Some((new.map_or(from, |(first, _)| first), to));
+        }
+    }
+    new
+}
+
+/// Sets bits; says whether one of them was not set.
+#[inline(always)]
+fn mark(key: &FillKey, mask: u32) -> bool {
+    let Some(bits) = ACCESSED.get_ptr_mut(key) else {
+        // That another processor was first, or that there is no memory, only means a second record.
+        ACCESSED.insert(key, &mask, 0).ok();
+        return true;
+    };
+    // SAFETY: the pointer is to an entry of the map, which stays readable and writable while the program runs. A bit that
+    // is lost to another processor only means a second record.
+    unsafe {
+        let new = mask & !*bits != 0;
+        if new {
+            *bits |= mask;
+        }
+        new
+    }
+}
+
+/// Notes what the running thread asks for, in case it has to sleep for it: `pages` of them are being brought into memory.
+#[inline(always)]
+fn asked(watched: Watched, page: u64, pages: u64, exact: u32, mnt_ns: u32) {
+    let pid = pid();
+    if let Some(waiting) = WAITING.get_ptr_mut(&pid) {
+        // SAFETY: the pointer is to the running thread's own entry.
+        let waiting = unsafe { &mut *waiting };
+        // Another mount namespace or control group means that the number was given to a new thread.
+        if waiting.cgroup == cgroup() && waiting.mnt_ns == mnt_ns {
+            let continues = pages > 0 && (waiting.run_end == page || waiting.exact != 0);
+            if !continues || waiting.inode != watched.inode || waiting.dev != watched.dev {
+                (waiting.inode, waiting.page, waiting.dev) = (watched.inode, page, watched.dev);
+                waiting.exact = exact;
+            }
+            (waiting.run_end, waiting.since_ns) = (page + pages, 0);
+            return;
+        }
+    }
+    let head = head(Kind::Blocked, 0);
+    let waiting = Waiting {
+        inode: watched.inode,
+        page,
+        run_end: page + pages,
+        since_ns: 0,
+        cgroup: head.cgroup,
+        dev: watched.dev,
+        mnt_ns,
+        tgid: head.tgid,
+        exact,
+        comm: head.comm,
+    };
+    // Without an entry a sleep is not seen.
+    if WAITING.insert(&pid, &waiting, 0).is_err() {
+        lost(Drop::FillMapFull);
+    }
+}
+
+/// Marks the pages of a folio that was put into the page cache.
+#[inline(always)]
+fn fill(folio: Pointer) -> Option<()> {
+    let mapping: Pointer = read(folio, offset!(folio_mapping))?;
+    let Some((_, watched)) = watched_mapping(mapping) else {
+        // The thread's next sleep is for another file system.
+        WAITING.remove(&pid()).ok();
+        return None;
+    };
+    let index: u64 = read(folio, offset!(folio_index))?;
+    let order = order(folio);
+    let mnt_ns = mount_namespace();
+    asked(watched, index, 1 << order, 0, mnt_ns);
+    let chunk = index >> CHUNK_SHIFT;
+    if order <= CHUNK_SHIFT {
+        // A folio's place is a multiple of its size.
+        fill_chunk(FillKey { inode: watched.inode, chunk, watch: watched.watch, mnt_ns }, index, 1 << order);
+        return Some(());
+    }
+    for number in 0..1_u64 << (MAX_ORDER - CHUNK_SHIFT) {
+        if number >= 1 << (order - CHUNK_SHIFT) {
+            break;
+        }
+        let key = FillKey { inode: watched.inode, chunk: chunk + number, watch: watched.watch, mnt_ns };
+        fill_chunk(key, 0, CHUNK_PAGES as u32);
+    }
+    Some(())
+}
+
+/// The binary logarithm of how many pages a folio has.
+#[inline(always)]
+fn order(folio: Pointer) -> u32 {
+    if offset!(folio_order) == ABSENT {
+        return 0;
+    }
+    let flags: u64 = read(folio, offset!(folio_flags)).unwrap_or(0);
+    if flags & (1 << (offset!(folio_head_bit) & 63)) == 0 {
+        return 0;
+    }
+    let order: u8 = read(folio, offset!(folio_order)).unwrap_or(0);
+    u32::from(order).min(MAX_ORDER)
+}
+
+#[inline(always)]
+fn fill_chunk(key: FillKey, index: u64, pages: u32) {
+    let value = match FILLED.get_ptr_mut(&key) {
+        Some(value) => value,
+        None => {
+            let head = head(Kind::Read, 0);
+            let new = FillValue {
+                first_ns: now_ns(),
+                cgroup: head.cgroup,
+                tgid: head.tgid,
+                pid: head.pid,
+                comm: head.comm,
+                pages: [0; CHUNK_PAGES],
+            };
+            // Not over an entry that another processor has just made.
+            FILLED.insert(&key, &new, 1).ok();
+            let Some(value) = FILLED.get_ptr_mut(&key) else { return lost(Drop::FillMapFull) };
+            value
+        }
+    };
+    let from = (index & (CHUNK_PAGES as u64 - 1)) as u32;
+    for page in 0..CHUNK_PAGES as u32 {
+        if page >= from && page < from + pages {
+            // SAFETY: the pointer is to an entry of the map, and the page is within its array.
+            unsafe { (*value).pages[page as usize] = 1 }
+        }
+    }
+}
