@@ -235,4 +235,21 @@ mod tests {
         assert_eq!(raw.store.memory_budget_mib, Some(5));
         assert_eq!(raw.root.as_deref(), Some(Path::new("/x")));
     }
+
+    #[test]
+    fn the_commented_file_names_every_key_and_is_valid_with_all_of_them() {
+        let text = include_str!("../../deploy/config.toml");
+        toml::from_str::<RawConfig>(text).expect("valid as it is installed");
+        let is_key = |line: &str| {
+            line.split_once(" = ")
+                .is_some_and(|(key, _)| key.chars().all(|char| char.is_ascii_lowercase() || char == '_'))
+        };
+        let uncommented: Vec<&str> = text
+            .lines()
+            .map(|line| line.strip_prefix('#').filter(|rest| is_key(rest)).unwrap_or(line))
+            .collect();
+        let raw: RawConfig = toml::from_str(&uncommented.join("\n")).expect("valid with every key");
+        let said = format!("{raw:?}");
+        assert!(!said.contains("None"), "a key is missing in the file: {said}");
+    }
 }

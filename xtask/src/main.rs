@@ -8,6 +8,7 @@ mod containerd;
 mod demo;
 mod ebpf;
 mod image_maker;
+mod install;
 mod measure;
 mod oracle;
 mod packages;
@@ -45,6 +46,10 @@ enum Command {
     Ebpf,
     /// Compare `sluice mount` with `umoci unpack`, path by path
     Oracle,
+    /// Install Sluice on this node: program, configuration, units, containerd's proxy plugin
+    Install(install::Args),
+    /// Undo what `install` did
+    Uninstall(install::Args),
     /// Check dependency directions, file headers and other house rules
     Tidy,
 }
@@ -62,6 +67,8 @@ fn main() -> Result<()> {
         Command::Bench { bench: Bench::Start(args) } => bench::start(&args),
         Command::Ebpf => ebpf::build().map(|object| println!("{}", object.display())),
         Command::Oracle => oracle::oracle(),
+        Command::Install(args) => install::install(&args),
+        Command::Uninstall(args) => install::uninstall(&args),
         Command::Tidy => tidy::tidy(),
     }
 }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
+use oci_spec::image::ImageConfiguration;
 use sluice_containerd::{ImageMounts, Refusal, RemoteLayer, Usage, chain_ids};
 use sluice_registry::{Client, ResolvedImage};
 use tokio::sync::mpsc;
@@ -89,6 +90,9 @@ fn pulled(manifest_digest: &str) -> String {
 impl Node {
     /// Makes the whole image of `layer` ready for streaming, or says why it is to be pulled the ordinary way.
     async fn offer(self: &Arc<Self>, layer: &RemoteLayer) -> Result<()> {
+        if self.is_held_for(layer)? {
+            return Ok(());
+        }
         let holder = Holder::Snapshot(pulled(&layer.manifest_digest));
         let pull = Pull::begin(&layer.image);
         let ready = async {
@@ -113,6 +117,20 @@ impl Node {
             self.journal.emit(Reason::StreamingFellBack, &layer.image, reason);
         }
         ready
+    }
+
+    /// Whether the image of `layer` was offered before, by another of its layers, and has this one too.
+    fn is_held_for(&self, layer: &RemoteLayer) -> Result<bool> {
+        let holder = Holder::Snapshot(pulled(&layer.manifest_digest));
+        let config = {
+            let images = self.lock(&self.images);
+            let image = images.get(&layer.manifest_digest);
+            image.filter(|image| image.holders.contains(&holder)).map(|image| image.config.clone())
+        };
+        let Some(config) = config else { return Ok(false) };
+        let config = ImageConfiguration::from_reader(config.as_bytes())?;
+        let chain = chain_ids(config.rootfs().diff_ids().iter().map(String::as_str));
+        Ok(chain.contains(&layer.chain_id))
     }
 
     /// The lower directories of the layers up to `layer`. A container is to start: what cannot be streamed any more is

@@ -37,8 +37,8 @@ fn a_container_outlives_restarts_of_containerd_and_of_the_agent() {
     }
 
     // The stopped container's snapshot can be mounted again: its image was acquired for it.
-    rig.ctr(&["tasks", "rm", "--force", "long"]);
-    rig.ctr(&["tasks", "start", "--detach", "long"]);
+    rig.ctr(&["tasks", "rm", "--force", &rig.id("long")]);
+    rig.ctr(&["tasks", "start", "--detach", &rig.id("long")]);
     assert_eq!(rig.exec("long", "cat /own /data/top"), "mine\nthe top\n");
     rig.stop("long");
 }
@@ -50,6 +50,11 @@ fn an_agent_that_comes_back_serves_incomplete_images_to_new_containers() {
     rig.index("app");
     rig.ctr_pull("app");
     rig.start("app", "before");
+    // Its programs are read; what else is in the image is not.
+    assert_eq!(
+        rig.exec("before", "cat /etc/passwd | cat > /dev/null; sha256sum /etc/passwd | cat > /dev/null"),
+        ""
+    );
     rig.end_agent(Signal::SIGKILL);
     rig.start_agent();
     // The container that was there goes on, with what it never read before.
@@ -65,12 +70,13 @@ fn a_container_is_committed_and_run_again() {
     rig.ctr_pull("app");
     rig.start("app", "worker");
     rig.exec("worker", "echo new > /data/new; mv /opaque /moved");
-    rig.ctr(&["tasks", "rm", "--force", "worker"]);
+    let worker = rig.id("worker");
+    rig.ctr(&["tasks", "rm", "--force", &worker]);
     let snapshots =
         |arguments: &[&str]| rig.ctr(&[&["snapshots", "--snapshotter", "sluice"][..], arguments].concat());
-    let diff = snapshots(&["diff", "worker"]);
+    let diff = snapshots(&["diff", &worker]);
     assert!(!diff.is_empty(), "a diff is a tar");
-    snapshots(&["commit", "saved", "worker"]);
+    snapshots(&["commit", "saved", &worker]);
     assert!(snapshots(&["info", "saved"]).contains("Committed"));
     let usage = snapshots(&["usage", "saved"]);
     assert!(usage.contains("saved"), "{usage}");
@@ -83,7 +89,7 @@ fn a_container_is_committed_and_run_again() {
     assert_eq!(std::fs::read_to_string(target.join("moved/above")).unwrap(), "seen");
     assert!(!target.join("opaque").exists());
     sluice_kernel::unmount(&target, Default::default()).unwrap();
-    rig.ctr(&["containers", "rm", "worker"]);
+    rig.ctr(&["containers", "rm", &worker]);
 }
 
 #[test]

@@ -94,11 +94,11 @@ fn namespaces_share_what_is_streamed() {
     assert!(said.contains("3 streamed"), "{said}");
     let arguments =
         ["--namespace", "second", "run", "--rm", "--net-host", "--snapshotter", "sluice", &reference];
-    let said = rig.ctr(&[&arguments[..], &["two", "cat", "/data/top"][..]].concat());
+    let said = rig.ctr(&[&arguments[..], &[rig.id("two").as_str(), "cat", "/data/top"][..]].concat());
     assert_eq!(said, "the top\n");
     // One namespace's removal leaves the other's.
     rig.ctr(&["images", "rm", "--sync", &reference]);
-    let said = rig.ctr(&[&arguments[..], &["two", "cat", "/data/top"][..]].concat());
+    let said = rig.ctr(&[&arguments[..], &[rig.id("two").as_str(), "cat", "/data/top"][..]].concat());
     assert_eq!(said, "the top\n");
 }
 

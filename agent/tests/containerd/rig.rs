@@ -95,8 +95,8 @@ impl Rig {
         self.agent = Some(child);
         assert_eq!(line.trim(), "ready", "{}", self.log("agent.log"));
         if self.containerd.is_some() {
-            // containerd tried the socket while nobody listened, and tries it again a second later.
-            self.wait("containerd finds the snapshotter", || {
+            // Its connection to a snapshotter that was away is tried again after a while (up to 3 s in 1.6).
+            self.wait("containerd has its snapshotter back", || {
                 self.try_ctr(&["snapshots", "--snapshotter", "sluice", "ls"]).status.success()
             });
         }
@@ -209,28 +209,34 @@ runtime_type = "io.containerd.runc.v2"
         ok(&self.try_ctr(arguments))
     }
 
+    /// A container's id that no other test has: runc's directory of containers is the machine's.
+    pub(crate) fn id(&self, name: &str) -> String {
+        let own = self.dir.path().file_name().unwrap().to_str().unwrap();
+        format!("{own}-{name}")
+    }
+
     /// Runs a command in a container of an image, on a snapshotter.
     pub(crate) fn run(&self, snapshotter: &str, name: &str, id: &str, script: &str) -> String {
-        let reference = self.reference(name);
-        let arguments = ["run", "--rm", "--net-host", "--snapshotter", snapshotter, &reference, id];
+        let (reference, id) = (self.reference(name), self.id(id));
+        let arguments = ["run", "--rm", "--net-host", "--snapshotter", snapshotter, &reference, &id];
         let command = ["sh", "-c", script];
         self.ctr(&[&arguments[..], &command[..]].concat())
     }
 
     /// A container that stays until `stop`.
     pub(crate) fn start(&self, name: &str, id: &str) {
-        let reference = self.reference(name);
-        let arguments = ["run", "--detach", "--net-host", "--snapshotter", "sluice", &reference, id];
+        let (reference, id) = (self.reference(name), self.id(id));
+        let arguments = ["run", "--detach", "--net-host", "--snapshotter", "sluice", &reference, &id];
         self.ctr(&[&arguments[..], &["sleep", "infinity"][..]].concat());
     }
 
     pub(crate) fn exec(&self, id: &str, script: &str) -> String {
-        self.ctr(&["tasks", "exec", "--exec-id", "e", id, "sh", "-c", script])
+        self.ctr(&["tasks", "exec", "--exec-id", "e", &self.id(id), "sh", "-c", script])
     }
 
     pub(crate) fn stop(&self, id: &str) {
-        self.ctr(&["tasks", "rm", "--force", id]);
-        self.ctr(&["containers", "rm", id]);
+        self.ctr(&["tasks", "rm", "--force", &self.id(id)]);
+        self.ctr(&["containers", "rm", &self.id(id)]);
     }
 
     /// Lines about every file of the image's root, the same for every snapshotter.
@@ -319,6 +325,7 @@ impl Drop for Rig {
         }
         self.end_containerd();
         self.end_agent(Signal::SIGTERM);
+        delete_containers(self.dir.path());
         let mut targets: Vec<PathBuf> =
             sluice_kernel::mounts().unwrap().into_iter().map(|m| m.target).collect();
         targets.retain(|target| target.starts_with(self.dir.path()));
@@ -343,6 +350,24 @@ fn shims(socket: &str) -> Vec<(i32, String)> {
         (words.first()?.contains("shim") && words.contains(&socket)).then(|| (pid, words.join(" ")))
     });
     named.collect()
+}
+
+/// What runc still knows of containers whose bundles are below `dir`.
+fn delete_containers(dir: &Path) {
+    for entry in std::fs::read_dir("/run/containerd/runc").into_iter().flatten().flatten() {
+        let runc = |arguments: &[&str]| {
+            Command::new("runc").arg("--root").arg(entry.path()).args(arguments).output().unwrap()
+        };
+        let list: Value =
+            serde_json::from_slice(&runc(&["list", "--format", "json"]).stdout).unwrap_or_default();
+        for container in list.as_array().into_iter().flatten() {
+            let (id, bundle) = (container["id"].as_str().unwrap(), container["bundle"].as_str().unwrap());
+            if Path::new(bundle).starts_with(dir) {
+                eprintln!("a container is left: {id}");
+                runc(&["delete", "--force", id]);
+            }
+        }
+    }
 }
 
 fn children(pid: i32) -> Vec<i32> {

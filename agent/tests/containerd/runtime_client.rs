@@ -18,11 +18,12 @@ impl<'a> Kubelet<'a> {
         let address = format!("unix://{}", rig.path("c.sock").display());
         let endpoint = Endpoint::from_shared(address).unwrap();
         let channel = rig.runtime.block_on(endpoint.connect()).unwrap();
-        Self {
-            rig,
-            runtime: RuntimeServiceClient::new(channel.clone()),
-            images: ImageServiceClient::new(channel),
-        }
+        let mut runtime = RuntimeServiceClient::new(channel.clone());
+        // The plugin recovers its pods before it answers.
+        rig.wait("the CRI plugin answers", || {
+            rig.runtime.block_on(runtime.status(cri::StatusRequest { verbose: false })).is_ok()
+        });
+        Self { rig, runtime, images: ImageServiceClient::new(channel) }
     }
 
     pub(crate) fn pull(&mut self, name: &str) -> String {

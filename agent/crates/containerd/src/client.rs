@@ -40,8 +40,14 @@ pub enum ClientError {
         source: tonic::transport::Error,
     },
     /// A name cannot stand in a request.
-    #[error("`{0}` cannot be a namespace")]
-    Namespace(String),
+    #[error("`{name}` cannot be a namespace")]
+    Namespace {
+        /// The name.
+        name: String,
+        /// Why.
+        #[source]
+        source: tonic::metadata::errors::InvalidMetadataValue,
+    },
     /// containerd refused.
     #[error("containerd cannot {action}: {}", source.message())]
     Refused {
@@ -169,8 +175,10 @@ impl Containerd {
         let failed = |source| ClientError::Connect { socket: socket.display().to_string(), source };
         let endpoint = tonic::transport::Endpoint::from_shared(address).map_err(failed)?;
         let channel = endpoint.connect().await.map_err(failed)?;
-        let metadata = namespace.parse().map_err(|_| ClientError::Namespace(namespace.to_owned()))?;
-        Ok(Self { channel, namespace: metadata })
+        let parsed = namespace.parse();
+        let namespace =
+            parsed.map_err(|source| ClientError::Namespace { name: namespace.to_owned(), source })?;
+        Ok(Self { channel, namespace })
     }
 
     /// Brings the image in and gives it its name.

@@ -17,6 +17,8 @@ use crate::usage::Usage;
 const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new("snapshots");
 /// Pairs of parent (empty for none) and child.
 const CHILDREN: TableDefinition<(&str, &str), ()> = TableDefinition::new("children");
+/// Snapshots of layers that the node serves, by digest (of their layer, and of their image's manifest) and id.
+const REMOTE: TableDefinition<(&str, u64), ()> = TableDefinition::new("remote");
 /// `next_id`.
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 
@@ -152,6 +154,7 @@ impl State {
         let write = database.begin_write().map_err(db)?;
         write.open_table(SNAPSHOTS).map_err(db)?;
         write.open_table(CHILDREN).map_err(db)?;
+        write.open_table(REMOTE).map_err(db)?;
         write.open_table(META).map_err(db)?;
         write.commit().map_err(db)?;
         Ok(Self { database })
@@ -257,7 +260,7 @@ impl State {
             return Err(refuse(key, "it is not active"));
         }
         check_new(&write, name, &active.parent)?;
-        take(&write, key, &active.parent)?;
+        take(&write, key, &active)?;
         let mut committed = record(active.id, Kind::Committed, &active.parent, labels.clone(), None);
         committed.usage = usage;
         put(&write, name, &committed)?;
@@ -273,11 +276,11 @@ impl State {
         if !children(&write, name)?.is_empty() {
             return Err(refuse(name, "it has children"));
         }
-        take(&write, name, &record.parent)?;
+        take(&write, name, &record)?;
         let mut last_of_image = None;
         if let Some(remote) = &record.remote {
-            let table = write.open_table(SNAPSHOTS).map_err(db)?;
-            if !any_of_image(&table, &remote.manifest_digest)? {
+            let table = write.open_table(REMOTE).map_err(db)?;
+            if first_with(&table, &remote.manifest_digest)?.is_none() {
                 last_of_image = Some(remote.manifest_digest.clone());
             }
         }
@@ -313,10 +316,9 @@ impl State {
     /// True if a snapshot with a smaller id has the same layer: content counts once.
     pub(crate) fn is_counted_elsewhere(&self, record: &Record) -> Result<bool, StateError> {
         let Some(layer) = &record.remote else { return Ok(false) };
-        Ok(self.all()?.iter().any(|(_, other)| {
-            other.id < record.id
-                && other.remote.as_ref().is_some_and(|one| one.layer_digest == layer.layer_digest)
-        }))
+        let read = self.database.begin_read().map_err(db)?;
+        let first = first_with(&read.open_table(REMOTE).map_err(db)?, &layer.layer_digest)?;
+        Ok(first.is_some_and(|id| id < record.id))
     }
 }
 
@@ -424,13 +426,35 @@ fn put(write: &WriteTransaction, name: &str, record: &Record) -> Result<(), Stat
     let bytes = serde_json::to_vec(record)?;
     write.open_table(SNAPSHOTS).map_err(db)?.insert(name, bytes.as_slice()).map_err(db)?;
     write.open_table(CHILDREN).map_err(db)?.insert((record.parent.as_str(), name), ()).map_err(db)?;
+    let mut table = write.open_table(REMOTE).map_err(db)?;
+    for digest in digests(record) {
+        table.insert((digest, record.id), ()).map_err(db)?;
+    }
     Ok(())
 }
 
-fn take(write: &WriteTransaction, name: &str, parent: &str) -> Result<(), StateError> {
+fn take(write: &WriteTransaction, name: &str, record: &Record) -> Result<(), StateError> {
     write.open_table(SNAPSHOTS).map_err(db)?.remove(name).map_err(db)?;
-    write.open_table(CHILDREN).map_err(db)?.remove((parent, name)).map_err(db)?;
+    write.open_table(CHILDREN).map_err(db)?.remove((record.parent.as_str(), name)).map_err(db)?;
+    let mut table = write.open_table(REMOTE).map_err(db)?;
+    for digest in digests(record) {
+        table.remove((digest, record.id)).map_err(db)?;
+    }
     Ok(())
+}
+
+/// By what a snapshot of a served layer is found.
+fn digests(record: &Record) -> impl Iterator<Item = &str> {
+    record.remote.iter().flat_map(|layer| [layer.layer_digest.as_str(), layer.manifest_digest.as_str()])
+}
+
+/// The smallest id of a served snapshot with this digest.
+fn first_with(
+    table: &impl ReadableTable<(&'static str, u64), ()>,
+    digest: &str,
+) -> Result<Option<u64>, StateError> {
+    let first = table.range((digest, 0)..=(digest, u64::MAX)).map_err(db)?.next();
+    Ok(first.transpose().map_err(db)?.map(|(key, _)| key.value().1))
 }
 
 fn children(write: &WriteTransaction, parent: &str) -> Result<Vec<String>, StateError> {
@@ -456,19 +480,6 @@ fn remote_child(write: &WriteTransaction, parent: &str, chain_id: &str) -> Resul
             && record.remote.is_some()
             && record.labels.get(labels::TARGET).is_some_and(|target| target == chain_id)
         {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-fn any_of_image(
-    table: &impl ReadableTable<&'static str, &'static [u8]>,
-    manifest_digest: &str,
-) -> Result<bool, StateError> {
-    for row in table.iter().map_err(db)? {
-        let record: Record = serde_json::from_slice(row.map_err(db)?.1.value())?;
-        if record.remote.is_some_and(|remote| remote.manifest_digest == manifest_digest) {
             return Ok(true);
         }
     }
