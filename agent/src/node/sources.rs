@@ -87,6 +87,20 @@ impl BlockSource for LayerBlocks {
         self.0.try_read(offset, buffer)
     }
 
+    fn file(&self) -> Option<Arc<std::fs::File>> {
+        let path = self.0.layer().data_path();
+        let opened = std::fs::File::open(&path);
+        // Without it every read asks.
+        opened
+            .inspect_err(|error| tracing::warn!(path = %path.display(), %error, "cannot open"))
+            .ok()
+            .map(Arc::new)
+    }
+
+    fn on_disk(&self, offset: u64) -> u64 {
+        self.0.layer().durable_until(offset)
+    }
+
     fn read(self: Arc<Self>, offset: u64, len: usize) -> BoxFuture<'static, Result<Bytes, ReadError>> {
         async move {
             self.0

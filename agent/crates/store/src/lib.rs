@@ -193,8 +193,9 @@ impl Store {
             || Ok(state.layer_and_bits(layer.digest())?.map(|(_, pages)| pages).unwrap_or_default());
         let pages = layer.sync(committed)?;
         let recorded = put(state, &pages);
-        if recorded.is_err() {
-            layer.not_recorded(&pages);
+        match &recorded {
+            Ok(()) => layer.recorded(&pages),
+            Err(_) => layer.not_recorded(&pages),
         }
         recorded
     }
