@@ -32,6 +32,8 @@ pub fn blob(data: &[u8]) -> Vec<u8> {
     };
     let mut raw = lens.map(|len| cut(len).to_vec());
     fix_checksums(&mut raw[0]);
+    // Many digests cost much and find nothing.
+    let chunks = chunks % 1024;
     let digests: Vec<u8> =
         rest.iter().copied().cycle().take(if rest.is_empty() { 0 } else { chunks as usize * 32 }).collect();
     let frames = raw.clone().map(|raw| zstd::bulk::compress(&raw, 1).expect("compress"));
