@@ -110,7 +110,7 @@ impl Node {
             (None, None)
         } else {
             let streamed = self.streamed(image, &layer)?;
-            let blocks = Arc::new(LayerBlocks(Arc::clone(&streamed)));
+            let blocks = Arc::new(LayerBlocks::new(Arc::clone(&streamed))?);
             let blockfs = self.lock(&self.blockfs);
             let name = digest.trim_start_matches("sha256:");
             let path = blockfs.as_ref().map(|blockfs| blockfs.add(name, blocks)).transpose()?;

@@ -113,6 +113,11 @@ impl Layer {
         self.verified.count() * BLOCK_SIZE
     }
 
+    /// Bytes verified that are only in memory: the disk could not take them.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory_bytes.load(Ordering::Acquire)
+    }
+
     /// Whether the last write found no space.
     pub fn disk_full(&self) -> bool {
         self.disk_full.load(Ordering::Acquire)
