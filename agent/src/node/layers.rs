@@ -132,7 +132,7 @@ impl Node {
             (None, None)
         } else {
             let streamed = self.streamed(image, &layer)?;
-            let blocks = Arc::new(LayerBlocks(Arc::clone(&streamed)));
+            let blocks = Arc::new(LayerBlocks::new(Arc::clone(&streamed))?);
             let blockfs = self.lock(&self.blockfs);
             let path = blockfs.as_ref().map(|blockfs| blockfs.add(name, blocks)).transpose()?;
             (Some(streamed), path)

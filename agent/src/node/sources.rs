@@ -1,5 +1,6 @@
 //! Adapters: registry blobs and index artifacts as byte sources, streamed layers as block sources.
 
+use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -76,15 +77,25 @@ async fn find(
 
 /// A streamed layer as a block file.
 #[derive(Debug)]
-pub(super) struct LayerBlocks(pub(super) Arc<StreamedLayer>);
+pub(super) struct LayerBlocks {
+    layer: Arc<StreamedLayer>,
+    local: Arc<File>,
+}
+
+impl LayerBlocks {
+    pub(super) fn new(layer: Arc<StreamedLayer>) -> std::io::Result<Self> {
+        let local = Arc::new(File::open(layer.layer().data_path())?);
+        Ok(Self { layer, local })
+    }
+}
 
 impl BlockSource for LayerBlocks {
     fn size(&self) -> u64 {
-        self.0.layer().size()
+        self.layer.layer().size()
     }
 
     fn try_read(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<bool> {
-        self.0.try_read(offset, buffer)
+        self.layer.try_read(offset, buffer)
     }
 
     fn file(&self) -> Option<Arc<std::fs::File>> {
@@ -103,11 +114,26 @@ impl BlockSource for LayerBlocks {
 
     fn read(self: Arc<Self>, offset: u64, len: usize) -> BoxFuture<'static, Result<Bytes, ReadError>> {
         async move {
-            self.0
+            self.layer
                 .read(offset, len)
                 .await
                 .map_err(|error| ReadError { errno: libc::EIO, message: error.to_string() })
         }
         .boxed()
+    }
+
+    fn file(&self) -> Option<Arc<File>> {
+        Some(Arc::clone(&self.local))
+    }
+
+    fn on_disk(&self, offset: u64) -> u64 {
+        const STEP: u64 = 256 << 10;
+        let layer = self.layer.layer();
+        let (mut end, size) = (offset, layer.size());
+        while end < size && layer.has(end..(end + STEP).min(size)) {
+            end = (end + STEP).min(size);
+        }
+        // Asked after the map: a block that memory held when its bit was set is either held still, or was written since.
+        if layer.memory_bytes() > 0 { offset } else { end }
     }
 }

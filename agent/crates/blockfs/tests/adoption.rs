@@ -253,7 +253,7 @@ fn killed_agents_are_not_noticed(way: Way) {
     });
     let longest_restart = restarts.iter().max().expect("some");
     println!(
-        "{way}: {} operations, {KILLS} agents killed, longest pause {:?}, of which without an agent {longest_restart:?} at most",
+        "{way}: {} operations, {KILLS} agents killed, no agent for {longest_restart:?} at most; longest operations: {}",
         seen.operations.load(Ordering::Relaxed),
         seen.longest(),
     );

@@ -73,6 +73,9 @@ fn a_layer_is_handed_over_while_it_is_read_by(way: Way) {
             });
         }
         std::thread::sleep(Duration::from_millis(300));
+        // A layer is handed over when it is complete: nobody waits for the network then.
+        sources.iter().for_each(|source| source.set(Mood::OnDisk));
+        std::thread::sleep(Duration::from_millis(50));
         for (device, local) in devices.iter().zip(&room.layers) {
             let start = Instant::now();
             device.hand_over(local).expect("handed over");
@@ -287,6 +290,38 @@ fn the_fuse_files_are_read_only_private_and_go_when_removed_by(way: Way) {
     assert_ne!(path, again);
     assert!(fs::read(&again).expect("reads") == rig::expected(1, 0, sources[1].size() as usize));
     drop(open);
+    blockfs.unmount().expect("unmounts");
+    room.assert_released();
+}
+
+/// The read in front of a commit fails: the request is finished by hand, and its entry is not lost.
+#[test]
+fn a_local_file_that_became_short_is_an_error_and_nothing_more() {
+    WAYS.into_iter().for_each(a_local_file_that_became_short_is_an_error_and_nothing_more_by);
+}
+
+fn a_local_file_that_became_short_is_an_error_and_nothing_more_by(way: Way) {
+    let (runtime, room) = (runtime(), Room::new(&[vec![MIB]]));
+    let (blockfs, sources) = (room.blockfs(&runtime, way), room.sources());
+    sources[0].set(Mood::OnDisk);
+    let image = mount_image(&room, attach_all(&blockfs, &sources), "image");
+    let local = File::options().write(true).open(&room.layers[0]).expect("opens");
+    local.set_len(MIB / 2 + 100).expect("cut");
+    let file = File::open(image.dir().join(&room.samples[0].path)).expect("opens");
+    for round in 0..20 {
+        let error = file.read_exact_at(&mut [0; 4096], MIB - 4096).expect_err("the bytes are gone");
+        assert_eq!(error.raw_os_error(), Some(5), "{error}");
+        let at = round * 4096;
+        let mut bytes = [0; 4096];
+        file.read_exact_at(&mut bytes, at).expect("reads");
+        assert!(bytes == *room.samples[0].bytes(at, 4096));
+    }
+    local.set_len(0).expect("cut");
+    fs::write(&room.layers[0], &*room.samples[0].content).expect("written");
+    room.forget(image.dir());
+    room.check(image.dir());
+    drop(file);
+    image.unmount().expect("unmounts");
     blockfs.unmount().expect("unmounts");
     room.assert_released();
 }

@@ -77,7 +77,8 @@ impl Misses {
         state.waiting.insert(id, waiting);
     }
 
-    /// The kernel gives up on a read.
+    /// The kernel gives up on a read. Only requests that are waited for one by one are interrupted; reads of loop devices, direct
+    /// ones and read-ahead are not (Linux 6.18): those wait for their answer, or for [`Self::watch`] to end it.
     pub(crate) fn interrupt(&self, unique: u64) {
         let mut state = self.lock();
         let id = state.waiting.iter().find(|(_, waiting)| waiting.unique == unique).map(|(id, _)| *id);

@@ -49,8 +49,12 @@ enum Parting {
     Unmounted,
 }
 
-/// Serves the agents that connect to `socket` one after the other, mounted on `dir`, until one of them says to unmount. A
-/// process of its own calls this, which does not die with any agent. `ready` is called once agents can connect.
+/// Serves the agents that connect to `socket` one after the other, mounted on `dir`, until one of them says to unmount.
+///
+/// It is for a process of its own, which must not die with any agent: not in the control group that the service manager kills
+/// with it (`KillMode=process`), not the out-of-memory killer's choice (asked for here). It wants a descriptor for each layer that
+/// is not complete; without one, reads of that layer are all asked of the agent. What an earlier server left mounted on `dir`
+/// must have been unmounted. `ready` is called once agents can connect.
 pub fn serve(
     dir: &Path,
     socket: &Path,
@@ -58,6 +62,9 @@ pub fn serve(
     ready: impl FnOnce() -> io::Result<()>,
 ) -> Result<(), BlockFsError> {
     let failed = |source| BlockFsError::Server { path: socket.to_path_buf(), source };
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
+        tracing::debug!(%error, "the out-of-memory killer may choose the server of block files");
+    }
     let (shared, ended) = Shared::start(dir, options)?;
     match std::fs::remove_file(socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),

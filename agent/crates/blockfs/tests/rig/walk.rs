@@ -25,13 +25,17 @@ pub(crate) const READINGS: [Reading; 4] = [Reading::Read, Reading::Mapping, Read
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     pub(crate) operations: AtomicU64,
-    longest_us: AtomicU64,
+    longest_us: [AtomicU64; READINGS.len()],
 }
 
 impl Seen {
-    /// The longest that one operation took.
-    pub(crate) fn longest(&self) -> Duration {
-        Duration::from_micros(self.longest_us.load(Ordering::Relaxed))
+    /// The longest that one operation of each kind took. (A program reads a whole file, piece by piece.)
+    pub(crate) fn longest(&self) -> String {
+        let told = |reading: Reading| {
+            let longest = self.longest_us[reading as usize].load(Ordering::Relaxed);
+            format!("{reading:?} {:?}", Duration::from_micros(longest))
+        };
+        READINGS.map(told).join(", ")
     }
 }
 
@@ -54,7 +58,7 @@ pub(crate) fn walk(room: &Room, root: &Path, reading: Reading, done: &AtomicBool
             Reading::Exec => exec(room, root, sample),
         }
         let took = start.elapsed().as_micros() as u64;
-        seen.longest_us.fetch_max(took, Ordering::Relaxed);
+        seen.longest_us[reading as usize].fetch_max(took, Ordering::Relaxed);
         seen.operations.fetch_add(1, Ordering::Relaxed);
         // The page cache would answer the next one.
         forget(&root.join(&sample.path));
