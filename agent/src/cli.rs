@@ -266,8 +266,10 @@ fn parse_rate(text: &str) -> Result<u64, String> {
         .iter()
         .find_map(|(suffix, factor)| lower.strip_suffix(suffix).map(|number| (number, *factor)))
         .unwrap_or((&lower, 1));
-    let number: f64 =
-        number.trim().parse().map_err(|_| format!("`{text}` is not a rate like 1gbit or 200mbit"))?;
+    let number: f64 = number
+        .trim()
+        .parse()
+        .map_err(|error| format!("`{text}` is not a rate like 1gbit or 200mbit: {error}"))?;
     if number <= 0.0 {
         return Err("a rate is more than zero".to_owned());
     }
@@ -280,7 +282,8 @@ fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
         .iter()
         .find_map(|(suffix, scale)| text.strip_suffix(suffix).map(|number| (number, *scale)))
         .ok_or_else(|| format!("`{text}` has no unit: write 2ms or 1s"))?;
-    let number: f64 = number.trim().parse().map_err(|_| format!("`{text}` is not a duration like 2ms"))?;
+    let number: f64 =
+        number.trim().parse().map_err(|error| format!("`{text}` is not a duration like 2ms: {error}"))?;
     std::time::Duration::try_from_secs_f64(number * scale).map_err(|error| error.to_string())
 }
 

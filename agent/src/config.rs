@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use sluice_blockfs::{Choice, Options, Way};
+use sluice_store::StoreLimits;
 
 use crate::cli::Global;
 
@@ -53,6 +54,7 @@ struct RawRegistry {
     docker_config: Option<PathBuf>,
     extra_ca: Vec<PathBuf>,
     connections_per_host: Option<usize>,
+    longest_retry_after_s: Option<u64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -67,6 +69,8 @@ struct RawStream {
 #[serde(default, deny_unknown_fields)]
 struct RawStore {
     memory_budget_mib: Option<u64>,
+    quota_mib: Option<u64>,
+    reserve_mib: Option<u64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -125,12 +129,14 @@ pub(crate) struct Config {
     pub(crate) extra_ca: Vec<PathBuf>,
     /// Requests under way per registry host, over all images.
     pub(crate) connections_per_host: usize,
+    /// A registry that asks for a longer pause is reported as busy instead of waited for.
+    pub(crate) longest_retry_after: Duration,
     /// How long a blocked read waits for a registry that is away.
     pub(crate) outage_timeout: Duration,
     /// Fetch the rest of a streamed image in the background.
     pub(crate) fill: bool,
-    /// Bytes of verified content kept in memory until written.
-    pub(crate) memory_budget_bytes: u64,
+    /// What the layer store may take.
+    pub(crate) store_limits: StoreLimits,
     /// How block files are served.
     pub(crate) blocks: Options,
     /// The file that all this comes from.
@@ -172,9 +178,14 @@ impl Config {
                 .or_else(|| docker_dir.map(|dir| dir.join("config.json"))),
             extra_ca: raw.registry.extra_ca,
             connections_per_host: raw.registry.connections_per_host.unwrap_or(8),
+            longest_retry_after: Duration::from_secs(raw.registry.longest_retry_after_s.unwrap_or(120)),
             outage_timeout: Duration::from_secs(raw.stream.outage_timeout_s.unwrap_or(600)),
             fill: raw.stream.fill.unwrap_or(true),
-            memory_budget_bytes: raw.store.memory_budget_mib.unwrap_or(24) << 20,
+            store_limits: StoreLimits {
+                memory_budget_bytes: raw.store.memory_budget_mib.unwrap_or(24) << 20,
+                quota_bytes: raw.store.quota_mib.map(|mib| mib << 20),
+                reserve_bytes: raw.store.reserve_mib.unwrap_or(64) << 20,
+            },
             blocks: raw.blocks.resolve(),
             file: global.config.clone(),
             streaming_enabled: raw.stream.enabled.unwrap_or(true),

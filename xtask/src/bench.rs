@@ -56,6 +56,7 @@ pub(crate) fn start(args: &Args) -> Result<()> {
                 registry: &registry,
                 containerd: &containerd,
                 index_store,
+                says: Some("ready"),
             };
             let image = registry.image(recipe.name);
             bench.index(&image)?;

@@ -24,15 +24,32 @@ pub(crate) struct Args {
     /// Starts of each kind
     #[arg(long, default_value_t = 1)]
     rounds: usize,
+    /// An image of any registry instead: it is copied by skopeo and served through the same link
+    #[arg(long, value_name = "REF", requires = "command")]
+    image: Option<String>,
+    /// Command for `--image`, which ends by itself
+    #[arg(last = true)]
+    command: Vec<String>,
 }
 
 /// Makes, serves, runs, compares.
 pub(crate) fn demo(args: &Args) -> Result<()> {
     packages::install(&packages::RUNTIME)?;
+    if args.image.is_some() {
+        packages::install(&packages::TESTS)?;
+    }
     println!("building sluice (release)");
     let binary = sluice::build()?;
-    let recipe = image_maker::recipe(&args.size)?;
-    let images = image_maker::make(recipe)?;
+    let (images, name, command) = match &args.image {
+        Some(reference) => {
+            let (images, name) = image_maker::copy(reference)?;
+            (images, name, args.command.iter().map(String::as_str).collect())
+        }
+        None => {
+            let recipe = image_maker::recipe(&args.size)?;
+            (image_maker::make(recipe)?, recipe.name.to_owned(), recipe.command.to_vec())
+        }
+    };
     let work = target().join("sluice-demo");
     let registry = Registry::start(&binary, &images, &args.rate, &args.delay)?;
     let containerd = Containerd::start(&work.join("containerd"))?;
@@ -43,8 +60,9 @@ pub(crate) fn demo(args: &Args) -> Result<()> {
         registry: &registry,
         containerd: &containerd,
         index_store,
+        says: args.image.is_none().then_some("ready"),
     };
-    let image = registry.image(recipe.name);
+    let image = registry.image(&name);
     println!("registry behind a link of {} with {} round trip; image {image}", args.rate, args.delay);
     print!("{}", bench.index(&image)?);
     let progress = ProgressBar::new((args.rounds * Way::ALL.len()) as u64);
@@ -53,13 +71,13 @@ pub(crate) fn demo(args: &Args) -> Result<()> {
         let mut starts = Vec::new();
         for _ in 0..args.rounds {
             progress.set_message(way.label());
-            starts.push(bench.start(way, &image, recipe.command)?);
+            starts.push(bench.start(way, &image, &command)?);
             progress.inc(1);
         }
         rows.push((way, starts));
     }
     progress.finish_and_clear();
-    let size = image_maker::compressed_bytes(&images, recipe)?;
+    let size = image_maker::compressed_bytes(&images.join(&name))?;
     let ready = |starts: &[crate::measure::Start]| median(starts.iter().map(|start| start.ready_s).collect());
     let full = rows.first().map_or(f64::NAN, |(_, starts)| ready(starts));
     println!("\n{:<32} {:>10} {:>12} {:>9} {:>8}", "", "ready", "fetched", "of image", "ratio");
@@ -74,6 +92,6 @@ pub(crate) fn demo(args: &Args) -> Result<()> {
             full / ready(starts)
         );
     }
-    println!("command: {}", recipe.command.join(" "));
+    println!("command: {}", command.join(" "));
     Ok(())
 }

@@ -275,9 +275,24 @@ fn clean_dir(dir: &Path) -> Result<()> {
     }
 }
 
-/// Compressed bytes of an image's layers.
-pub(crate) fn compressed_bytes(images: &Path, recipe: Recipe) -> Result<u64> {
-    let layout = images.join(recipe.name);
+/// Copies an image of any registry; the directory of layouts, and its name there. It keeps its layers as they are.
+pub(crate) fn copy(reference: &str) -> Result<(PathBuf, String)> {
+    let root = target().join("sluice-images/copied");
+    let name: String =
+        reference.chars().map(|letter| if letter.is_ascii_alphanumeric() { letter } else { '-' }).collect();
+    let name = name.to_ascii_lowercase().trim_matches('-').to_owned();
+    let layout = root.join(&name);
+    if !layout.join("index.json").exists() {
+        fs::create_dir_all(&root)?;
+        let (from, to) = (format!("docker://{reference}"), format!("oci:{}:latest", layout.display()));
+        println!("copying {reference}");
+        output(Command::new("skopeo").args(["copy", "--quiet", &from, &to]))?;
+    }
+    Ok((root, name))
+}
+
+/// Compressed bytes of the layers of a layout's image.
+pub(crate) fn compressed_bytes(layout: &Path) -> Result<u64> {
     let read = |path: PathBuf| -> Result<Value> { Ok(serde_json::from_slice(&fs::read(path)?)?) };
     let index = read(layout.join("index.json"))?;
     let digest =

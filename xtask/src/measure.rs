@@ -55,6 +55,8 @@ pub(crate) struct Bench<'a> {
     pub(crate) containerd: &'a Containerd,
     /// `--store` of the published index.
     pub(crate) index_store: String,
+    /// What the command must say.
+    pub(crate) says: Option<&'static str>,
 }
 
 impl Bench<'_> {
@@ -108,8 +110,8 @@ impl Bench<'_> {
 
     fn measured(&self, start: Instant, said: &str, peak_bytes: u64) -> Result<Start> {
         let ready_s = start.elapsed().as_secs_f64();
-        if !said.contains("ready") {
-            bail!("the container said `{said}` instead of `ready`");
+        if let Some(word) = self.says.filter(|word| !said.contains(word)) {
+            bail!("the container said `{said}` instead of `{word}`");
         }
         Ok(Start { ready_s, bytes: self.registry.bytes_sent()?, peak_bytes })
     }

@@ -22,8 +22,11 @@ fn members(bytes: &[u8], piece: usize) {
     let mut theirs = Vec::new();
     let accepted = flate2::read::MultiGzDecoder::new(bytes).take(LIMIT as u64).read_to_end(&mut theirs);
     if accepted.is_ok() && !bytes.is_empty() {
-        assert_eq!(output, theirs);
+        // An error behind the limit may cost one of them the last step's output.
+        let common = output.len().min(theirs.len());
+        assert!(output[..common] == theirs[..common]);
         if theirs.len() < LIMIT {
+            assert_eq!(output.len(), theirs.len());
             assert!(ours.is_ok(), "{ours:?}");
         }
     }

@@ -14,9 +14,14 @@ fuzz_target!(|data: &[u8]| {
     let mut theirs = Vec::new();
     if reader.window_log_max(27).is_ok() {
         let accepted = reader.take(LIMIT as u64).read_to_end(&mut theirs).is_ok();
-        if accepted && !bytes.is_empty() {
-            assert_eq!(output, theirs);
+        // The library may know formats from before zstd 1.0; ours refuses them.
+        let old = bytes.windows(4).any(|four| matches!(four, [0x1e..=0x27, 0xb5, 0x2f, 0xfd]));
+        if accepted && !bytes.is_empty() && !old {
+            // An error behind the limit may cost one of them the last step's output.
+            let common = output.len().min(theirs.len());
+            assert!(output[..common] == theirs[..common]);
             if theirs.len() < LIMIT {
+                assert_eq!(output.len(), theirs.len());
                 assert!(ours.is_ok(), "{ours:?}");
             }
         }

@@ -10,7 +10,8 @@ use sluice_registry::Client;
 use super::status::size;
 use crate::config::Config;
 use crate::node::{
-    INDEX_KIND, LAYER_ANNOTATION, artifact_store, cannot_stream, read_index, registry_client, unsupported,
+    INDEX_KIND, LAYER_ANNOTATION, artifact_store, cannot_stream, embedded_index, read_index, registry_client,
+    unsupported,
 };
 
 /// Exit code 0: every layer can be streamed at random; 1: not so.
@@ -37,6 +38,9 @@ pub(crate) async fn check(config: &Arc<Config>, name: &str, store: Option<String
             },
             None => match unsupported(&layer.media_type) {
                 Some(reason) => (false, format!("{reason}: the image cannot be used")),
+                None if matches!(embedded_index(&registry, &image, layer).await, Ok(Some(_))) => {
+                    (true, "its own table of contents: streamed at random by it".to_owned())
+                }
                 None => {
                     let head = registry
                         .blob(&image.reference, &layer.digest, layer.size)

@@ -82,7 +82,7 @@ fn table(status: &Status) -> String {
 }
 
 fn percent(part: u64, whole: u64) -> u64 {
-    if whole == 0 { 100 } else { part.saturating_mul(100) / whole }
+    part.saturating_mul(100).checked_div(whole).unwrap_or(100)
 }
 
 /// Bytes for people: three significant digits, binary units.

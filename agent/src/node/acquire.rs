@@ -12,13 +12,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use sluice_blockfs::ImageMount;
 use sluice_image::erofs::{self, Form};
 use sluice_image::index::LayerIndex;
-use sluice_image::index::embedded::{self, EmbeddedToc};
 use sluice_image::merge::{Dropped, Tree};
 use sluice_registry::artifact::{ArtifactBlob, ArtifactReader};
 use sluice_registry::{Client, Layer, ResolvedImage};
 use sluice_store::ImageRecord;
 use sluice_stream::first_pull;
 
+use super::embedded::embedded_index;
 use super::sources::RegistryBlob;
 use super::{INDEX_KIND, Image, LAYER_ANNOTATION, Node, TOC_ANNOTATION};
 use crate::api::{AcquireRequest, Acquired, Holder, Served};
@@ -291,7 +291,10 @@ impl Node {
                 }
             }
         }
-        match self.embedded_index(image, layer).await {
+        if let Some(reason) = unsupported(&layer.media_type) {
+            bail!("layer {}: {reason}", layer.digest);
+        }
+        match embedded_index(&self.registry, image, layer).await {
             Ok(Some(index)) => {
                 let store = self.store.clone();
                 tokio::task::spawn_blocking(move || store.add_layer(&index)).await??;
@@ -300,19 +303,9 @@ impl Node {
             }
             Ok(None) => {}
             Err(error) => {
-                events.note(format!(
-                    "layer {}: its own table of contents is not used: {error:#}",
-                    layer.digest
-                ));
-                tracing::warn!(
-                    layer = layer.digest,
-                    error = format!("{error:#}"),
-                    "table of contents refused"
-                );
+                events.note(format!("layer {}'s own table of contents is not used: {error:#}", layer.digest));
+                tracing::warn!(layer = layer.digest, error = format!("{error:#}"), "embedded table refused");
             }
-        }
-        if let Some(reason) = unsupported(&layer.media_type) {
-            bail!("layer {}: {reason}", layer.digest);
         }
         let blob = Arc::new(RegistryBlob(self.registry.blob(&image.reference, &layer.digest, layer.size)));
         let pull = first_pull(
@@ -325,21 +318,6 @@ impl Node {
         )
         .await?;
         Ok(Some((layer.digest.clone(), pull.index)))
-    }
-
-    /// The index of a layer that brings a table of contents of its own (eStargz, zstd:chunked).
-    async fn embedded_index(&self, image: &ResolvedImage, layer: &Layer) -> Result<Option<LayerIndex>> {
-        if !layer.annotations.keys().any(|key| key.contains("stargz") || key.contains("zstd-chunked")) {
-            return Ok(None);
-        }
-        let blob = self.registry.blob(&image.reference, &layer.digest, layer.size);
-        let tail = blob.read_all(layer.size.saturating_sub(embedded::TAIL_LEN)..layer.size, false).await?;
-        let annotation = |name: &str| layer.annotations.get(name).map(String::as_str);
-        let Some(toc) = EmbeddedToc::find(annotation, layer.size, &tail)? else { return Ok(None) };
-        let table = blob.read_all(toc.range(), false).await?;
-        let (digest, diff_id) = (layer.digest.clone(), layer.diff_id.clone());
-        let made = tokio::task::spawn_blocking(move || toc.index(&table, &digest, &diff_id)).await?;
-        Ok(Some(made?))
     }
 
     /// Merges the layers' tables of contents and writes the image's EROFS metadata; blocks of each layer's file, and what

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use sluice_blockfs::Device;
 use sluice_registry::ResolvedImage;
 use sluice_store::Layer;
-use sluice_stream::{LayerParts, StreamError, StreamedLayer};
+use sluice_stream::{BlobSource, LayerParts, MemorySource, StreamError, StreamedLayer};
 
 use super::Node;
 use super::sources::{IndexBlob, LayerBlocks, RegistryBlob};
@@ -43,6 +43,11 @@ impl NodeLayer {
     /// Files that loop devices of this layer may be on.
     pub(super) fn paths(&self) -> Vec<PathBuf> {
         self.fuse_path.iter().cloned().chain([self.layer.data_path()]).collect()
+    }
+
+    /// The file that blockfs serves for it, if any.
+    pub(super) fn served_path(&self) -> Option<&std::path::Path> {
+        self.fuse_path.as_deref()
     }
 
     /// The layer's block device, shared by all images that have the layer. Blocks the thread.
@@ -152,16 +157,22 @@ impl Node {
         let blob = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let index = sluice_image::index::LayerIndex::from_blob(blob)?;
         let size = index.header().layer_size.get();
-        let parts = LayerParts {
-            layer: Arc::clone(layer),
-            store: self.store.clone(),
-            blob: Arc::new(RegistryBlob(self.registry.blob(&image.reference, digest, size))),
-            index_blob: Arc::new(IndexBlob {
+        let index_blob: Arc<dyn BlobSource> = if index.has_own_tar() {
+            Arc::new(IndexBlob {
                 artifacts: self.artifacts.clone(),
                 image: image.clone(),
                 layer: digest.to_owned(),
                 found: Arc::default(),
-            }),
+            })
+        } else {
+            // Made here from the layer's own table of contents: nobody else has it.
+            Arc::new(MemorySource(bytes::Bytes::copy_from_slice(index.blob())))
+        };
+        let parts = LayerParts {
+            layer: Arc::clone(layer),
+            store: self.store.clone(),
+            blob: Arc::new(RegistryBlob(self.registry.blob(&image.reference, digest, size))),
+            index_blob,
             scheduler: self.scheduler.clone(),
             outage_timeout: self.config.outage_timeout,
         };

@@ -2,9 +2,11 @@
 
 mod acquire;
 mod block_server;
+mod embedded;
 mod kept;
 mod layers;
 mod recover;
+mod room;
 mod snapshots;
 mod sources;
 mod status;
@@ -18,7 +20,7 @@ use anyhow::{Context, Result, bail};
 use sluice_blockfs::{BlockFs, ImageMount};
 use sluice_kernel::Abilities;
 use sluice_registry::artifact::{ArtifactStore, Kind};
-use sluice_registry::{Client, RegistryConfig};
+use sluice_registry::{Client, Limits, RegistryConfig};
 use sluice_store::Store;
 use sluice_stream::Scheduler;
 
@@ -28,6 +30,7 @@ use crate::daemon::EventSender;
 use crate::journal::Journal;
 pub(crate) use acquire::{read_index, unsupported};
 pub(crate) use block_server::socket as block_socket;
+pub(crate) use embedded::embedded_index;
 use layers::NodeLayer;
 pub(crate) use snapshots::NodeImages;
 
@@ -83,13 +86,15 @@ struct Image {
 
 /// A registry client of this configuration.
 pub(crate) fn registry_client(config: &Config) -> Result<Client> {
-    Ok(Client::new(RegistryConfig {
+    let limits = Limits { longest_retry_after: config.longest_retry_after, ..Limits::default() };
+    let config = RegistryConfig {
         hosts_dir: config.hosts_dir.clone(),
         plain_http: config.plain_http.clone(),
         docker_config: config.docker_config.clone(),
         extra_ca: config.extra_ca.clone(),
         connections_per_host: config.connections_per_host,
-    })?)
+    };
+    Ok(Client::with_limits(config, limits)?)
 }
 
 /// Where stream indexes are kept: at `url`, in the configured object store, or beside the images.
@@ -109,7 +114,7 @@ impl Node {
         }
         let registry = registry_client(&config)?;
         let node = Arc::new(Self {
-            store: Store::open(&config.root, config.memory_budget_bytes)?,
+            store: Store::open_with(&config.root, config.store_limits)?,
             artifacts: artifact_store(&config, None, &registry)?,
             registry,
             scheduler: Scheduler::new(BACKGROUND_FETCHES),
@@ -127,6 +132,7 @@ impl Node {
         let runtime = tokio::runtime::Handle::current();
         tokio::task::spawn_blocking(move || starting.recover(runtime)).await??;
         node.resume_adopted()?;
+        node.keep_room();
         Ok(node)
     }
 
@@ -134,7 +140,13 @@ impl Node {
     pub(crate) async fn release(self: &Arc<Self>, holder: &Holder) -> Result<()> {
         let mut unused = Vec::new();
         self.lock(&self.images).retain(|digest, image| {
+            let held = image.holders.len();
             image.holders.retain(|one| one != holder);
+            if image.holders.len() < held
+                && let Err(error) = self.store.touch_image(digest)
+            {
+                tracing::warn!(%digest, %error, "its last use is not recorded");
+            }
             if image.holders.is_empty() {
                 unused.extend(image.mount.take().map(|mount| (digest.clone(), mount)));
                 return false;
@@ -187,21 +199,15 @@ impl Node {
         for holder in self.unmounted_holders() {
             self.release(&holder).await?;
         }
-        let records = self.store.images()?;
-        let in_use: Vec<String> =
-            self.lock(&self.images).values().flat_map(|image| image.layers.clone()).collect();
-        let wanted = |digest: &str| {
-            in_use.iter().any(|one| one == digest)
-                || records.iter().any(|image| image.layers.iter().any(|one| one == digest))
-        };
-        // A container that outlived its holder may still read a layer through its device.
-        let devices = sluice_kernel::loop_device::list()?;
-        let attached = |layer: &NodeLayer| {
-            layer.paths().iter().any(|path| devices.iter().any(|one| one.backing_file == *path))
-        };
-        self.lock(&self.layers).retain(|digest, layer| wanted(digest) || attached(layer));
-        let kept: Vec<String> = self.lock(&self.layers).keys().cloned().collect();
-        let freed = self.store.gc(&|digest| in_use.iter().chain(&kept).any(|one| one == digest))?;
+        let in_use = self.in_use()?;
+        let recorded: Vec<String> = self.store.images()?.into_iter().flat_map(|image| image.layers).collect();
+        self.forget_layers(|digest| {
+            in_use.layers.contains(digest) || recorded.iter().any(|one| one == digest)
+        })
+        .await;
+        let store = self.store.clone();
+        let freed = tokio::task::spawn_blocking(move || store.gc(&|digest| in_use.layers.contains(digest)));
+        let freed = freed.await??;
         Ok(GcReport { layers_removed: freed.layers, bytes_freed: freed.bytes })
     }
 

@@ -221,6 +221,16 @@ fn layer_of(blocks: &Path, backing: &Path) -> Option<String> {
     (ours && well_formed).then(|| format!("sha256:{hex}"))
 }
 
+/// The layer behind a device on a block file of ours, or on a layer's local file.
+pub(super) fn layer_behind(blocks: &Path, layers: &Path, backing: &Path) -> Option<String> {
+    let local = || {
+        let hex = backing.strip_prefix(layers).ok()?.parent()?.to_str()?;
+        let well_formed = hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit());
+        well_formed.then(|| format!("sha256:{hex}"))
+    };
+    layer_of(blocks, backing).or_else(local)
+}
+
 /// Takes everything mounted at or below `dir` out of the tree, but for `kept`.
 pub(super) fn unmount_below(dir: &Path, kept: &[PathBuf]) -> Result<()> {
     let mut targets: Vec<_> = sluice_kernel::mounts()?
@@ -255,5 +265,15 @@ mod tests {
         assert_eq!(layer_of(blocks, &Path::new("/").join(&name)), Some(format!("sha256:{hex}")));
         assert_eq!(layer_of(blocks, &Path::new("/elsewhere").join(&name)), None);
         assert_eq!(layer_of(blocks, Path::new("/run/sluice/blocks/x-y")), None);
+        let layers = Path::new("/var/lib/sluice/layers");
+        for (backing, known) in [
+            (layers.join(&hex).join("data"), true),
+            (blocks.join(&name), true),
+            (layers.join("elsewhere").join("data"), false),
+            (Path::new("/var/lib/images").join(&hex), false),
+        ] {
+            let expected = known.then(|| format!("sha256:{hex}"));
+            assert_eq!(layer_behind(blocks, layers, &backing), expected, "{}", backing.display());
+        }
     }
 }

@@ -15,7 +15,7 @@ use sluice_stream::{BlobSource, Lane, SourceError, StreamedLayer};
 use super::{INDEX_KIND, LAYER_ANNOTATION};
 
 fn source_error(error: &RegistryError) -> SourceError {
-    SourceError { message: error.to_string(), transient: error.is_transient() }
+    SourceError { message: error.to_string(), transient: error.may_pass() }
 }
 
 /// A layer blob in a registry.
@@ -85,6 +85,20 @@ impl BlockSource for LayerBlocks {
 
     fn try_read(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<bool> {
         self.0.try_read(offset, buffer)
+    }
+
+    fn file(&self) -> Option<Arc<std::fs::File>> {
+        let path = self.0.layer().data_path();
+        let opened = std::fs::File::open(&path);
+        // Without it every read asks.
+        opened
+            .inspect_err(|error| tracing::warn!(path = %path.display(), %error, "cannot open"))
+            .ok()
+            .map(Arc::new)
+    }
+
+    fn on_disk(&self, offset: u64) -> u64 {
+        self.0.layer().durable_until(offset)
     }
 
     fn read(self: Arc<Self>, offset: u64, len: usize) -> BoxFuture<'static, Result<Bytes, ReadError>> {

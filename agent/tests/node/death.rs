@@ -42,7 +42,8 @@ fn readers_do_not_notice_that_daemons_die() {
     over.store(true, Ordering::Relaxed);
     let longest = reader.join().expect("no read failed");
     eprintln!("longest read across 5 deaths: {longest:?}");
-    assert!(longest < Duration::from_secs(3));
+    // Generous: the machine may be busy with other tests.
+    assert!(longest < Duration::from_secs(10));
     let complaint = node.complaint(&["rm", &node.image()]);
     assert!(complaint.contains("in use"), "the next daemon knows the mount: {complaint}");
     node.ok(&["umount", &dir.to_string_lossy()]);

@@ -95,3 +95,21 @@ fn unused_layers_are_freed() {
     node.ok(&["pull", &node.image()]);
     assert_eq!(node.ok(&["gc"]), "0 layers removed, 0 bytes freed\n");
 }
+
+#[test]
+fn a_quota_takes_what_nobody_uses_and_never_what_is_mounted() {
+    let node = Node::indexed("[store]\nquota_mib = 8\nmemory_budget_mib = 2\n");
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    crate::rig::wait_until("the store is full", || node.status()["disk_full"] == true);
+    node.kill_daemon();
+    node.ok(&["gc"]);
+    // More than disk and memory may hold: it is all there nevertheless.
+    assert_content(&dir.join("data/large"), &large());
+    let status = node.status();
+    assert!(status["disk_bytes"].as_u64().unwrap() <= 9 << 20, "{status}");
+    assert_eq!(status["images"].as_array().unwrap().len(), 1);
+    node.ok(&["umount", &dir.to_string_lossy()]);
+    crate::rig::wait_until("the image is evicted", || node.status()["images"].as_array().unwrap().is_empty());
+    assert!(node.ok(&["fsck"]).ends_with(" 0 problems\n"));
+}

@@ -12,7 +12,7 @@ mod records;
 
 pub use call::Call;
 pub use maps::{CHUNK_PAGES, CHUNK_SHIFT, DROP_COUNTERS, Drop, FillKey, FillValue, OpenKey, Waiting};
-pub use offsets::{ABSENT, Offsets, SwitchState};
+pub use offsets::{ABSENT, Offsets, OverlayFile, SwitchState};
 pub use records::{
     AccessEvent, BASE_DEPTH, BlockedEvent, COMM_LEN, ExecEvent, FailedEvent, Head, Kind, NAME_LEN, OpenEvent,
     PATH_LEN, level,

@@ -19,6 +19,18 @@ pub enum SwitchState {
     Argument = 1,
 }
 
+/// What `private_data` of an overlay's open file is, `Offsets::overlay_file`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum OverlayFile {
+    /// Not known: overlayfs is a module that is not loaded yet.
+    Unknown = 0,
+    /// The real file.
+    Real = 1,
+    /// A `struct ovl_file`, which begins with the real file (6.13).
+    Structure = 2,
+}
+
 /// Byte offsets of fields, and a few facts about functions' arguments. [`ABSENT`]: not there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -115,6 +127,8 @@ pub struct Offsets {
     pub change_args: u32,
     /// A [`SwitchState`].
     pub switch_state: u32,
+    /// An [`OverlayFile`].
+    pub overlay_file: u32,
 }
 
 impl Offsets {
@@ -166,6 +180,7 @@ impl Offsets {
         link_args: ABSENT,
         change_args: ABSENT,
         switch_state: ABSENT,
+        overlay_file: OverlayFile::Unknown as u32,
     };
 }
 
@@ -177,6 +192,6 @@ mod tests {
 
     #[test]
     fn it_is_an_array_of_words() {
-        assert_eq!(size_of::<Offsets>(), 46 * 4);
+        assert_eq!(size_of::<Offsets>(), 47 * 4);
     }
 }

@@ -1,7 +1,7 @@
 //! Reading the kernel's structures, by offsets that the agent found in its type information.
 
 use aya_ebpf::helpers::{bpf_get_current_task, bpf_probe_read_kernel};
-use sluice_events::{EROFS_MAGIC, OVERLAY_MAGIC};
+use sluice_events::{EROFS_MAGIC, OVERLAY_MAGIC, OverlayFile};
 
 use crate::maps::{WATCHED, offset};
 
@@ -71,7 +71,7 @@ pub fn watched_mapping(mapping: Pointer) -> Option<(Pointer, Watched)> {
 /// The watched file that an open file stands for, also through an overlay.
 ///
 /// What an overlay's file keeps in `private_data` is the real file (until 6.12) or a structure that begins with it (6.13).
-/// The overlay's types may be in a module, so both are tried: the inode found must be of EROFS and of a watched device.
+/// Where that is not known both are tried: the inode found must be of EROFS and of a watched device.
 #[inline(always)]
 pub fn watched_file(file: Pointer) -> Option<Watched> {
     let inode: Pointer = read(file, offset!(file_inode))?;
@@ -81,8 +81,12 @@ pub fn watched_file(file: Pointer) -> Option<Watched> {
         return watched_inode(inode);
     }
     let private: Pointer = read(file, offset!(file_private))?;
-    if let Some(found) = real_file(private) {
-        return Some(found);
+    let known = offset!(overlay_file);
+    if known != OverlayFile::Structure as u32 {
+        let found = real_file(private);
+        if found.is_some() || known == OverlayFile::Real as u32 {
+            return found;
+        }
     }
     real_file(read(private, 0)?)
 }

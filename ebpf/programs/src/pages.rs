@@ -119,6 +119,15 @@ fn access(mapping: Pointer, first: u64, last: u64, kind: Kind, level: u8) -> i32
 /// Records pages `first..=last` if one of them was not accessed before from this mount namespace.
 #[inline(always)]
 fn touched(inode: Pointer, watched: Watched, first: u64, last: u64, kind: Kind, level: u8) {
+    let mnt_ns = mount_namespace();
+    let fault = kind as u16 == Kind::Fault as u16;
+    // The tracepoint of reads comes after the waiting, and what is mapped around a fault is not waited for.
+    if fault || level > level::TRACEPOINT {
+        asked(watched, first, 0, u32::from(fault), mnt_ns);
+    }
+    if is_known(watched, first, last, mnt_ns) {
+        return;
+    }
     // Programs read with large buffers: what is behind the end was not read.
     let size: u64 = read(inode, offset!(inode_size)).unwrap_or(u64::MAX);
     let Some(end) = size.checked_sub(1) else { return };
@@ -126,8 +135,6 @@ fn touched(inode: Pointer, watched: Watched, first: u64, last: u64, kind: Kind, 
     if last < first {
         return;
     }
-    let mnt_ns = mount_namespace();
-    asked(watched, first, 0, u32::from(kind as u16 == Kind::Fault as u16), mnt_ns);
     let Some((first, last)) = first_touch(watched, first, last, mnt_ns) else { return };
     let Some(mut entry) = reserve::<AccessEvent>() else { return };
     entry.write(AccessEvent {
@@ -138,6 +145,25 @@ fn touched(inode: Pointer, watched: Watched, first: u64, last: u64, kind: Kind, 
         dev: watched.dev,
     });
     submit(entry);
+}
+
+/// Whether all pages are marked already, as far as one look-up tells: the common case.
+#[inline(always)]
+fn is_known(watched: Watched, first: u64, last: u64, mnt_ns: u32) -> bool {
+    let chunk = first >> CHUNK_SHIFT;
+    if chunk != last >> CHUNK_SHIFT {
+        return false;
+    }
+    let key = FillKey { inode: watched.inode, chunk, watch: watched.watch, mnt_ns };
+    // SAFETY: bits are only ever set; to see one too few means to look closer.
+    let bits = unsafe { ACCESSED.get(&key) };
+    bits.is_some_and(|bits| chunk_mask(first, last) & !*bits == 0)
+}
+
+/// The bits of pages of one chunk.
+#[inline(always)]
+fn chunk_mask(first: u64, last: u64) -> u32 {
+    (u32::MAX << (first & 31)) & (u32::MAX >> (31 - (last & 31)))
 }
 
 /// The part of `first..=last` that holds all pages not yet marked in [`ACCESSED`]; marks them.
@@ -155,9 +181,8 @@ fn first_touch(watched: Watched, first: u64, last: u64, mnt_ns: u32) -> Option<(
         }
         let from = first.max(chunk << CHUNK_SHIFT);
         let to = last.min((chunk << CHUNK_SHIFT) + CHUNK_PAGES as u64 - 1);
-        let mask = (u32::MAX << (from & 31)) & (u32::MAX >> (31 - (to & 31)));
         let key = FillKey { inode: watched.inode, chunk, watch: watched.watch, mnt_ns };
-        if mark(&key, mask) {
+        if mark(&key, chunk_mask(from, to)) {
             new = Some((new.map_or(from, |(first, _)| first), to));
         }
     }

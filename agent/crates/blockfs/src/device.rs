@@ -11,9 +11,14 @@ use sluice_kernel::{ErofsMount, LoopDevice, LoopOptions, mount_erofs, unmount};
 use crate::BlockFsError;
 
 /// Read-ahead, in KiB. EROFS takes that of all an image's files from the device of its *metadata*, whatever device they are on
-/// (`s_bdi`, Linux 6.18). From 128 to 4096 KiB made no difference that stood out from the noise (`examples/read_speed.rs`), and
-/// what is read ahead is fetched.
-const READ_AHEAD_KIB: u32 = 128;
+/// (`s_bdi`, Linux 6.18). With 128 a handed-over layer, cold, gave 766 to 844 MB/s in sequence (medians of three runs), with 512
+/// it gave 1042, with 1024 1172; layers on FUSE gave 981 to 1168, 1488 and 1478 (`examples/read_speed.rs`, a busy machine).
+/// What is read ahead is fetched: 512 is two chunks.
+///
+/// It does not make neighbouring small files one request: read-ahead ends with its file, and with direct I/O nothing below EROFS
+/// caches. Without direct I/O the loop driver's one worker per device reads one request after the other (Linux 6.18), so that
+/// one that waits for the network would hold up all others of its layer.
+const READ_AHEAD_KIB: u32 = 512;
 
 /// A read-only block device on a file. The kernel frees it when neither this nor a mount uses it.
 #[derive(Debug)]

@@ -74,7 +74,9 @@ fn a_layer_is_handed_over_while_it_is_read_by(way: Way) {
         }
         std::thread::sleep(Duration::from_millis(300));
         for (device, local) in devices.iter().zip(&room.layers) {
+            let start = Instant::now();
             device.hand_over(local).expect("handed over");
+            eprintln!("{way}: handed over, in use, in {:?}", start.elapsed());
         }
         // From here on nothing may reach the agent.
         sources.iter().for_each(|source| source.set(Mood::Fail(5)));

@@ -258,8 +258,8 @@ fn wrong_bytes_are_named() {
 }
 
 /// All output of a decoder fed with pieces, or its error.
-fn unpack(layer: &[u8], piece: usize) -> Result<Vec<u8>, DecodeError> {
-    let mut decoder = Decoder::new(Compression::Gzip)?;
+fn unpack(compression: Compression, layer: &[u8], piece: usize) -> Result<Vec<u8>, DecodeError> {
+    let mut decoder = Decoder::new(compression)?;
     let mut out = Vec::new();
     for mut input in layer.chunks(piece) {
         loop {
@@ -302,7 +302,7 @@ fn after_the_last_gzip_member_only_zeros_may_follow() {
         let (status, theirs) = gunzip(&layer);
         assert_eq!(status == Some(0), accepted, "gzip, {tail:02x?}");
         for piece in [1, 3, member.len(), layer.len()] {
-            let ours = unpack(&layer, piece);
+            let ours = unpack(Compression::Gzip, &layer, piece);
             assert_eq!(ours.is_ok(), accepted, "{piece} {tail:02x?}: {ours:?}");
             assert!(ours.is_err() || ours == Ok(theirs.clone()), "{piece} {tail:02x?}");
         }
@@ -366,4 +366,27 @@ fn a_files_section_that_expands_far_is_refused_without_the_memory() {
     let peak = peak.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("peak");
     let peak: u64 = peak.trim().trim_end_matches(" kB").parse().expect("number");
     assert!(peak < 700 << 10, "{peak} KiB");
+}
+
+/// Found by fuzzing: the library also decodes formats from before zstd 1.0, differently by how the bytes are cut.
+#[test]
+fn frames_of_old_zstd_versions_are_refused() {
+    let frame = zstd::encode_all(&b"content"[..], 3).expect("compress");
+    let skippable = [0x53, 0x2a, 0x4d, 0x18, 2, 0, 0, 0, 9, 9];
+    let old = [0x27, 0xb5, 0x2f, 0xfd, 0x00, 0x58, 0x30, 0x00, 0x00];
+    for (parts, want) in [
+        (vec![&frame[..]], Some(1)),
+        (vec![&frame[..], &skippable, &frame], Some(2)),
+        (vec![&skippable[..], &frame], Some(1)),
+        (vec![&old[..]], None),
+        (vec![&frame[..], &old], None),
+        (vec![&frame[..], &frame[..3]], None),
+        (vec![&frame[..], &[0; 8]], None),
+    ] {
+        let layer = parts.concat();
+        for piece in [1, 2, 5, layer.len()] {
+            let ours = unpack(Compression::Zstd, &layer, piece);
+            assert_eq!(ours.ok(), want.map(|count| b"content".repeat(count)), "{piece} {layer:02x?}");
+        }
+    }
 }

@@ -9,6 +9,7 @@ use std::path::Path;
 use nix::errno::Errno;
 
 use crate::fsopen::Context;
+use crate::fuse::URING_PARAMETER;
 
 /// One thing the kernel can or cannot do, and how we know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,7 +78,7 @@ pub struct Abilities {
     pub version: Option<KernelVersion>,
     /// `/dev/fuse` can be opened.
     pub fuse: Ability,
-    /// FUSE over io_uring (Linux 6.14, and enabled in the module).
+    /// FUSE over io_uring (Linux 6.14; the module's switch is turned on when it is used).
     pub fuse_uring: Ability,
     /// EROFS can be mounted.
     pub erofs: Ability,
@@ -126,14 +127,20 @@ fn openable(path: &str, remedy: &str) -> Ability {
 }
 
 fn fuse_uring(fuse: &Ability) -> Ability {
-    const PARAMETER: &str = "/sys/module/fuse/parameters/enable_uring";
     if !fuse.available {
         return Ability::no(fuse.reason.clone());
     }
-    match std::fs::read_to_string(PARAMETER) {
-        Ok(text) if matches!(text.trim(), "Y" | "1") => Ability::yes(format!("{PARAMETER} is Y")),
-        Ok(text) => Ability::no(format!("{PARAMETER} is {}; as root: echo Y > {PARAMETER}", text.trim())),
-        Err(error) => Ability::no(format!("{PARAMETER}: {error}; Linux 6.14 has it")),
+    let parameter = match std::fs::read_to_string(URING_PARAMETER) {
+        Ok(text) => text.trim().to_owned(),
+        Err(error) => return Ability::no(format!("{URING_PARAMETER}: {error}; Linux 6.14 has it")),
+    };
+    if let Err(error) = crate::fuse_ring::probe() {
+        return Ability::no(format!("io_uring_setup: {error}; see sysctl kernel.io_uring_disabled"));
+    }
+    match parameter.as_str() {
+        "Y" | "1" => Ability::yes(format!("{URING_PARAMETER} is Y")),
+        // Whoever mounts writes it; that needs root and a sysfs that is not read-only.
+        other => Ability::yes(format!("{URING_PARAMETER} is {other}, and is set to Y when it is first used")),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Processes: descriptors for them, orphans, and dying with the parent.
+//! Processes: descriptors for them, orphans, dying with the parent, and the heap of this one.
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
@@ -34,6 +34,16 @@ pub fn die_with_parent(signal: Signal) -> Result<(), Errno> {
     nix::sys::prctl::set_pdeathsig(Some(signal))
 }
 
+/// Keeps freed memory from staying with the process: few arenas, and blocks from 128 KiB on given back at once (mallopt(3)).
+/// Network buffers come and go by hundreds of KiB; glibc would raise that limit by itself and keep tens of MiB of holes.
+pub fn return_freed_memory() {
+    #[cfg(target_env = "gnu")]
+    for (parameter, value) in [(libc::M_ARENA_MAX, 2), (libc::M_MMAP_THRESHOLD, 128 << 10)] {
+        // SAFETY: mallopt takes two numbers and locks the heap's own state.
+        unsafe { libc::mallopt(parameter, value) };
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -47,15 +57,5 @@ mod tests {
         assert!(!child.wait().expect("waited").success());
         assert_eq!(pidfd_send_signal(&pidfd, Signal::SIGKILL), Err(Errno::ESRCH));
         assert_eq!(pidfd_open(pid).map(drop), Err(Errno::ESRCH));
-    }
-}
-
-/// Keeps freed memory from staying with the process: few arenas, and blocks from 128 KiB on given back at once (mallopt(3)).
-/// Network buffers come and go by hundreds of KiB; glibc would raise that limit by itself and keep tens of MiB of holes.
-pub fn return_freed_memory() {
-    #[cfg(target_env = "gnu")]
-    for (parameter, value) in [(libc::M_ARENA_MAX, 2), (libc::M_MMAP_THRESHOLD, 128 << 10)] {
-        // SAFETY: mallopt takes two numbers and locks the heap's own state.
-        unsafe { libc::mallopt(parameter, value) };
     }
 }

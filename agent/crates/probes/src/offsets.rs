@@ -2,7 +2,7 @@
 //!
 //! Never from the version: distributions move things between versions. Each has alternatives where kernels differ.
 
-use sluice_events::{ABSENT, Offsets, SwitchState};
+use sluice_events::{ABSENT, Offsets, OverlayFile, SwitchState};
 
 use crate::btf::Btf;
 
@@ -70,7 +70,26 @@ pub(crate) fn resolve(btf: &Btf) -> Offsets {
         link_args: btf.arguments("vfs_link").unwrap_or(ABSENT),
         change_args: btf.arguments("notify_change").unwrap_or(ABSENT),
         switch_state: state,
+        overlay_file: overlay_file(btf) as u32,
     }
+}
+
+/// The overlay's types are in the kernel's own or in the module's, of which only the names are looked at.
+fn overlay_file(btf: &Btf) -> OverlayFile {
+    let module = std::fs::read("/sys/kernel/btf/overlay");
+    let of_module = |name: &[u8]| module.as_ref().is_ok_and(|types| names(types, name));
+    if btf.has_structure("ovl_file") || of_module(b"ovl_file") {
+        OverlayFile::Structure
+    } else if btf.has_structure("ovl_inode") || module.is_ok() {
+        OverlayFile::Real
+    } else {
+        OverlayFile::Unknown
+    }
+}
+
+/// Whether a name, between zero bytes, is in type information.
+fn names(types: &[u8], name: &[u8]) -> bool {
+    types.split(|byte| *byte == 0).any(|one| one == name)
 }
 
 #[cfg(test)]

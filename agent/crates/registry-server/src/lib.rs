@@ -6,6 +6,9 @@
 mod layout;
 mod link;
 mod serve;
+mod session;
+mod trial;
+mod upload;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -39,14 +42,17 @@ pub enum ServeError {
         #[source]
         source: std::io::Error,
     },
+    /// The link carries nothing.
+    #[error("a link of 0 bits per second carries nothing: leave the rate out for a link without a limit")]
+    Rate,
 }
 
 /// The link that all clients share.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Link {
-    /// Bits per second; none: as fast as it goes.
+    /// Bits per second of the answers, at least 1; none: as fast as it goes.
     pub rate_bits_per_second: Option<u64>,
-    /// Round-trip time; setting a connection up costs one.
+    /// Round-trip time; setting a connection up costs one, so that its first answer takes two.
     pub round_trip: Duration,
 }
 
@@ -64,13 +70,13 @@ pub struct Faults {
     pub retry_after: Option<u64>,
     /// Answer 200 with the whole blob to ranges.
     pub ignore_ranges: bool,
-    /// Break the body off after so many bytes.
+    /// Break the body off after so many bytes; longer bodies only.
     pub truncate_at: Option<u64>,
     /// Invert a bit of the byte in the middle of the body.
     pub flip: bool,
-    /// Never finish the body.
+    /// Never finish the body: it stands still after `truncate_at` bytes, or half-way.
     pub stall: bool,
-    /// How many requests are affected; none: all.
+    /// How many requests are affected; none: all. A request whose answer stays as it would be is not counted.
     pub times: Option<u64>,
 }
 
@@ -94,7 +100,7 @@ pub struct ServerConfig {
 pub struct Stats {
     /// Requests of all kinds.
     pub requests: u64,
-    /// Bytes of bodies sent.
+    /// Bytes of bodies sent, as far as connections took them; without those of `/_sluice/`.
     pub bytes_sent: u64,
     /// Of these, of blobs.
     pub blob_bytes_sent: u64,
@@ -116,18 +122,23 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// The faults that affect a request for `path`, counted.
+    /// The faults that a request for `path` may meet.
     pub(crate) fn faults_for(&self, path: &str) -> Option<Faults> {
+        let faults = self.faults.read().unwrap_or_else(PoisonError::into_inner);
+        (*faults != Faults::default() && path.contains(&faults.path)).then(|| faults.clone())
+    }
+
+    /// Counts one affected request; `false` if no more are to be affected.
+    pub(crate) fn count_fault(&self) -> bool {
         let mut faults = self.faults.write().unwrap_or_else(PoisonError::into_inner);
-        if *faults == Faults::default() || !path.contains(&faults.path) {
-            return None;
-        }
         match &mut faults.times {
-            Some(0) => return None,
-            Some(times) => *times -= 1,
-            None => {}
+            Some(0) => false,
+            Some(times) => {
+                *times -= 1;
+                true
+            }
+            None => true,
         }
-        Some(faults.clone())
     }
 }
 
@@ -142,6 +153,9 @@ pub struct Server {
 impl Server {
     /// Starts to serve.
     pub async fn start(config: ServerConfig) -> Result<Self, ServeError> {
+        if config.link.rate_bits_per_second == Some(0) {
+            return Err(ServeError::Rate);
+        }
         let layouts = layout::Layouts::open(&config.root)
             .map_err(|source| ServeError::Root { path: config.root.clone(), source })?;
         let failed = |source| ServeError::Listen { address: config.listen, source };

@@ -1,24 +1,26 @@
-//! Where stream indexes live: beside the image as an OCI referrer, or in an object store.
+//! Where stream indexes live: beside the image as an OCI referrer (`referrers`), or in an object store.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use object_store::path::Path as ObjectPath;
 use object_store::{ObjectStore, ObjectStoreExt};
-use reqwest::Method;
-use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION};
 use serde_json::json;
 
-use crate::client::{Ask, Client, Needs};
+use crate::blob::check_len;
 use crate::image::sha256;
-use crate::{Blob, RegistryError, ResolvedImage};
+use crate::redact::without_secrets;
+use crate::{Blob, Client, RegistryError, ResolvedImage};
 
-const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
-const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
+/// When something was made; the newest referrer is the one that counts.
+pub(crate) const CREATED: &str = "org.opencontainers.image.created";
+pub(crate) const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(crate) const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
 const EMPTY_TYPE: &str = "application/vnd.oci.empty.v1+json";
 const EMPTY: &[u8] = b"{}";
-const MAX_DOCUMENT: usize = 4 << 20;
+pub(crate) const MAX_DOCUMENT: usize = 4 << 20;
 
 /// A blob of an artifact, to be published or found.
 #[derive(Debug, Clone)]
@@ -43,7 +45,7 @@ pub struct Kind {
 }
 
 /// Where artifacts live.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub enum ArtifactStore {
     /// Beside the image.
     Referrers(Client),
@@ -59,7 +61,7 @@ pub enum ArtifactStore {
 }
 
 /// A found blob that can be read by range.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub enum ArtifactReader {
     /// In the image's repository.
     Registry(Blob),
@@ -76,6 +78,27 @@ pub enum ArtifactReader {
     },
 }
 
+// Object stores' own Debug shows keys and tokens.
+impl fmt::Debug for ArtifactStore {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Referrers(_) => formatter.write_str("Referrers"),
+            Self::Objects { url, .. } => formatter.debug_tuple("Objects").field(url).finish(),
+        }
+    }
+}
+
+impl fmt::Debug for ArtifactReader {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Registry(blob) => formatter.debug_tuple("Registry").field(blob).finish(),
+            Self::Object { path, url, size, .. } => {
+                formatter.debug_tuple("Object").field(url).field(path).field(size).finish()
+            }
+        }
+    }
+}
+
 impl ArtifactReader {
     /// Bytes.
     pub fn size(&self) -> u64 {
@@ -89,10 +112,10 @@ impl ArtifactReader {
     pub async fn read_all(&self, range: std::ops::Range<u64>) -> Result<Bytes, RegistryError> {
         match self {
             Self::Registry(blob) => blob.read_all(range, false).await,
-            Self::Object { store, path, url, .. } => store
-                .get_range(path, range)
-                .await
-                .map_err(|error| RegistryError::ObjectStore { url: url.clone(), reason: error.to_string() }),
+            Self::Object { store, path, url, .. } => {
+                check_len(&range, &format!("object {path}"))?;
+                store.get_range(path, range).await.map_err(|error| failed(url, &error))
+            }
         }
     }
 }
@@ -103,15 +126,17 @@ impl ArtifactStore {
         url: &str,
         environment: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self, RegistryError> {
-        let failed = |reason: String| RegistryError::ObjectStore { url: url.to_owned(), reason };
-        let parsed = url::Url::parse(url).map_err(|error| failed(error.to_string()))?;
+        let shown = without_secrets(url);
+        let bad =
+            |reason: String| RegistryError::ObjectStore { url: shown.clone(), reason, transient: false };
+        let parsed = url::Url::parse(url).map_err(|error| bad(error.to_string()))?;
         if let Some(dir) = url.strip_prefix("file://") {
-            std::fs::create_dir_all(dir).map_err(|error| failed(error.to_string()))?;
+            std::fs::create_dir_all(dir).map_err(|error| bad(error.to_string()))?;
         }
         let options = environment.into_iter().map(|(key, value)| (key.to_ascii_lowercase(), value));
         let (store, prefix) =
-            object_store::parse_url_opts(&parsed, options).map_err(|error| failed(error.to_string()))?;
-        Ok(Self::Objects { store: store.into(), prefix, url: url.to_owned() })
+            object_store::parse_url_opts(&parsed, options).map_err(|error| failed(&shown, &error))?;
+        Ok(Self::Objects { store: store.into(), prefix, url: shown })
     }
 
     /// The newest artifact of a kind for an image.
@@ -123,20 +148,23 @@ impl ArtifactStore {
         match self {
             Self::Referrers(client) => client.find_artifact(image, kind).await,
             Self::Objects { store, prefix, url } => {
-                let failed = |error: object_store::Error| RegistryError::ObjectStore {
-                    url: url.clone(),
-                    reason: error.to_string(),
-                };
+                let failed = |error: object_store::Error| failed(url, &error);
                 let key = document_key(prefix, kind, &image.manifest_digest);
+                let wrong = |reason: String| RegistryError::ObjectStore {
+                    url: url.clone(),
+                    reason: format!("{key} {reason}"),
+                    transient: false,
+                };
                 let document = match store.get(&key).await {
+                    Ok(found) if found.meta.size > MAX_DOCUMENT as u64 => {
+                        return Err(wrong(format!("is larger than {MAX_DOCUMENT} bytes")));
+                    }
                     Ok(found) => found.bytes().await.map_err(failed)?,
                     Err(object_store::Error::NotFound { .. }) => return Ok(None),
                     Err(error) => return Err(failed(error)),
                 };
-                let blobs = blobs_of(&document).ok_or_else(|| RegistryError::ObjectStore {
-                    url: url.clone(),
-                    reason: format!("{key} is not an artifact manifest"),
-                })?;
+                let blobs =
+                    blobs_of(&document).ok_or_else(|| wrong("is not an artifact manifest".to_owned()))?;
                 let with_reader = |blob: ArtifactBlob| {
                     let reader = ArtifactReader::Object {
                         store: Arc::clone(store),
@@ -175,6 +203,7 @@ impl ArtifactStore {
                 "digest": image.manifest_digest,
                 "size": image.manifest.len(),
             },
+            "annotations": { CREATED: now() },
         });
         let manifest = Bytes::from(manifest.to_string());
         let digest = sha256(&manifest);
@@ -187,10 +216,7 @@ impl ArtifactStore {
                 client.push_referrer(image, kind, manifest).await?;
             }
             Self::Objects { store, prefix, url } => {
-                let failed = |error: object_store::Error| RegistryError::ObjectStore {
-                    url: url.clone(),
-                    reason: error.to_string(),
-                };
+                let failed = |error: object_store::Error| failed(url, &error);
                 for (_, bytes) in blobs {
                     let key = blob_key(prefix, kind, &sha256(&bytes));
                     store.put(&key, bytes.into()).await.map_err(failed)?;
@@ -203,6 +229,19 @@ impl ArtifactStore {
     }
 }
 
+/// An object store's error, without the addresses that were asked, which may be signed.
+fn failed(url: &str, error: &object_store::Error) -> RegistryError {
+    let transient =
+        matches!(error, object_store::Error::Generic { .. } | object_store::Error::JoinError { .. });
+    RegistryError::ObjectStore { url: url.to_owned(), reason: without_secrets(&error.to_string()), transient }
+}
+
+/// RFC 3339, as annotations want it.
+fn now() -> String {
+    chrono::DateTime::<chrono::Utc>::from(std::time::SystemTime::now())
+        .to_rfc3339_opts(chrono::SecondsFormat::Millis, true)
+}
+
 fn document_key(prefix: &ObjectPath, kind: Kind, manifest_digest: &str) -> ObjectPath {
     prefix.clone().join("sluice").join("v1").join(kind.name).join(manifest_digest.replace(':', "-"))
 }
@@ -211,7 +250,7 @@ fn blob_key(prefix: &ObjectPath, kind: Kind, digest: &str) -> ObjectPath {
     prefix.clone().join("sluice").join("v1").join(kind.name).join("blobs").join(digest.replace(':', "-"))
 }
 
-fn blobs_of(manifest: &[u8]) -> Option<Vec<ArtifactBlob>> {
+pub(crate) fn blobs_of(manifest: &[u8]) -> Option<Vec<ArtifactBlob>> {
     let manifest: serde_json::Value = serde_json::from_slice(manifest).ok()?;
     let blobs = manifest.get("layers")?.as_array()?.iter().map(|layer| {
         let annotations = layer.get("annotations").and_then(serde_json::Value::as_object);
@@ -226,171 +265,4 @@ fn blobs_of(manifest: &[u8]) -> Option<Vec<ArtifactBlob>> {
         })
     });
     blobs.collect()
-}
-
-impl Client {
-    async fn find_artifact(
-        &self,
-        image: &ResolvedImage,
-        kind: Kind,
-    ) -> Result<Option<Vec<(ArtifactBlob, ArtifactReader)>>, RegistryError> {
-        let Some(index) = self.referrers(image, kind.artifact_type).await? else { return Ok(None) };
-        let entries =
-            index.get("manifests").and_then(serde_json::Value::as_array).cloned().unwrap_or_default();
-        let of_kind = |entry: &&serde_json::Value| {
-            entry.get("artifactType").and_then(serde_json::Value::as_str) == Some(kind.artifact_type)
-        };
-        // The last one pushed stands last in both schemes.
-        let Some(digest) = entries
-            .iter()
-            .rfind(of_kind)
-            .and_then(|entry| entry.get("digest"))
-            .and_then(serde_json::Value::as_str)
-        else {
-            return Ok(None);
-        };
-        let (manifest, _) = self.manifest(&image.reference, digest).await?;
-        let blobs = blobs_of(&manifest).ok_or_else(|| RegistryError::Image {
-            reference: image.reference.to_string(),
-            reason: format!("its referrer {digest} is not an artifact manifest"),
-        })?;
-        let with_reader = |blob: ArtifactBlob| {
-            let reader = ArtifactReader::Registry(self.blob(&image.reference, &blob.digest, blob.size));
-            (blob, reader)
-        };
-        Ok(Some(blobs.into_iter().map(with_reader).collect()))
-    }
-
-    /// The referrers of an image: by the API, by the tag scheme where the registry has none.
-    async fn referrers(
-        &self,
-        image: &ResolvedImage,
-        artifact_type: &str,
-    ) -> Result<Option<serde_json::Value>, RegistryError> {
-        let filter: String = url::form_urlencoded::byte_serialize(artifact_type.as_bytes()).collect();
-        let paths = [
-            format!("referrers/{}?artifactType={filter}", image.manifest_digest),
-            format!("manifests/{}", fallback_tag(&image.manifest_digest)),
-        ];
-        for path in paths {
-            let mut headers = HeaderMap::new();
-            headers.insert(ACCEPT, HeaderValue::from_static(INDEX_TYPE));
-            let ask = self.metadata(image, Method::GET, path, headers, None, Needs::Pull);
-            match self.document(&ask, MAX_DOCUMENT).await {
-                Ok((bytes, _)) => match serde_json::from_slice(&bytes) {
-                    Ok(index) => return Ok(Some(index)),
-                    Err(error) => tracing::debug!(%error, "the list of referrers is not JSON"),
-                },
-                Err(error) if error.is_not_found() => {}
-                // Registries without the API answer all sorts of refusals to it.
-                Err(RegistryError::Status { status, .. })
-                    if (400..500).contains(&status) && status != 429 => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(None)
-    }
-
-    fn metadata<'a>(
-        &self,
-        image: &'a ResolvedImage,
-        method: Method,
-        path: String,
-        headers: HeaderMap,
-        body: Option<Bytes>,
-        needs: Needs,
-    ) -> Ask<'a> {
-        Ask { method, reference: &image.reference, path, headers, body, needs, background: false }
-    }
-
-    async fn push_blob(&self, image: &ResolvedImage, bytes: Bytes) -> Result<(), RegistryError> {
-        let digest = sha256(&bytes);
-        let head = self.metadata(
-            image,
-            Method::HEAD,
-            format!("blobs/{digest}"),
-            HeaderMap::new(),
-            None,
-            Needs::Push,
-        );
-        if self.ask(&head).await.is_ok() {
-            return Ok(());
-        }
-        let start = self.metadata(
-            image,
-            Method::POST,
-            "blobs/uploads/".to_owned(),
-            HeaderMap::new(),
-            Some(Bytes::new()),
-            Needs::Push,
-        );
-        let answer = self.ask(&start).await?;
-        let wrong = |reason: &str| RegistryError::Protocol {
-            host: answer.host.clone(),
-            what: "the start of an upload".to_owned(),
-            reason: reason.to_owned(),
-        };
-        let location = answer.response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
-        let location = location.ok_or_else(|| wrong("it gave no location"))?;
-        let mut url =
-            answer.response.url().join(location).map_err(|_| wrong("its location is no address"))?;
-        url.query_pairs_mut().append_pair("digest", &digest);
-        let url = url.to_string();
-        drop(answer);
-        let mut headers = HeaderMap::new();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
-        self.ask(&self.metadata(image, Method::PUT, url, headers, Some(bytes), Needs::Push)).await.map(|_| ())
-    }
-
-    async fn push_referrer(
-        &self,
-        image: &ResolvedImage,
-        kind: Kind,
-        manifest: Bytes,
-    ) -> Result<(), RegistryError> {
-        let digest = sha256(&manifest);
-        let size = manifest.len();
-        let mut headers = HeaderMap::new();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static(MANIFEST_TYPE));
-        let put = self.metadata(
-            image,
-            Method::PUT,
-            format!("manifests/{digest}"),
-            headers,
-            Some(manifest),
-            Needs::Push,
-        );
-        let answer = self.ask(&put).await?;
-        if answer.response.headers().contains_key("oci-subject") {
-            return Ok(());
-        }
-        drop(answer);
-        // The registry has no referrers API: the list is ours to keep, under a tag.
-        let tag = fallback_tag(&image.manifest_digest);
-        let mut list = match self.manifest(&image.reference, &tag).await {
-            Ok((bytes, _)) => serde_json::from_slice(&bytes).unwrap_or_else(|_| empty_list()),
-            Err(error) if error.is_not_found() => empty_list(),
-            Err(error) => return Err(error),
-        };
-        if let Some(entries) = list.get_mut("manifests").and_then(serde_json::Value::as_array_mut) {
-            entries.retain(|entry| entry.get("digest").and_then(serde_json::Value::as_str) != Some(&digest));
-            entries.push(json!({
-                "mediaType": MANIFEST_TYPE, "digest": digest, "size": size, "artifactType": kind.artifact_type,
-            }));
-        }
-        let mut headers = HeaderMap::new();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static(INDEX_TYPE));
-        let body = Some(Bytes::from(list.to_string()));
-        let put = self.metadata(image, Method::PUT, format!("manifests/{tag}"), headers, body, Needs::Push);
-        self.ask(&put).await.map(|_| ())
-    }
-}
-
-fn empty_list() -> serde_json::Value {
-    json!({ "schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [] })
-}
-
-/// The distribution specification's tag of an image's referrers.
-fn fallback_tag(manifest_digest: &str) -> String {
-    manifest_digest.replace(':', "-")
 }

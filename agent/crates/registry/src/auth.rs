@@ -1,33 +1,34 @@
 //! Credentials and tokens: Docker's `config.json` with its helpers, bearer tokens (distribution's token specification), basic.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use docker_credential::DockerCredential;
+use docker_credential::{CredentialRetrievalError, DockerCredential};
+use reqwest::header::CONTENT_TYPE;
 use serde::Deserialize;
 
 use crate::RegistryError;
+use crate::health::retry_after;
+use crate::redact::{Secret, host_of};
+use crate::transport::{bounded, transport_error};
 
 /// Tokens without a stated life live this long (the specification's default is 60 s).
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 /// A token is not used in the last seconds of its life.
 const MARGIN: Duration = Duration::from_secs(5);
+/// Answers of token servers are a few KiB.
+const MAX_ANSWER: usize = 1 << 20;
+/// How long a login by name and password is used before the configuration is read again.
+pub(crate) const BASIC_LIFE: Duration = Duration::from_secs(3600);
 
-/// The value of an `Authorization` header. Its text never reaches a log.
-#[derive(Clone)]
-pub(crate) struct Authorization(pub(crate) String);
+/// The value of an `Authorization` header.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Authorization(pub(crate) Secret);
 
-impl fmt::Debug for Authorization {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("Authorization(..)")
-    }
-}
-
-/// Tokens by realm-independent key (host and scope), with their end.
+/// Tokens by host and scope, with their end.
 #[derive(Debug, Default)]
 pub(crate) struct Tokens {
     known: HashMap<(String, String), (Authorization, Instant)>,
@@ -40,64 +41,79 @@ impl Tokens {
     }
 
     pub(crate) fn put(&mut self, host: &str, scope: &str, token: Authorization, life: Duration) {
-        let end = Instant::now() + life.saturating_sub(MARGIN);
+        let now = Instant::now();
+        self.known.retain(|_, (_, end)| *end > now);
+        // A life no clock can hold is as good as a day.
+        let end = now.checked_add(life.saturating_sub(MARGIN)).unwrap_or(now + Duration::from_secs(86_400));
         self.known.insert((host.to_owned(), scope.to_owned()), (token, end));
     }
 
-    pub(crate) fn forget(&mut self, host: &str, scope: &str) {
-        self.known.remove(&(host.to_owned(), scope.to_owned()));
+    /// Forgets a token that was refused, unless somebody put a newer one there.
+    pub(crate) fn forget(&mut self, host: &str, scope: &str, refused: &Authorization) {
+        let key = (host.to_owned(), scope.to_owned());
+        if self.known.get(&key).is_some_and(|(token, _)| token == refused) {
+            self.known.remove(&key);
+        }
     }
 }
 
-/// What a registry wants, from `WWW-Authenticate`.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Challenge {
-    Basic,
-    Bearer { realm: String, service: Option<String>, scope: Option<String> },
+/// How somebody is known to a registry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Credentials {
+    /// User and password.
+    Password(String, Secret),
+    /// Docker's `identitytoken`: a refresh token of OAuth 2.
+    Identity(Secret),
 }
 
-impl Challenge {
-    pub(crate) fn parse(header: &str) -> Option<Self> {
-        let (scheme, rest) = header.trim().split_once(' ').unwrap_or((header.trim(), ""));
-        if scheme.eq_ignore_ascii_case("basic") {
-            return Some(Self::Basic);
-        }
-        if !scheme.eq_ignore_ascii_case("bearer") {
-            return None;
-        }
-        let mut fields = HashMap::new();
-        let mut rest = rest;
-        while let Some((key, after)) = rest.split_once("=\"") {
-            let (value, after) = after.split_once('"')?;
-            fields.insert(key.trim_matches([',', ' ']).to_ascii_lowercase(), value.to_owned());
-            rest = after;
-        }
-        let realm = fields.remove("realm")?;
-        Some(Self::Bearer { realm, service: fields.remove("service"), scope: fields.remove("scope") })
-    }
-}
-
-/// Credentials for `registry` from Docker's configuration, helpers included. Blocks on a helper.
+/// Credentials for `registry` from Docker's configuration, helpers included. Blocks on a helper. A file that is not there
+/// holds none; one that cannot be read or understood is an error.
 pub(crate) fn credentials(
     config: Option<&Path>,
     registry: &str,
-) -> Result<Option<(String, String)>, RegistryError> {
-    let Some(file) = config.and_then(|path| std::fs::File::open(path).ok()) else { return Ok(None) };
+) -> Result<Option<Credentials>, RegistryError> {
+    let Some(path) = config else { return Ok(None) };
+    let bad =
+        |why: String| RegistryError::Config(format!("Docker's configuration {}: {why}", path.display()));
+    let text = match std::fs::read(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(bad(format!("it cannot be read: {error}"))),
+    };
+    // The position alone: the rest of a parser's message may quote what is there.
+    let syntax = serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&text);
+    syntax.map_err(|error| {
+        bad(format!("it is not valid JSON, line {} column {}", error.line(), error.column()))
+    })?;
     let name = if registry == "docker.io" { "https://index.docker.io/v1/" } else { registry };
-    match docker_credential::get_credential_from_reader(file, name) {
-        Ok(DockerCredential::UsernamePassword(user, password)) => Ok(Some((user, password))),
-        // Distribution: an identity token is a refresh token; registries take it as the password of this user.
-        Ok(DockerCredential::IdentityToken(token)) => Ok(Some(("<token>".to_owned(), token))),
-        Err(
-            docker_credential::CredentialRetrievalError::NoCredentialConfigured
-            | docker_credential::CredentialRetrievalError::ConfigNotFound,
-        ) => Ok(None),
-        Err(error) => Err(RegistryError::Config(format!("credentials of {registry}: {error}"))),
+    match docker_credential::get_credential_from_reader(text.as_slice(), name) {
+        Ok(DockerCredential::UsernamePassword(user, password)) => {
+            Ok(Some(Credentials::Password(user, Secret(password))))
+        }
+        Ok(DockerCredential::IdentityToken(token)) => Ok(Some(Credentials::Identity(Secret(token)))),
+        Err(CredentialRetrievalError::NoCredentialConfigured | CredentialRetrievalError::ConfigNotFound) => {
+            Ok(None)
+        }
+        // What docker-credential-helpers defines for "there are none".
+        Err(CredentialRetrievalError::HelperFailure { stdout, .. })
+            if stdout.trim() == "credentials not found in native keychain" =>
+        {
+            Ok(None)
+        }
+        // Not its output, which may hold secrets.
+        Err(CredentialRetrievalError::HelperFailure { helper, .. }) => {
+            Err(bad(format!("{helper} failed; run `echo {name} | {helper} get` to see why")))
+        }
+        Err(CredentialRetrievalError::ConfigReadError) => {
+            Err(bad("its `auths`, `credsStore` or `credHelpers` are not as they should be".to_owned()))
+        }
+        Err(error) => Err(bad(format!("the credentials of {registry}: {error}"))),
     }
 }
 
-pub(crate) fn basic((user, password): &(String, String)) -> Authorization {
-    Authorization(format!("Basic {}", STANDARD.encode(format!("{user}:{password}"))))
+/// The header for name and password.
+pub(crate) fn basic(user: &str, password: &Secret) -> Authorization {
+    Authorization(Secret(format!("Basic {}", STANDARD.encode(format!("{user}:{}", password.0)))))
 }
 
 #[derive(Deserialize)]
@@ -107,70 +123,132 @@ struct TokenAnswer {
     expires_in: Option<u64>,
 }
 
-/// Asks a token server.
-pub(crate) async fn fetch_token(
-    http: &reqwest::Client,
-    realm: &str,
-    service: Option<&str>,
-    scope: &str,
-    credentials: Option<&(String, String)>,
-) -> Result<(Authorization, Duration), RegistryError> {
-    let host = realm.split('/').nth(2).unwrap_or(realm).to_owned();
-    let mut query = vec![("scope", scope)];
-    query.extend(service.map(|service| ("service", service)));
-    let mut request = http.get(realm).query(&query);
-    if let Some((user, password)) = credentials {
-        request = request.basic_auth(user, Some(password));
+/// Where a token comes from, and for what.
+#[derive(Debug)]
+pub(crate) struct TokenRequest<'a> {
+    pub(crate) realm: &'a str,
+    pub(crate) service: Option<&'a str>,
+    /// One or more, separated by spaces.
+    pub(crate) scope: &'a str,
+}
+
+impl TokenRequest<'_> {
+    /// Asks the token server: by GET with name and password or nothing, by POST (OAuth 2) with an identity token.
+    /// `busy` hears for how long it wants to be left alone.
+    pub(crate) async fn fetch(
+        &self,
+        http: &reqwest::Client,
+        credentials: Option<&Credentials>,
+        busy: impl Fn(Duration),
+    ) -> Result<(Authorization, Duration), RegistryError> {
+        let host = host_of(self.realm);
+        let answer = self.request(http, credentials).send().await;
+        let answer = answer.map_err(|error| transport_error(&host, &error))?;
+        let what = format!("the request for a token for {}", self.scope);
+        if !answer.status().is_success() {
+            if let Some(wait) = retry_after(answer.headers(), SystemTime::now()) {
+                busy(wait);
+            }
+            let hint = match (answer.status().as_u16(), credentials) {
+                (400..=403, Some(Credentials::Identity(_))) => {
+                    "; the login expired or was taken back: log in again"
+                }
+                (400..=403, Some(_)) => "; check the credentials in Docker's config.json",
+                (400..=403, None) => {
+                    "; there are no credentials for it in Docker's config.json: log in first"
+                }
+                _ => "",
+            };
+            let (status, hint) = (answer.status().as_u16(), hint.to_owned());
+            return Err(RegistryError::Status { host, status, what, hint });
+        }
+        let bytes = bounded(answer, &host, &what, MAX_ANSWER).await?;
+        let wrong =
+            |reason: &str| RegistryError::Protocol { host: host.clone(), what, reason: reason.to_owned() };
+        let Ok(answer) = serde_json::from_slice::<TokenAnswer>(&bytes) else {
+            return Err(wrong("it is not valid JSON"));
+        };
+        let token = answer.token.or(answer.access_token).filter(|token| !token.is_empty());
+        let Some(token) = token else { return Err(wrong("there is no token in it")) };
+        let life = answer.expires_in.map_or(DEFAULT_LIFE, Duration::from_secs);
+        Ok((Authorization(Secret(format!("Bearer {token}"))), life))
     }
-    let unreachable = |error: reqwest::Error| RegistryError::Unreachable {
-        host: host.clone(),
-        reason: crate::client::reason(&error),
-    };
-    let answer = request.send().await.map_err(unreachable)?;
-    if !answer.status().is_success() {
-        return Err(RegistryError::Status {
-            host,
-            status: answer.status().as_u16(),
-            what: format!("the request for a token for {scope}"),
-            hint: "; check the credentials in Docker's config.json",
-        });
+
+    fn request(&self, http: &reqwest::Client, credentials: Option<&Credentials>) -> reqwest::RequestBuilder {
+        if let Some(Credentials::Identity(token)) = credentials {
+            let mut form = url::form_urlencoded::Serializer::new(String::new());
+            form.append_pair("grant_type", "refresh_token").append_pair("client_id", "sluice");
+            form.append_pair("service", self.service.unwrap_or(""));
+            form.append_pair("scope", self.scope).append_pair("refresh_token", &token.0);
+            let post = http.post(self.realm).header(CONTENT_TYPE, "application/x-www-form-urlencoded");
+            return post.body(form.finish());
+        }
+        let mut query: Vec<(&str, &str)> = self.scope.split(' ').map(|scope| ("scope", scope)).collect();
+        query.extend(self.service.map(|service| ("service", service)));
+        let get = http.get(self.realm).query(&query);
+        match credentials {
+            Some(Credentials::Password(user, password)) => get.basic_auth(user, Some(&password.0)),
+            _ => get,
+        }
     }
-    let answer: TokenAnswer = answer.json().await.map_err(unreachable)?;
-    let Some(token) = answer.token.or(answer.access_token) else {
-        return Err(RegistryError::Protocol {
-            host,
-            what: "the request for a token".to_owned(),
-            reason: "there is no token in it".to_owned(),
-        });
-    };
-    let life = answer.expires_in.map_or(DEFAULT_LIFE, Duration::from_secs);
-    Ok((Authorization(format!("Bearer {token}")), life))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn challenges() {
-        let header = r#"Bearer realm="https://auth.x/token",service="reg",scope="repository:a/b:pull""#;
-        let want = Challenge::Bearer {
-            realm: "https://auth.x/token".to_owned(),
-            service: Some("reg".to_owned()),
-            scope: Some("repository:a/b:pull".to_owned()),
-        };
-        assert_eq!(Challenge::parse(header), Some(want));
-        assert_eq!(Challenge::parse("Basic realm=\"x\""), Some(Challenge::Basic));
-        assert_eq!(Challenge::parse("Negotiate"), None);
+    fn token(text: &str) -> Authorization {
+        Authorization(Secret(format!("Bearer {text}")))
     }
 
     #[test]
     fn tokens_end_and_secrets_are_not_shown() {
         let mut tokens = Tokens::default();
-        tokens.put("h", "s", Authorization("Bearer secret".to_owned()), Duration::from_secs(60));
+        tokens.put("h", "s", token("secret"), Duration::from_secs(60));
         assert!(tokens.get("h", "s").is_some());
-        tokens.put("h", "s", Authorization("Bearer secret".to_owned()), Duration::from_secs(1));
-        assert!(tokens.get("h", "s").is_none());
         assert!(!format!("{tokens:?}").contains("secret"));
+        tokens.forget("h", "s", &token("an older one"));
+        assert!(tokens.get("h", "s").is_some());
+        tokens.forget("h", "s", &token("secret"));
+        assert!(tokens.get("h", "s").is_none());
+        tokens.put("h", "s", token("secret"), Duration::from_secs(1));
+        assert!(tokens.get("h", "s").is_none());
+        tokens.put("h", "s", token("secret"), Duration::from_secs(u64::MAX));
+        assert!(tokens.get("h", "s").is_some());
+        let credentials = Credentials::Password("user".to_owned(), Secret("secret".to_owned()));
+        assert!(!format!("{credentials:?}").contains("secret"));
+    }
+
+    #[test]
+    fn dockers_configuration() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("config.json");
+        let read = |text: &str| {
+            std::fs::write(&path, text).expect("written");
+            credentials(Some(&path), "r.example")
+        };
+        assert_eq!(credentials(Some(&path), "r.example").expect("none"), None);
+        assert_eq!(credentials(None, "r.example").expect("none"), None);
+        assert_eq!(read("{}").expect("none"), None);
+        let password = Credentials::Password("user".to_owned(), Secret("pass:word".to_owned()));
+        let encoded = STANDARD.encode("user:pass:word");
+        let text = format!(r#"{{"auths":{{"r.example":{{"auth":"{encoded}"}}}}}}"#);
+        assert_eq!(read(&text).expect("some"), Some(password));
+        let text = r#"{"auths":{"r.example":{"auth":"","identitytoken":"refresh"}}}"#;
+        assert_eq!(read(text).expect("some"), Some(Credentials::Identity(Secret("refresh".to_owned()))));
+        // Each names the file, none what is in it.
+        for text in [
+            "{\n  secret",
+            "[\"secret\"]",
+            r#"{"auths":"secret"}"#,
+            r#"{"auths":{"r.example":{"auth":"secret"}}}"#,
+        ] {
+            let error = read(text).expect_err("refused").to_string();
+            assert!(error.contains(&path.display().to_string()) && !error.contains("secret"), "{error}");
+        }
+        let error = credentials(Some(dir.path()), "r.example").expect_err("a directory").to_string();
+        assert!(error.contains("cannot be read"), "{error}");
+        let text = r#"{"credHelpers":{"r.example":"none-such-of-sluice"}}"#;
+        assert!(read(text).is_err());
     }
 }

@@ -8,11 +8,14 @@ use futures::stream::BoxStream;
 use reqwest::header::{CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
 use reqwest::{Method, StatusCode};
 
-use crate::client::{Answer, Ask, Client, Needs, reason};
+use crate::client::{Answer, Ask, Client, Needs, Target};
+use crate::transport::transport_error;
 use crate::{Reference, RegistryError};
 
 /// A server that answers 200 to a range sends the whole blob: this many bytes in front of the range are read past.
 const MAX_SKIPPED: u64 = 64 << 20;
+/// Whole ranges are tables of contents, configurations, documents.
+const MAX_WHOLE: u64 = 512 << 20;
 
 /// A blob of a repository. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -52,8 +55,9 @@ impl Blob {
         futures::stream::once(opened).flatten().boxed()
     }
 
-    /// A range, whole.
+    /// A range, whole: at most 512 MiB, for whoever says how long it is may lie.
     pub async fn read_all(&self, range: Range<u64>, background: bool) -> Result<Bytes, RegistryError> {
+        check_len(&range, &format!("blob {}", self.digest))?;
         let mut out = Vec::new();
         let mut body = self.read(range, background);
         while let Some(piece) = body.next().await {
@@ -81,15 +85,15 @@ impl Blob {
         let ask = Ask {
             method: Method::GET,
             reference: &self.reference,
-            path: format!("blobs/{}", self.digest),
+            target: Target::Path(format!("blobs/{}", self.digest)),
             headers,
             body: None,
             needs: Needs::Pull,
             background,
         };
-        let answer = self.client.ask(&ask).await?;
-        let skip = self.check(&answer, &range, whole)?;
-        Ok(body(answer, self.digest, skip, range.end - range.start))
+        let (answer, skip) =
+            self.client.ask_checked(&ask, |answer| self.check(answer, &range, whole)).await?;
+        Ok(body(self.client, answer, self.digest, skip, range.end - range.start))
     }
 
     /// Checks the answer to a range; how many bytes stand before it in the body.
@@ -116,44 +120,55 @@ impl Blob {
     }
 }
 
+/// Refuses ranges that nobody should hold in memory.
+pub(crate) fn check_len(range: &Range<u64>, what: &str) -> Result<(), RegistryError> {
+    let len = range.end.saturating_sub(range.start);
+    if len > MAX_WHOLE {
+        let text = format!("{len} bytes of {what} are more than the {MAX_WHOLE} that are read into memory");
+        return Err(RegistryError::Config(text));
+    }
+    Ok(())
+}
+
 /// The `len` bytes behind the first `skip` of a body.
 fn body(
+    client: Client,
     answer: Answer,
     digest: String,
     skip: u64,
     len: u64,
 ) -> BoxStream<'static, Result<Bytes, RegistryError>> {
-    let Answer { response, host, slots } = answer;
-    let state = (response.bytes_stream().boxed(), skip, len, slots);
-    futures::stream::unfold(Some(state), move |state| {
-        let (host, digest) = (host.clone(), digest.clone());
-        async move {
-            let (mut body, mut skip, mut left, slots) = state?;
-            while left > 0 {
-                let mut piece = match body.next().await {
-                    Some(Ok(piece)) => piece,
-                    Some(Err(error)) => {
-                        return Some((
-                            Err(RegistryError::Unreachable { host, reason: reason(&error) }),
-                            None,
-                        ));
-                    }
-                    None => {
-                        let reason = format!("blob {digest} ended {left} bytes early");
-                        return Some((Err(RegistryError::Unreachable { host, reason }), None));
-                    }
-                };
-                let passed = skip.min(piece.len() as u64);
-                drop(piece.split_to(passed as usize));
-                skip -= passed;
-                piece.truncate(usize::try_from(left).unwrap_or(usize::MAX).min(piece.len()));
-                if !piece.is_empty() {
-                    left -= piece.len() as u64;
-                    return Some((Ok(piece), Some((body, skip, left, slots))));
-                }
+    let Answer { response, host, endpoint, slots } = answer;
+    let broken = move |reason: Option<&reqwest::Error>, left: u64| {
+        // The next read goes to another endpoint, if there is one.
+        client.inner.health.failed(&endpoint.base);
+        match reason {
+            Some(error) => transport_error(&host, error),
+            None => {
+                let reason = format!("blob {digest} ended {left} bytes early");
+                RegistryError::Unreachable { host: host.clone(), reason }
             }
-            None
         }
+    };
+    let state = Some((response, skip, len, slots, broken));
+    futures::stream::unfold(state, |state| async move {
+        let (mut response, mut skip, mut left, slots, broken) = state?;
+        while left > 0 {
+            let mut piece = match response.chunk().await {
+                Ok(Some(piece)) => piece,
+                Ok(None) => return Some((Err(broken(None, left)), None)),
+                Err(error) => return Some((Err(broken(Some(&error), left)), None)),
+            };
+            let passed = skip.min(piece.len() as u64);
+            drop(piece.split_to(passed as usize));
+            skip -= passed;
+            piece.truncate(usize::try_from(left).unwrap_or(usize::MAX).min(piece.len()));
+            if !piece.is_empty() {
+                left -= piece.len() as u64;
+                return Some((Ok(piece), Some((response, skip, left, slots, broken))));
+            }
+        }
+        None
     })
     .boxed()
 }

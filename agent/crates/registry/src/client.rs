@@ -1,30 +1,31 @@
-//! Requests: endpoints in order, authentication, redirects, retries, and how many may be under way per host.
+//! Requests: endpoints in order, retries, and how many may be under way per host.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures::StreamExt;
-use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE};
-use reqwest::{Method, StatusCode};
+use reqwest::Method;
+use reqwest::header::HeaderMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::auth::{self, Authorization, Challenge, Tokens};
-use crate::hosts::{self, Endpoint};
+use crate::auth::Tokens;
+use crate::health::{Health, jittered};
+use crate::hosts::{Endpoint, Hosts};
+use crate::redact::{Secret, host_of};
+use crate::transport::bounded;
 use crate::{Reference, RegistryError};
 
 const ATTEMPTS: u32 = 4;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// A server may ask for a pause up to this long before the caller hears of it.
-const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(30);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A transfer that stands still this long is given up (and tried again by the caller).
-const READ_TIMEOUT: Duration = Duration::from_secs(30);
-const MAX_REDIRECTS: usize = 5;
+/// Long enough for a second attempt of the kernel's after a lost packet, and one more.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a resolved blob location is used again; signed addresses live five minutes and more.
 const LOCATION_LIFE: Duration = Duration::from_secs(60);
+/// Requests under way per host if nothing else is configured: what browsers and container runtimes open, more or less.
+const CONNECTIONS_PER_HOST: usize = 8;
 /// Slots per host that background work leaves free.
 const DEMAND_SLOTS: usize = 2;
 
@@ -43,20 +44,78 @@ pub struct RegistryConfig {
     pub connections_per_host: usize,
 }
 
-/// A client for all registries. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct Client {
-    inner: Arc<Inner>,
+/// How long things may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// A server that asks for a longer pause (`Retry-After`) is left alone, and the caller hears of it at once.
+    pub longest_retry_after: Duration,
+    /// How long an endpoint that failed is asked last; twice as long after each further failure, up to a minute.
+    pub backoff: Duration,
+    /// A transfer that stands still this long is given up (and tried again by the caller).
+    pub stall: Duration,
 }
 
-#[derive(Debug)]
-struct Inner {
-    config: RegistryConfig,
-    http: reqwest::Client,
-    insecure: reqwest::Client,
-    tokens: Mutex<Tokens>,
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            longest_retry_after: Duration::from_secs(120),
+            backoff: Duration::from_secs(2),
+            stall: Duration::from_secs(30),
+        }
+    }
+}
+
+/// A client for all registries. Cheap to clone.
+#[derive(Clone)]
+pub struct Client {
+    pub(crate) inner: Arc<Inner>,
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Inside are tokens and signed addresses.
+        formatter.debug_struct("Client").field("config", &self.inner.config).finish_non_exhaustive()
+    }
+}
+
+pub(crate) struct Inner {
+    pub(crate) config: RegistryConfig,
+    pub(crate) limits: Limits,
+    pub(crate) http: reqwest::Client,
+    pub(crate) insecure: reqwest::Client,
+    pub(crate) health: Health,
+    pub(crate) tokens: Mutex<Tokens>,
+    /// Held while a token for a host and scope is fetched.
+    pub(crate) renewing: Mutex<Renewing>,
+    pub(crate) locations: Locations,
+    hosts: Hosts,
     gates: Mutex<HashMap<String, Gate>>,
-    locations: Mutex<HashMap<String, (String, Instant)>>,
+}
+
+/// By host and scope.
+type Renewing = HashMap<(String, String), Arc<tokio::sync::Mutex<()>>>;
+
+/// Where registries sent requests for blobs, by the address asked.
+#[derive(Debug, Default)]
+pub(crate) struct Locations {
+    known: Mutex<HashMap<String, (Secret, Instant)>>,
+}
+
+impl Locations {
+    pub(crate) fn get(&self, url: &str) -> Option<String> {
+        let known = lock(&self.known);
+        known.get(url).filter(|(_, since)| since.elapsed() < LOCATION_LIFE).map(|(to, _)| to.0.clone())
+    }
+
+    pub(crate) fn put(&self, url: &str, to: String) {
+        let mut known = lock(&self.known);
+        known.retain(|_, (_, since)| since.elapsed() < LOCATION_LIFE);
+        known.insert(url.to_owned(), (Secret(to), Instant::now()));
+    }
+
+    pub(crate) fn forget(&self, url: &str) {
+        lock(&self.known).remove(url);
+    }
 }
 
 /// Slots of one host: all requests take one of the first, background ones one of the second too.
@@ -66,18 +125,44 @@ struct Gate {
     background: Arc<Semaphore>,
 }
 
+/// Slots that a request holds.
+pub(crate) type Slots = (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>);
+
+/// Where a request goes.
+#[derive(Debug, Clone)]
+pub(crate) enum Target {
+    /// After `/v2/REPOSITORY/`, at any endpoint.
+    Path(String),
+    /// What an endpoint named: the rest of an upload, the next page of a list.
+    Named(Arc<Endpoint>, Secret),
+}
+
 /// What to ask.
 #[derive(Debug, Clone)]
 pub(crate) struct Ask<'a> {
     pub(crate) method: Method,
     pub(crate) reference: &'a Reference,
-    /// After `/v2/REPOSITORY/`, or a whole URL for uploads.
-    pub(crate) path: String,
+    pub(crate) target: Target,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Option<Bytes>,
-    /// `resolve`, `pull` or `push`.
     pub(crate) needs: Needs,
     pub(crate) background: bool,
+}
+
+impl Ask<'_> {
+    /// For messages.
+    pub(crate) fn what(&self) -> String {
+        let what = match &self.target {
+            Target::Path(path) => path.split('?').next().unwrap_or(""),
+            Target::Named(..) if self.method == Method::GET => "the next page",
+            Target::Named(..) => "an upload",
+        };
+        format!("{what} of {}", self.reference.repository())
+    }
+
+    pub(crate) fn is_blob(&self) -> bool {
+        self.method == Method::GET && matches!(&self.target, Target::Path(path) if path.starts_with("blobs/"))
+    }
 }
 
 /// Which endpoints may be asked.
@@ -89,23 +174,36 @@ pub(crate) enum Needs {
 }
 
 /// An answer whose slot is held until it is dropped.
-#[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) response: reqwest::Response,
+    /// Who answered.
     pub(crate) host: String,
-    pub(crate) slots: (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>),
+    /// Who was asked.
+    pub(crate) endpoint: Arc<Endpoint>,
+    pub(crate) slots: Slots,
+}
+
+/// An endpoint that is asked, with what came of it.
+struct Try {
+    endpoint: Arc<Endpoint>,
+    error: Option<RegistryError>,
 }
 
 impl Client {
     /// Reads certificates; reaches nothing yet.
     pub fn new(config: RegistryConfig) -> Result<Self, RegistryError> {
+        Self::with_limits(config, Limits::default())
+    }
+
+    /// As `new`, with other limits than the usual ones.
+    pub fn with_limits(config: RegistryConfig, limits: Limits) -> Result<Self, RegistryError> {
         install_crypto();
         let build = |insecure: bool| -> Result<reqwest::Client, RegistryError> {
             let mut builder = reqwest::Client::builder()
                 .user_agent(concat!("sluice/", env!("CARGO_PKG_VERSION")))
                 .redirect(reqwest::redirect::Policy::none())
                 .connect_timeout(CONNECT_TIMEOUT)
-                .read_timeout(READ_TIMEOUT)
+                .read_timeout(limits.stall)
                 .tcp_nodelay(true)
                 .tls_danger_accept_invalid_certs(insecure);
             for path in &config.extra_ca {
@@ -113,9 +211,12 @@ impl Client {
                     RegistryError::Config(format!("certificate {}: {reason}", path.display()))
                 };
                 let pem = std::fs::read(path).map_err(|error| bad(error.to_string()))?;
-                for certificate in
-                    reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| bad(error.to_string()))?
-                {
+                let certificates =
+                    reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| bad(error.to_string()))?;
+                if certificates.is_empty() {
+                    return Err(bad("there is none in it".to_owned()));
+                }
+                for certificate in certificates {
                     builder = builder.add_root_certificate(certificate);
                 }
             }
@@ -127,10 +228,14 @@ impl Client {
             inner: Arc::new(Inner {
                 http: build(false)?,
                 insecure: build(true)?,
+                hosts: Hosts::new(config.hosts_dir.clone()),
+                health: Health::new(limits.backoff),
                 config,
+                limits,
                 tokens: Mutex::default(),
+                renewing: Mutex::default(),
                 gates: Mutex::default(),
-                locations: Mutex::default(),
+                locations: Locations::default(),
             }),
         })
     }
@@ -139,201 +244,118 @@ impl Client {
     pub fn parse(reference: &str) -> Result<Reference, RegistryError> {
         reference.parse().map_err(|error: oci_spec::distribution::ParseError| RegistryError::Reference {
             reference: reference.to_owned(),
-            reason: error.to_string(),
+            reason: why_not(reference).map_or_else(|| error.to_string(), str::to_owned),
         })
     }
 
-    /// Asks, trying again what may pass. Any status but 404 that is no success is an error; so is 404.
+    /// Asks, trying again what may pass. Any answer that is no success is an error.
     pub(crate) async fn ask(&self, ask: &Ask<'_>) -> Result<Answer, RegistryError> {
+        self.ask_checked(ask, |_| Ok(())).await.map(|(answer, ())| answer)
+    }
+
+    /// Asks until an answer stands `check`: in rounds over the endpoints, those that failed lately last.
+    pub(crate) async fn ask_checked<T>(
+        &self,
+        ask: &Ask<'_>,
+        check: impl Fn(&Answer) -> Result<T, RegistryError>,
+    ) -> Result<(Answer, T), RegistryError> {
+        let mut tries = self.tries(ask)?;
+        let mut pause = FIRST_PAUSE;
+        for attempt in 1.. {
+            if let Some(answer) = self.round(ask, &mut tries, &check).await {
+                return Ok(answer);
+            }
+            let wait = self.wait(&tries, &mut pause);
+            let gone =
+                tries.last().is_some_and(|last| last.error.as_ref().is_some_and(RegistryError::is_not_found));
+            match wait {
+                Some(wait) if attempt < ATTEMPTS && !gone => tokio::time::sleep(wait).await,
+                _ => break,
+            }
+        }
+        // What the registry itself said counts more than what its mirrors did.
+        let error = tries.into_iter().filter_map(|one| one.error).next_back();
+        Err(error.unwrap_or_else(|| {
+            RegistryError::Config(format!(
+                "no endpoint of {} may be asked for this",
+                ask.reference.registry()
+            ))
+        }))
+    }
+
+    fn tries(&self, ask: &Ask<'_>) -> Result<Vec<Try>, RegistryError> {
+        if let Target::Named(endpoint, _) = &ask.target {
+            return Ok(vec![Try { endpoint: Arc::clone(endpoint), error: None }]);
+        }
         let registry = ask.reference.registry();
-        let plain = self.is_plain(registry);
-        let endpoints = hosts::endpoints(self.inner.config.hosts_dir.as_deref(), registry, plain)?;
-        let mut last = None;
-        for endpoint in endpoints.iter().filter(|endpoint| match ask.needs {
+        let endpoints = self.inner.hosts.endpoints(registry, self.is_plain(registry))?;
+        let allowed = endpoints.into_iter().filter(|endpoint| match ask.needs {
             Needs::Resolve => endpoint.resolve,
             Needs::Pull => endpoint.pull,
             Needs::Push => endpoint.push,
-        }) {
-            match self.ask_endpoint(ask, endpoint).await {
-                Ok(answer) => return Ok(answer),
-                Err(error) => {
-                    tracing::debug!(base = endpoint.base, %error, "endpoint failed");
-                    last = Some(error);
-                }
-            }
-        }
-        Err(last.unwrap_or_else(|| RegistryError::Config(format!("no endpoint of {registry} may be asked"))))
+        });
+        Ok(allowed.map(|endpoint| Try { endpoint, error: None }).collect())
     }
 
-    async fn ask_endpoint(&self, ask: &Ask<'_>, endpoint: &Endpoint) -> Result<Answer, RegistryError> {
-        let mut pause = FIRST_PAUSE;
-        for attempt in 1.. {
-            let (error, wait) = match self.ask_once(ask, endpoint).await {
-                Ok(answer) if answer.response.status().is_success() => return Ok(answer),
-                Ok(answer) => (refusal(&answer, ask), retry_after(answer.response.headers())),
-                Err(error) => (error, None),
-            };
-            let again = matches!(&error, RegistryError::Unreachable { .. })
-                || matches!(&error, RegistryError::Status { status, .. } if matches!(status, 408 | 425 | 429 | 500..=599));
-            if !again || attempt >= ATTEMPTS {
-                return Err(error);
-            }
-            let jitter = 0.5
-                + f64::from(std::time::SystemTime::now().elapsed().unwrap_or_default().subsec_nanos() % 1000)
-                    / 1000.0;
-            tokio::time::sleep(wait.unwrap_or(pause.mul_f64(jitter)).min(LONGEST_RETRY_AFTER)).await;
-            pause *= 2;
-        }
-        Err(RegistryError::Config("no attempt was made".to_owned()))
-    }
-
-    /// One attempt, with one renewal of the token.
-    async fn ask_once(&self, ask: &Ask<'_>, endpoint: &Endpoint) -> Result<Answer, RegistryError> {
-        let url = if ask.path.contains("://") {
-            ask.path.clone()
-        } else {
-            format!("{}{}/{}", endpoint.base, ask.reference.repository(), ask.path)
-        };
-        let host = host_of(&url);
-        let slots = self.slots(&host, ask.background).await;
-        let actions = if ask.needs == Needs::Push { "pull,push" } else { "pull" };
-        let scope = format!("repository:{}:{actions}", ask.reference.repository());
-        let is_blob = ask.method == Method::GET && ask.path.starts_with("blobs/");
-        if let Some(location) = self.known_location(&url).filter(|_| is_blob) {
-            let response = self.send(ask, endpoint, &location, None).await?;
-            if response.status().is_success() {
-                return Ok(Answer { response, host, slots });
-            }
-            // It expired: resolve it again.
-            self.lock(&self.inner.locations).remove(&url);
-        }
-        let mut authorization = self.lock(&self.inner.tokens).get(&host, &scope);
-        for renewed in [false, true] {
-            let response = self.send(ask, endpoint, &url, authorization.as_ref()).await?;
-            if response.status() == StatusCode::UNAUTHORIZED && !renewed {
-                let challenge =
-                    response.headers().get(WWW_AUTHENTICATE).and_then(|value| value.to_str().ok());
-                let Some(challenge) = challenge.and_then(Challenge::parse) else {
-                    return Ok(Answer { response, host, slots });
-                };
-                self.lock(&self.inner.tokens).forget(&host, &scope);
-                match self.authorize(&host, &scope, challenge).await? {
-                    Some(fresh) => authorization = Some(fresh),
-                    None => return Ok(Answer { response, host, slots }),
-                }
+    /// Asks each endpoint that may still answer, once.
+    async fn round<T>(
+        &self,
+        ask: &Ask<'_>,
+        tries: &mut [Try],
+        check: &impl Fn(&Answer) -> Result<T, RegistryError>,
+    ) -> Option<(Answer, T)> {
+        let health = &self.inner.health;
+        let mut order: Vec<&mut Try> = tries.iter_mut().collect();
+        order.sort_by_cached_key(|one| health.avoid(&one.endpoint.base));
+        for one in order {
+            let base = &one.endpoint.base;
+            if one.error.as_ref().is_some_and(|error| !error.is_transient()) {
                 continue;
             }
-            if response.status().is_redirection() && response.status() != StatusCode::NOT_MODIFIED {
-                let response = self.follow(ask, endpoint, &url, response).await?;
-                return Ok(Answer { response, host, slots });
+            if let Some(left) = health.busy_for(base) {
+                one.error = Some(too_busy(base, left, &ask.what()));
+                continue;
             }
-            return Ok(Answer { response, host, slots });
-        }
-        Err(RegistryError::Config("the token was renewed without an answer".to_owned()))
-    }
-
-    /// Follows redirects; `Authorization` never goes to another host.
-    async fn follow(
-        &self,
-        ask: &Ask<'_>,
-        endpoint: &Endpoint,
-        first: &str,
-        mut response: reqwest::Response,
-    ) -> Result<reqwest::Response, RegistryError> {
-        let wrong = |reason: &str| RegistryError::Protocol {
-            host: host_of(first),
-            what: ask.path.clone(),
-            reason: reason.to_owned(),
-        };
-        let mut from = first.to_owned();
-        for _ in 0..MAX_REDIRECTS {
-            let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
-            let location = location.ok_or_else(|| wrong("a redirect without a location"))?;
-            let next = url::Url::parse(&from)
-                .and_then(|base| base.join(location))
-                .map_err(|_| wrong("a redirect to something that is no address"))?
-                .to_string();
-            response = self.send(ask, endpoint, &next, None).await?;
-            if !response.status().is_redirection() {
-                if response.status().is_success() && ask.method == Method::GET {
-                    self.lock(&self.inner.locations).insert(first.to_owned(), (next, Instant::now()));
+            let asked = self.ask_once(ask, &one.endpoint).await;
+            let checked = asked.and_then(|answer| check(&answer).map(|value| (answer, value)));
+            match checked {
+                Ok(answer) => {
+                    health.worked(base);
+                    return Some(answer);
                 }
-                return Ok(response);
+                Err(error) => {
+                    tracing::debug!(host = host_of(base), %error, "endpoint failed");
+                    if error.may_pass() {
+                        health.failed(base);
+                    } else {
+                        health.worked(base);
+                    }
+                    one.error = Some(error);
+                }
             }
-            from = next;
         }
-        Err(wrong("too many redirects"))
+        None
     }
 
-    async fn send(
-        &self,
-        ask: &Ask<'_>,
-        endpoint: &Endpoint,
-        url: &str,
-        authorization: Option<&Authorization>,
-    ) -> Result<reqwest::Response, RegistryError> {
-        let http = if endpoint.skip_verify { &self.inner.insecure } else { &self.inner.http };
-        let mut request = http.request(ask.method.clone(), url).headers(ask.headers.clone());
-        // Configured headers may hold credentials: they go to the endpoint alone, not where it redirects to.
-        let own = host_of(url) == host_of(&endpoint.base);
-        for (name, value) in endpoint.headers.iter().filter(|_| own) {
-            request = request.header(name, value);
+    /// How long to wait before the next round; `None` if there is no use in one.
+    fn wait(&self, tries: &[Try], pause: &mut Duration) -> Option<Duration> {
+        let again = tries.iter().filter(|one| one.error.as_ref().is_some_and(RegistryError::is_transient));
+        let asked = again.map(|one| self.inner.health.busy_for(&one.endpoint.base).unwrap_or_default());
+        let asked = asked.min()?;
+        if asked > self.inner.limits.longest_retry_after {
+            return None;
         }
-        if let Some(Authorization(value)) = authorization {
-            let mut value = HeaderValue::from_str(value).map_err(|_| {
-                RegistryError::Config("the credentials hold characters no header may have".to_owned())
-            })?;
-            value.set_sensitive(true);
-            request = request.header(AUTHORIZATION, value);
-        }
-        if let Some(body) = &ask.body {
-            request = request.body(body.clone());
-        }
-        request
-            .send()
-            .await
-            .map_err(|error| RegistryError::Unreachable { host: host_of(url), reason: reason(&error) })
+        let wait = asked + jittered(*pause);
+        *pause *= 2;
+        Some(wait)
     }
 
-    async fn authorize(
-        &self,
-        host: &str,
-        scope: &str,
-        challenge: Challenge,
-    ) -> Result<Option<Authorization>, RegistryError> {
-        // Of the host that asks, never of the registry it stands for: a mirror must not get another's password.
-        let name = if host == "registry-1.docker.io" { "docker.io" } else { host };
-        let (config, name) = (self.inner.config.docker_config.clone(), name.to_owned());
-        let credentials = tokio::task::spawn_blocking(move || auth::credentials(config.as_deref(), &name))
-            .await
-            .map_err(|error| RegistryError::Config(error.to_string()))??;
-        let (token, life) = match challenge {
-            Challenge::Basic => match credentials {
-                Some(credentials) => (auth::basic(&credentials), Duration::from_secs(3600)),
-                None => return Ok(None),
-            },
-            Challenge::Bearer { realm, service, scope: asked } => {
-                let asked = asked.as_deref().unwrap_or(scope);
-                auth::fetch_token(&self.inner.http, &realm, service.as_deref(), asked, credentials.as_ref())
-                    .await?
-            }
-        };
-        self.lock(&self.inner.tokens).put(host, scope, token.clone(), life);
-        Ok(Some(token))
-    }
-
-    async fn slots(
-        &self,
-        host: &str,
-        background: bool,
-    ) -> (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>) {
+    /// Waits for a slot of `host`.
+    pub(crate) async fn slots(&self, host: &str, background: bool) -> Slots {
         let gate = {
-            let total = if self.inner.config.connections_per_host == 0 {
-                8
-            } else {
-                self.inner.config.connections_per_host
-            };
-            let mut gates = self.lock(&self.inner.gates);
+            let configured = self.inner.config.connections_per_host;
+            let total = if configured == 0 { CONNECTIONS_PER_HOST } else { configured };
+            let mut gates = lock(&self.inner.gates);
             gates
                 .entry(host.to_owned())
                 .or_insert_with(|| Gate {
@@ -346,14 +368,6 @@ impl Client {
         (acquire(gate.all).await, behind)
     }
 
-    fn known_location(&self, url: &str) -> Option<String> {
-        let locations = self.lock(&self.inner.locations);
-        locations
-            .get(url)
-            .filter(|(_, since)| since.elapsed() < LOCATION_LIFE)
-            .map(|(location, _)| location.clone())
-    }
-
     fn is_plain(&self, registry: &str) -> bool {
         let host = registry.rsplit_once(':').map_or(registry, |(host, _)| host);
         matches!(host, "localhost" | "[::1]")
@@ -361,40 +375,43 @@ impl Client {
             || self.inner.config.plain_http.iter().any(|one| one == "*" || one == registry)
     }
 
-    fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
-        mutex.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// A small document, whole: at most `limit` bytes.
-    pub(crate) async fn document(
-        &self,
-        ask: &Ask<'_>,
-        limit: usize,
-    ) -> Result<(Bytes, HeaderMap), RegistryError> {
-        let answer = self.ask(ask).await?;
-        let headers = answer.response.headers().clone();
-        let host = answer.host.clone();
-        let mut body = answer.response.bytes_stream();
-        let mut out = Vec::new();
-        while let Some(piece) = body.next().await {
-            let piece = piece
-                .map_err(|error| RegistryError::Unreachable { host: host.clone(), reason: reason(&error) })?;
-            out.extend_from_slice(&piece);
-            if out.len() > limit {
-                return Err(RegistryError::Protocol {
-                    host,
-                    what: ask.path.clone(),
-                    reason: format!("it is larger than {limit} bytes"),
-                });
+    pub(crate) async fn document(&self, ask: &Ask<'_>, limit: usize) -> Result<Document, RegistryError> {
+        let mut pause = FIRST_PAUSE;
+        for attempt in 1.. {
+            let Answer { response, host, endpoint, slots } = self.ask(ask).await?;
+            let (headers, url) = (response.headers().clone(), response.url().clone());
+            match bounded(response, &host, &ask.what(), limit).await {
+                Ok(bytes) => return Ok(Document { bytes, headers, host, endpoint, url }),
+                Err(error) if error.is_transient() && attempt < ATTEMPTS => {
+                    self.inner.health.failed(&endpoint.base);
+                    drop(slots);
+                    tokio::time::sleep(jittered(pause)).await;
+                    pause *= 2;
+                }
+                Err(error) => return Err(error),
             }
         }
-        Ok((out.into(), headers))
+        Err(RegistryError::Config("no attempt was made".to_owned()))
     }
+}
+
+/// A document with where it came from. Not for logs: its address may be signed.
+pub(crate) struct Document {
+    pub(crate) bytes: Bytes,
+    pub(crate) headers: HeaderMap,
+    pub(crate) host: String,
+    pub(crate) endpoint: Arc<Endpoint>,
+    pub(crate) url: url::Url,
 }
 
 /// Chooses ring for TLS in this process; a choice made before stands.
 pub fn install_crypto() {
     drop(rustls::crypto::ring::default_provider().install_default());
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 async fn acquire(semaphore: Arc<Semaphore>) -> OwnedSemaphorePermit {
@@ -406,35 +423,60 @@ async fn acquire(semaphore: Arc<Semaphore>) -> OwnedSemaphorePermit {
     }
 }
 
-fn host_of(url: &str) -> String {
-    url.split('/').nth(2).unwrap_or(url).to_owned()
-}
-
-/// An error's innermost causes: reqwest's own text repeats the address, which may be signed.
-pub(crate) fn reason(error: &reqwest::Error) -> String {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(next) = cause.source() {
-        cause = next;
-    }
-    if error.is_timeout() { "it did not answer in time".to_owned() } else { cause.to_string() }
-}
-
-fn refusal(answer: &Answer, ask: &Ask<'_>) -> RegistryError {
-    let status = answer.response.status().as_u16();
+fn too_busy(base: &str, left: Duration, what: &str) -> RegistryError {
     RegistryError::Status {
-        host: answer.host.clone(),
-        status,
-        what: format!("{} of {}", ask.path.split('?').next().unwrap_or(""), ask.reference.repository()),
-        hint: match status {
-            401 | 403 => "; check the credentials in Docker's config.json",
-            404 => "; there is no such image, or it may not be seen with these credentials",
-            429 => "; too many requests, wait or use a mirror",
-            _ => "",
-        },
+        host: host_of(base),
+        status: 429,
+        what: what.to_owned(),
+        hint: format!("; it asked to be left alone for {} s more, wait or use a mirror", left.as_secs() + 1),
     }
 }
 
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get(RETRY_AFTER)?.to_str().ok()?;
-    text.trim().parse().ok().map(Duration::from_secs)
+/// What is wrong with a reference, where the parser's own words would not help.
+fn why_not(reference: &str) -> Option<&'static str> {
+    let name = reference.split('@').next().unwrap_or("");
+    let repository = name.split_once('/').map_or(name, |(_, rest)| rest);
+    let repository = repository.rsplit_once(':').map_or(repository, |(repository, _)| repository);
+    if reference.is_empty() {
+        Some("it is empty")
+    } else if reference.contains("://") {
+        Some("it begins with a scheme; leave that out")
+    } else if reference.contains(char::is_whitespace) {
+        Some("there is a space in it")
+    } else if repository.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        Some("names of repositories are lower-case")
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_as_long_as_asked_within_the_limit() {
+        let client = Client::new(RegistryConfig::default()).expect("a client");
+        let endpoints = ["http://a/v2/", "http://b/v2/"].map(|base| {
+            let (resolve, pull, push) = (true, true, true);
+            Endpoint { base: base.to_owned(), resolve, pull, push, skip_verify: false, headers: Vec::new() }
+        });
+        let tries = || {
+            let of = |endpoint: &Endpoint| {
+                let error = Some(too_busy(&endpoint.base, Duration::ZERO, "it"));
+                Try { endpoint: Arc::new(endpoint.clone()), error }
+            };
+            endpoints.iter().map(of).collect::<Vec<_>>()
+        };
+        let wait = || client.wait(&tries(), &mut FIRST_PAUSE.clone());
+        assert!(wait().expect("a pause") < Duration::from_secs(1), "nobody asked for a wait");
+        client.inner.health.busy("http://a/v2/", Duration::from_secs(100));
+        assert!(wait().expect("a pause") < Duration::from_secs(1), "the other one did not ask for a wait");
+        client.inner.health.busy("http://b/v2/", Duration::from_secs(90));
+        let asked = wait().expect("a pause");
+        assert!(asked > Duration::from_secs(89) && asked < Duration::from_secs(91), "{asked:?}");
+        client.inner.health.busy("http://a/v2/", Duration::from_secs(500));
+        client.inner.health.busy("http://b/v2/", Duration::from_secs(400));
+        assert_eq!(wait(), None);
+    }
 }

@@ -3,15 +3,20 @@
 use std::collections::HashMap;
 
 use bytes::Bytes;
-use oci_spec::image::{Arch, Digest, ImageConfiguration, ImageIndex, ImageManifest, Os};
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use oci_spec::image::{Digest, ImageConfiguration, ImageIndex, ImageManifest};
 use reqwest::Method;
 use reqwest::header::{ACCEPT, HeaderMap, HeaderValue};
 
-use crate::client::{Ask, Client, Needs};
+use crate::client::{Ask, Client, Needs, Target};
+use crate::platform::{Platform, candidates};
 use crate::{Reference, RegistryError};
 
 const MAX_MANIFEST: usize = 4 << 20;
 const MAX_CONFIG: u64 = 8 << 20;
+/// Indexes inside an index.
+const MAX_DEPTH: u32 = 2;
 const ACCEPTED: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \
                         application/vnd.docker.distribution.manifest.v2+json, \
                         application/vnd.docker.distribution.manifest.list.v2+json";
@@ -85,23 +90,66 @@ impl Client {
     /// Finds out what `reference` is now, for this machine's platform.
     pub async fn resolve(&self, reference: &Reference) -> Result<ResolvedImage, RegistryError> {
         let name = reference.digest().or(reference.tag()).unwrap_or("latest").to_owned();
-        let (mut bytes, mut digest) = self.manifest(reference, &name).await?;
-        let media_type = media_type_of(&bytes, reference)?;
-        if media_type.contains("image.index") || media_type.contains("manifest.list") {
-            let index: ImageIndex = parse(&bytes, reference)?;
-            let chosen = choose(&index, reference)?;
-            (bytes, digest) = self.manifest(reference, &chosen).await?;
+        let (bytes, digest) = self.manifest(reference, &name).await?;
+        if is_index(&media_type_of(&bytes, reference)?) {
+            let found = self.choose(reference, bytes, MAX_DEPTH).await?;
+            return found.ok_or_else(|| RegistryError::Image {
+                reference: reference.to_string(),
+                reason: format!("it has no manifest for {}", Platform::own()),
+            });
         }
-        let manifest: ImageManifest = parse(&bytes, reference)?;
-        let bad = |reason: String| RegistryError::Image { reference: reference.to_string(), reason };
-        if manifest.config().size() > MAX_CONFIG {
-            return Err(bad("its configuration is larger than 8 MiB".to_owned()));
-        }
-        let config_blob =
-            self.blob(reference, &manifest.config().digest().to_string(), manifest.config().size());
-        let config = config_blob.read_all(0..manifest.config().size(), false).await?;
-        verify(&config, manifest.config().digest(), &format!("the configuration of {reference}"))?;
+        let config = self.config(reference, &bytes).await?;
         ResolvedImage::from_parts(reference.clone(), digest, bytes, config)
+    }
+
+    /// The best image in an index for this machine; indexes may stand in indexes.
+    fn choose<'a>(
+        &'a self,
+        reference: &'a Reference,
+        index: Bytes,
+        depth: u32,
+    ) -> BoxFuture<'a, Result<Option<ResolvedImage>, RegistryError>> {
+        let choose = async move {
+            let index: ImageIndex = parse(&index, reference)?;
+            let machine = Platform::own();
+            for entry in candidates(index.manifests(), &machine) {
+                let (bytes, digest) = self.manifest(reference, entry.digest().as_ref()).await?;
+                let media_type = media_type_of(&bytes, reference)?;
+                if is_index(&media_type) {
+                    let inner =
+                        if depth == 0 { None } else { self.choose(reference, bytes, depth - 1).await? };
+                    if inner.is_some() {
+                        return Ok(inner);
+                    }
+                    continue;
+                }
+                // An entry without a platform may be anything: what its configuration says counts.
+                if entry.platform().is_none() && !is_image(&bytes) {
+                    continue;
+                }
+                let config = self.config(reference, &bytes).await?;
+                if entry.platform().is_some() || runs_on(&config, &machine) {
+                    return ResolvedImage::from_parts(reference.clone(), digest, bytes, config).map(Some);
+                }
+            }
+            Ok(None)
+        };
+        choose.boxed()
+    }
+
+    /// The configuration that a manifest names.
+    async fn config(&self, reference: &Reference, manifest: &[u8]) -> Result<Bytes, RegistryError> {
+        let manifest: ImageManifest = parse(manifest, reference)?;
+        let (digest, size) = (manifest.config().digest(), manifest.config().size());
+        if size > MAX_CONFIG {
+            return Err(RegistryError::Image {
+                reference: reference.to_string(),
+                reason: "its configuration is larger than 8 MiB".to_owned(),
+            });
+        }
+        let config = self.blob(reference, digest.as_ref(), size).read_all(0..size, false).await?;
+        verify(&config, digest, &format!("the configuration of {reference}"))?;
+        Ok(config)
     }
 
     /// A manifest's bytes and digest, checked if it was asked for by digest.
@@ -115,13 +163,13 @@ impl Client {
         let ask = Ask {
             method: Method::GET,
             reference,
-            path: format!("manifests/{name}"),
+            target: Target::Path(format!("manifests/{name}")),
             headers,
             body: None,
             needs: if name.contains(':') { Needs::Pull } else { Needs::Resolve },
             background: false,
         };
-        let (bytes, _) = self.document(&ask, MAX_MANIFEST).await?;
+        let bytes = self.document(&ask, MAX_MANIFEST).await?.bytes;
         let digest = sha256(&bytes);
         if let Ok(wanted) = name.parse::<Digest>() {
             verify(&bytes, &wanted, &format!("manifest {name}"))?;
@@ -155,23 +203,23 @@ fn media_type_of(bytes: &[u8], reference: &Reference) -> Result<String, Registry
     Ok(stated.unwrap_or(implied).to_owned())
 }
 
-fn choose(index: &ImageIndex, reference: &Reference) -> Result<String, RegistryError> {
-    let arch = match std::env::consts::ARCH {
-        "x86_64" => Arch::Amd64,
-        "aarch64" => Arch::ARM64,
-        other => Arch::Other(other.to_owned()),
-    };
-    let fits = |entry: &&oci_spec::image::Descriptor| {
-        entry
-            .platform()
-            .as_ref()
-            .is_none_or(|platform| *platform.architecture() == arch && *platform.os() == Os::Linux)
-    };
-    let chosen = index.manifests().iter().find(fits);
-    chosen.map(|entry| entry.digest().to_string()).ok_or_else(|| RegistryError::Image {
-        reference: reference.to_string(),
-        reason: format!("it has no manifest for linux/{arch}"),
-    })
+fn is_index(media_type: &str) -> bool {
+    media_type.contains("image.index") || media_type.contains("manifest.list")
+}
+
+/// Whether a manifest is one of an image, not of an artifact.
+fn is_image(manifest: &[u8]) -> bool {
+    let Ok(manifest) = serde_json::from_slice::<ImageManifest>(manifest) else { return false };
+    let kind = manifest.config().media_type().to_string();
+    manifest.artifact_type().is_none() && (kind.contains("image.config") || kind.contains("container.image"))
+}
+
+/// Whether an image whose configuration this is runs on a machine.
+fn runs_on(config: &[u8], machine: &Platform) -> bool {
+    let Ok(config) = ImageConfiguration::from_reader(config) else { return false };
+    let variant = config.variant().as_deref().unwrap_or("");
+    let own = Platform::new(&config.os().to_string(), &config.architecture().to_string(), variant);
+    machine.runs().contains(&own)
 }
 
 /// `sha256:…` of `bytes`.
@@ -183,6 +231,7 @@ pub(crate) fn sha256(bytes: &[u8]) -> String {
 fn verify(bytes: &[u8], digest: &Digest, what: &str) -> Result<(), RegistryError> {
     let algorithm = match digest.algorithm().as_ref() {
         "sha256" => &ring::digest::SHA256,
+        "sha384" => &ring::digest::SHA384,
         "sha512" => &ring::digest::SHA512,
         other => {
             return Err(RegistryError::Config(format!("{what}: digests of kind {other} are not supported")));

@@ -77,6 +77,20 @@ impl Bitmap {
         all
     }
 
+    /// The first clear bit at or after `from`.
+    pub(crate) fn run(&self, from: u64) -> u64 {
+        let mut at = from.min(self.len);
+        while at < self.len {
+            let word = self.words.get((at / 64) as usize).map_or(0, |word| word.load(Ordering::Acquire));
+            let ones = u64::from((word >> (at % 64)).trailing_ones());
+            at += ones;
+            if ones == 0 || at % 64 != 0 {
+                break;
+            }
+        }
+        at.min(self.len)
+    }
+
     /// How many bits are set.
     pub(crate) fn count(&self) -> u64 {
         self.set.load(Ordering::Acquire)
@@ -171,6 +185,8 @@ mod tests {
                 if value { bitmap.set(start..end) } else { bitmap.clear(start..end) }
                 plain[start as usize..end as usize].fill(value);
                 prop_assert_eq!(bitmap.all(start..end), value || start == end);
+                let run = plain[start as usize..].iter().take_while(|bit| **bit).count() as u64;
+                prop_assert_eq!(bitmap.run(start), start + run);
             }
             prop_assert_eq!(bitmap.count() as usize, plain.iter().filter(|bit| **bit).count());
             let again = Bitmap::new(len, false);

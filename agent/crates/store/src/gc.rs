@@ -20,7 +20,7 @@ pub struct Freed {
     pub bytes: u64,
 }
 
-/// What the caller knows to be in use, beside what leases say.
+/// What the caller knows to be in use: mounted, held, being made.
 #[derive(Debug, Clone, Default)]
 pub struct InUse {
     /// Manifest digests.
@@ -30,11 +30,8 @@ pub struct InUse {
 }
 
 impl Store {
-    /// Forgets an image; its layers go with `gc`. An image that somebody holds stays.
+    /// Forgets an image; its layers go with `gc`. That nobody uses it is for the caller to know.
     pub fn remove_image(&self, manifest_digest: &str) -> Result<(), StoreError> {
-        if let Some(lease) = self.leases()?.into_iter().find(|one| one.manifest_digest == manifest_digest) {
-            return Err(StoreError::InUse { image: lease.manifest_digest, holder: lease.holder });
-        }
         self.inner.state.remove_image(manifest_digest)?;
         let path = self.erofs_path(manifest_digest)?;
         match fs::remove_file(&path) {
@@ -71,26 +68,23 @@ impl Store {
         Ok(freed)
     }
 
-    /// Makes room for `need_bytes` within the quota and the reserve: removes what no image needs, then images that nobody holds,
+    /// Makes room for `need_bytes` within the quota and the reserve: removes what no image needs, then images not in use,
     /// least recently used first, until there is room. What is left may still be too much: then everything is in use.
     pub fn make_room(&self, need_bytes: u64, in_use: &InUse) -> Result<Freed, StoreError> {
         self.measure()?;
         let mut freed = Freed::default();
-        if self.inner.space.check(need_bytes).is_ok() {
+        if self.inner.space.recheck(need_bytes) {
             return Ok(freed);
         }
-        let held: HashSet<String> = self.leases()?.into_iter().map(|lease| lease.manifest_digest).collect();
         let mut images = self.images()?;
-        images.retain(|image| {
-            !held.contains(&image.manifest_digest) && !in_use.images.contains(&image.manifest_digest)
-        });
+        images.retain(|image| !in_use.images.contains(&image.manifest_digest));
         images.sort_by_key(|image| image.last_used);
         let mut images = images.into_iter();
         loop {
             let gone = self.gc(&|digest| in_use.layers.contains(digest))?;
             freed.layers += gone.layers;
             freed.bytes += gone.bytes;
-            if self.inner.space.check(need_bytes).is_ok() {
+            if self.inner.space.recheck(need_bytes) {
                 return Ok(freed);
             }
             let Some(image) = images.next() else { return Ok(freed) };

@@ -31,6 +31,8 @@ pub struct Layer {
     chunks: Records<ChunkRecord>,
     extents: Records<ExtentRecord>,
     verified: Bitmap,
+    /// What of it is recorded, and so on the disk for good.
+    durable: Bitmap,
     complete: AtomicBool,
     /// Verified chunks that the disk could not take.
     memory: Memory,
@@ -48,8 +50,10 @@ impl Layer {
         let path = dir.join("data");
         let file = File::options().read(true).write(true).open(&path).on("open", &path)?;
         let verified = Bitmap::new(record.store_size / BLOCK_SIZE, record.complete);
+        let durable = Bitmap::new(record.store_size / BLOCK_SIZE, record.complete);
         for (page, bytes) in bits {
             verified.load_page(*page, bytes);
+            durable.load_page(*page, bytes);
         }
         // What was loaded is stored already.
         drop(verified.take_dirty());
@@ -62,6 +66,7 @@ impl Layer {
             chunks: Records::open(&dir.join("chunks"))?,
             extents: Records::open(&dir.join("extents"))?,
             verified,
+            durable,
             complete: AtomicBool::new(record.complete),
             memory: Memory::new(Arc::clone(&space)),
             space,
@@ -270,6 +275,7 @@ impl Layer {
     /// Forgets that a range was verified.
     pub(crate) fn unverify(&self, range: Range<u64>) {
         self.complete.store(false, Ordering::Release);
+        self.durable.clear(blocks(range.clone()));
         self.verified.clear(blocks(range));
     }
 
@@ -303,6 +309,20 @@ impl Layer {
             return Err(error).on("flush", &self.data_path());
         }
         Ok(pages)
+    }
+
+    /// Where the run of bytes ends that begins at `offset` and is verified, on the disk and recorded as such: it may be read from
+    /// the file at [`Self::data_path`] without asking again. `offset` if there is none.
+    pub fn durable_until(&self, offset: u64) -> u64 {
+        let end = self.durable.run(offset / BLOCK_SIZE) * BLOCK_SIZE;
+        end.min(self.size).max(offset)
+    }
+
+    /// Pages that were recorded.
+    pub(crate) fn recorded(&self, pages: &[Page]) {
+        for (page, bytes) in pages {
+            self.durable.load_page(*page, bytes);
+        }
     }
 
     /// Marks pages again that could not be recorded.

@@ -1,9 +1,8 @@
 //! Layer store: one sparse file per layer, verified blocks, state that survives a crash.
 //!
 //! It takes verified chunks from the stream crate and gives them to the block crate; it does not know where they come from.
-//! `state.redb` holds which layers and images there are, who holds them, and which blocks are verified; `layers/HEX/` holds a
-//! layer's file (`data`), its index as far as it is here (`index`), and fixed-size records derived from it (`chunks`, `extents`,
-//! `digests`).
+//! `state.redb` holds which layers and images there are and which blocks are verified; `layers/HEX/` holds a layer's file
+//! (`data`), its index as far as it is here (`index`), and fixed-size records derived from it (`chunks`, `extents`, `digests`).
 
 mod bitmap;
 mod copies;
@@ -32,7 +31,7 @@ pub use gc::{Freed, InUse};
 pub use ingest::Ingest;
 pub use layer::Layer;
 pub use space::StoreLimits;
-pub use state::{ImageRecord, Lease};
+pub use state::ImageRecord;
 
 /// What went wrong in the store.
 #[derive(Debug, thiserror::Error)]
@@ -82,14 +81,6 @@ pub enum StoreError {
     /// A layer cannot be complete while blocks are missing.
     #[error("layer {0} has blocks that are not verified")]
     NotFull(String),
-    /// An image is held.
-    #[error("image {image} is held by {holder}")]
-    InUse {
-        /// Digest of its manifest.
-        image: String,
-        /// Who holds it.
-        holder: String,
-    },
 }
 
 /// Adds what was tried, and on what file.
@@ -202,8 +193,9 @@ impl Store {
             || Ok(state.layer_and_bits(layer.digest())?.map(|(_, pages)| pages).unwrap_or_default());
         let pages = layer.sync(committed)?;
         let recorded = put(state, &pages);
-        if recorded.is_err() {
-            layer.not_recorded(&pages);
+        match &recorded {
+            Ok(()) => layer.recorded(&pages),
+            Err(_) => layer.not_recorded(&pages),
         }
         recorded
     }
@@ -232,26 +224,11 @@ impl Store {
         self.inner.state.images()
     }
 
-    /// Records that `holder` uses an image: neither it nor its layers are removed until the holder releases it, also after a
-    /// restart.
-    pub fn hold(&self, manifest_digest: &str, holder: &str) -> Result<(), StoreError> {
-        let lease = Lease { manifest_digest: manifest_digest.to_owned(), holder: holder.to_owned() };
-        self.inner.state.put_lease(&lease, now_s())
+    /// An image is used now: others are evicted before it.
+    pub fn touch_image(&self, manifest_digest: &str) -> Result<(), StoreError> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.inner.state.touch_image(manifest_digest, now.as_secs())
     }
-
-    /// Ends all that `holder` holds.
-    pub fn release(&self, holder: &str) -> Result<(), StoreError> {
-        self.inner.state.remove_leases(holder, now_s())
-    }
-
-    /// Who holds what. After a restart it is for the caller to release what nobody uses any more.
-    pub fn leases(&self) -> Result<Vec<Lease>, StoreError> {
-        self.inner.state.leases()
-    }
-}
-
-fn now_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 /// The hexadecimal part of a sha256 digest, checked, since it becomes a file name.

@@ -180,6 +180,6 @@ fn stage(index: &LayerIndex, dir: &Path) -> Result<(), StoreError> {
     crate::records::write_tables(index, dir)
 }
 
-fn sync_dir(dir: &Path) -> Result<(), StoreError> {
+pub(crate) fn sync_dir(dir: &Path) -> Result<(), StoreError> {
     File::open(dir).and_then(|file| file.sync_all()).on("flush", dir)
 }

@@ -66,6 +66,15 @@ impl Space {
         admitted
     }
 
+    /// Whether `len` bytes might be written now; if so the store is not full any more.
+    pub(crate) fn recheck(&self, len: u64) -> bool {
+        let room = self.check(len).is_ok();
+        if room {
+            self.now_full(false, None);
+        }
+        room
+    }
+
     /// Whether `len` bytes might be written now.
     pub(crate) fn check(&self, len: u64) -> io::Result<()> {
         let used = self.used.load(Ordering::Acquire);

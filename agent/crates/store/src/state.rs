@@ -1,4 +1,4 @@
-//! The database: layers, their verified maps, images, and who holds images.
+//! The database: layers, their verified maps, and images.
 //!
 //! A transaction that fails for want of space leaves redb refusing everything until it is opened anew: that is done here, at
 //! once and again before each later use until it succeeds.
@@ -9,14 +9,13 @@ use std::sync::{PoisonError, RwLock};
 use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
-use crate::StoreError;
+use crate::place::sync_dir;
+use crate::{OnFile, StoreError};
 
 const LAYERS: TableDefinition<&str, &[u8]> = TableDefinition::new("layers");
 /// Pages of verified maps, by layer digest and page number.
 const BITS: TableDefinition<(&str, u32), &[u8]> = TableDefinition::new("bits");
 const IMAGES: TableDefinition<&str, &[u8]> = TableDefinition::new("images");
-/// Image and holder; the value is nothing.
-const LEASES: TableDefinition<(&str, &str), ()> = TableDefinition::new("leases");
 const COUNTERS: TableDefinition<&str, u64> = TableDefinition::new("counters");
 /// The last generation number given to a layer.
 const GENERATION: &str = "generation";
@@ -56,15 +55,6 @@ pub struct ImageRecord {
     pub last_used: u64,
 }
 
-/// Somebody's claim on an image. It outlives the agent: who made it says whether it still counts.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Lease {
-    /// Digest of the image's manifest.
-    pub manifest_digest: String,
-    /// Whatever the caller of `hold` named.
-    pub holder: String,
-}
-
 #[derive(Debug)]
 pub(crate) struct State {
     path: PathBuf,
@@ -79,12 +69,14 @@ fn state<E: Into<redb::Error>>(error: E) -> StoreError {
 
 impl State {
     pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
+        if !path.exists() {
+            create(path)?;
+        }
         let opened = Self { path: path.to_path_buf(), database: RwLock::new(Some(open(path)?)) };
         opened.write(|write| {
             write.open_table(LAYERS).map_err(state)?;
             write.open_table(BITS).map_err(state)?;
             write.open_table(IMAGES).map_err(state)?;
-            write.open_table(LEASES).map_err(state)?;
             write.open_table(COUNTERS).map_err(state)?;
             Ok(())
         })?;
@@ -251,41 +243,37 @@ impl State {
         })
     }
 
-    pub(crate) fn put_lease(&self, lease: &Lease, now_s: u64) -> Result<(), StoreError> {
+    pub(crate) fn touch_image(&self, digest: &str, now_s: u64) -> Result<(), StoreError> {
         self.write(|write| {
-            let mut table = write.open_table(LEASES).map_err(state)?;
-            table.insert((lease.manifest_digest.as_str(), lease.holder.as_str()), ()).map_err(state)?;
-            touch(write, &lease.manifest_digest, now_s)
-        })
-    }
-
-    pub(crate) fn remove_leases(&self, holder: &str, now_s: u64) -> Result<(), StoreError> {
-        let held: Vec<Lease> = self.leases()?.into_iter().filter(|lease| lease.holder == holder).collect();
-        if held.is_empty() {
-            return Ok(());
-        }
-        self.write(|write| {
-            let mut table = write.open_table(LEASES).map_err(state)?;
-            for lease in &held {
-                table.remove((lease.manifest_digest.as_str(), lease.holder.as_str())).map_err(state)?;
-                touch(write, &lease.manifest_digest, now_s)?;
-            }
+            let mut table = write.open_table(IMAGES).map_err(state)?;
+            let Some(mut image) = table
+                .get(digest)
+                .map_err(state)?
+                .map(|record| serde_json::from_slice::<ImageRecord>(record.value()))
+                .transpose()?
+            else {
+                return Ok(());
+            };
+            image.last_used = image.last_used.max(now_s);
+            table.insert(digest, serde_json::to_vec(&image)?.as_slice()).map_err(state)?;
             Ok(())
         })
     }
+}
 
-    pub(crate) fn leases(&self) -> Result<Vec<Lease>, StoreError> {
-        self.read(|read| {
-            let table = read.open_table(LEASES).map_err(state)?;
-            let mut leases = Vec::new();
-            for row in table.iter().map_err(state)? {
-                let key = row.map_err(state)?.0;
-                let (image, holder) = key.value();
-                leases.push(Lease { manifest_digest: image.to_owned(), holder: holder.to_owned() });
-            }
-            Ok(leases)
-        })
+/// Makes an empty database: elsewhere first, since half of one cannot be opened any more.
+fn create(path: &Path) -> Result<(), StoreError> {
+    let new = path.with_extension("new");
+    match std::fs::remove_file(&new) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).on("remove", &new)?,
+        _ => {}
     }
+    drop(open(&new)?);
+    std::fs::rename(&new, path).on("move", &new)?;
+    let root = path.parent().unwrap_or(path);
+    sync_dir(root)?;
+    // The root itself may be new.
+    root.parent().map_or(Ok(()), sync_dir)
 }
 
 fn open(path: &Path) -> Result<Database, StoreError> {
@@ -324,20 +312,4 @@ fn insert_bits(write: &WriteTransaction, digest: &str, pages: &[Page]) -> Result
 fn remove_bits(write: &WriteTransaction, digest: &str) -> Result<(), StoreError> {
     let mut table = write.open_table(BITS).map_err(state)?;
     table.retain_in((digest, 0)..=(digest, u32::MAX), |_, _| false).map_err(state)
-}
-
-/// An image is used now.
-fn touch(write: &WriteTransaction, digest: &str, now_s: u64) -> Result<(), StoreError> {
-    let mut table = write.open_table(IMAGES).map_err(state)?;
-    let Some(mut image) = table
-        .get(digest)
-        .map_err(state)?
-        .map(|record| serde_json::from_slice::<ImageRecord>(record.value()))
-        .transpose()?
-    else {
-        return Ok(());
-    };
-    image.last_used = image.last_used.max(now_s);
-    table.insert(digest, serde_json::to_vec(&image)?.as_slice()).map_err(state)?;
-    Ok(())
 }

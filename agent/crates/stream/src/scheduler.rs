@@ -9,7 +9,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use crate::claims::RunState;
 
 /// Background work starts again this long after the last demand, so that a start in progress has the link to itself.
-const QUIET: Duration = Duration::from_millis(150);
+const QUIET: Duration = Duration::from_millis(500);
 /// Background work gets a turn at least this often, however much demand there is.
 const STARVED: Duration = Duration::from_secs(2);
 

@@ -1,4 +1,5 @@
 //! Demand before background: how long a blocked read takes during a fill, how much is under way, and that nothing is fetched twice.
+#![allow(clippy::print_stdout, reason = "what was measured")]
 
 mod rig;
 

@@ -34,11 +34,14 @@ async fn reads_are_right_and_a_fill_completes_the_layer() {
     sample.check_complete(store, dir.path());
 }
 
+/// Offsets and lengths of a sparse file's data.
+type Data<'a> = &'a [(u64, usize)];
+
 /// Files with holes at their front, in the middle, at the end, and everywhere.
 fn sparse_tar(format: &str) -> (Vec<u8>, Vec<(String, Vec<u8>)>) {
     let dir = tempfile::tempdir().expect("dir");
     let mut contents = Vec::new();
-    let pieces: [(&str, u64, &[(u64, usize)]); 5] = [
+    let pieces: [(&str, u64, Data); 5] = [
         ("front", 1 << 20, &[(700_000, 100_000)]),
         ("middle", 1 << 20, &[(0, 5000), (900_000, 148_576)]),
         ("end", 2 << 20, &[(0, 4096), (65536, 70_000)]),

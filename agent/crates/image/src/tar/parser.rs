@@ -212,6 +212,9 @@ impl TarParser {
         if link.len() >= MAX_PATH {
             return Err(self.too_large("link text", MAX_PATH as u64));
         }
+        if link.contains(&0) {
+            return Err(self.bad("link text"));
+        }
         Ok(match header.type_flag() {
             // As Go's archive/tar: only the type of the oldest archives; `0` is a file, whatever its name ends with.
             0 if name.ends_with(b"/") => TarKind::Directory,

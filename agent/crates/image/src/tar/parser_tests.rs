@@ -102,3 +102,11 @@ fn a_name_that_ends_with_a_slash_is_a_directory_in_old_archives_only() {
     assert_eq!(found[1].0.kind, TarKind::Directory);
     assert_eq!(found[2].0.kind, TarKind::Directory);
 }
+
+#[test]
+fn names_and_link_texts_have_no_zeros() {
+    for records in [&b"12 path=a\0b\n"[..], b"16 linkpath=a\0b\n"] {
+        let tar = [member(b'x', "x", records), member(b'2', "link", b"")].concat();
+        assert!(matches!(parse(&tar, 512), Err(TarError::Field { .. })), "{records:?}");
+    }
+}

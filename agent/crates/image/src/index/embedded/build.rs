@@ -82,7 +82,10 @@ pub(super) fn index(
         diff_id,
         entry_count: count,
     };
-    LayerIndex::from_blob(blob.assemble(parts, &spans, &windows)?)
+    let index = LayerIndex::from_blob(blob.assemble(parts, &spans, &windows)?)?;
+    // What the table says of entries is judged by the one who reads tars: better here than when the layer is used.
+    index.toc()?.try_for_each(|item| item.map(drop))?;
+    Ok(index)
 }
 
 /// Spans and their lists of pieces, in order.

@@ -1,0 +1,107 @@
+//! Room in the layer store: what is in use is known here, so here images are evicted when the disk or the quota is full.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use anyhow::Result;
+use sluice_store::InUse;
+
+use super::{Node, recover};
+
+/// How often the store is asked whether it found no space.
+const INTERVAL: Duration = Duration::from_secs(2);
+/// What is made free at once, so that not every chunk needs an eviction.
+const ROOM_BYTES: u64 = 64 << 20;
+
+impl Node {
+    /// What must stay: images and layers that somebody holds, is about to, or reads through a device.
+    pub(super) fn in_use(&self) -> Result<InUse> {
+        let mut in_use = InUse::default();
+        for (digest, image) in self.lock(&self.images).iter() {
+            in_use.images.insert(digest.clone());
+            in_use.layers.extend(image.layers.iter().cloned());
+        }
+        // An image that is being made has a turn that somebody has.
+        let mut preparing: Vec<String> = self
+            .lock(&self.preparing)
+            .iter()
+            .filter(|(_, turn)| turn.try_lock().is_err())
+            .map(|(digest, _)| digest.clone())
+            .collect();
+        let mut named = HashSet::new();
+        for image in self.store.images()? {
+            if let Some(at) = preparing.iter().position(|digest| *digest == image.manifest_digest) {
+                preparing.swap_remove(at);
+                in_use.images.insert(image.manifest_digest);
+                in_use.layers.extend(image.layers.iter().cloned());
+            }
+            named.extend(image.layers);
+        }
+        if !preparing.is_empty() {
+            // The layers of an image that is not recorded yet are those that no other names.
+            in_use.layers.extend(self.store.layers()?.into_iter().filter(|digest| !named.contains(digest)));
+        }
+        // A container that outlived its holder may still read a layer through its device.
+        let (blocks, layers) = (self.config.state.join("blocks"), self.config.root.join("layers"));
+        for device in sluice_kernel::loop_device::list()? {
+            in_use.layers.extend(recover::layer_behind(&blocks, &layers, &device.backing_file));
+        }
+        Ok(in_use)
+    }
+
+    /// Drops layers that are not to be kept, and stops what fills them.
+    pub(super) async fn forget_layers(&self, keep: impl Fn(&str) -> bool) {
+        let mut gone = Vec::new();
+        self.lock(&self.layers).retain(|digest, layer| {
+            let kept = keep(digest);
+            if !kept {
+                gone.push(Arc::clone(layer));
+            }
+            kept
+        });
+        for layer in gone {
+            if let Some(path) = layer.served_path()
+                && let Some(blockfs) = self.lock(&self.blockfs).as_ref()
+                && let Err(error) = blockfs.remove(path)
+            {
+                tracing::warn!(%error, path = %path.display(), "a block file stays");
+            }
+            if let Err(error) = layer.stop().await {
+                tracing::debug!(error = format!("{error:#}"), "a layer that goes was not flushed");
+            }
+        }
+    }
+
+    /// Evicts images when the store finds no space, as long as this node lives.
+    pub(super) fn keep_room(self: &Arc<Self>) {
+        let node: Weak<Self> = Arc::downgrade(self);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(INTERVAL).await;
+                let Some(node) = node.upgrade() else { return };
+                if node.store.needs_room()
+                    && let Err(error) = node.make_room().await
+                {
+                    tracing::warn!(error = format!("{error:#}"), "no room can be made");
+                }
+            }
+        });
+    }
+
+    async fn make_room(self: &Arc<Self>) -> Result<()> {
+        let in_use = self.in_use()?;
+        self.forget_layers(|digest| in_use.layers.contains(digest)).await;
+        let store = self.store.clone();
+        let freed = tokio::task::spawn_blocking(move || store.make_room(ROOM_BYTES, &in_use)).await??;
+        if freed.bytes > 0 {
+            tracing::info!(
+                images = freed.images,
+                layers = freed.layers,
+                bytes = freed.bytes,
+                "room was made"
+            );
+        }
+        Ok(())
+    }
+}
