@@ -51,6 +51,7 @@ install) install ;;
 watch) watch ;;
 uninstall)
     set_label false
+    chroot /host /usr/local/bin/sluice node drain
     chroot /host systemctl disable --now sluice.service
     xtask uninstall --root /host
     chroot /host systemctl daemon-reload

@@ -1,6 +1,9 @@
 //! `sluice daemon`, `sluice stop`, `sluice node drain`, and the server of block files.
 
 use std::io::Write;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -13,6 +16,7 @@ use crate::daemon::{self, Stop};
 /// Serves until told to stop by a signal or by `sluice stop`.
 pub(crate) async fn serve(config: Arc<Config>, announce: bool) -> Result<()> {
     let running = daemon::start(config).await?;
+    notify_systemd()?;
     if announce {
         say_ready()?;
     }
@@ -35,6 +39,17 @@ pub(crate) fn serve_blocks(config: &Config) -> Result<()> {
 fn say_ready() -> Result<()> {
     let mut stdout = std::io::stdout();
     writeln!(stdout, "ready").and_then(|()| stdout.flush()).context("nobody listens to the announcement")
+}
+
+/// Tells systemd that the sockets are open, if it waits for that (sd_notify(3), `Type=notify`).
+fn notify_systemd() -> Result<()> {
+    let Some(socket) = std::env::var_os("NOTIFY_SOCKET") else { return Ok(()) };
+    let address = match socket.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(&socket),
+    };
+    let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address));
+    sent.map(|_| ()).with_context(|| format!("cannot tell systemd at {}", socket.display()))
 }
 
 /// Asks the daemon to stop. Images in use are left to the next one, or unmounted with `drain`.

@@ -141,3 +141,28 @@ fn twenty_containers_of_five_images_start_at_once() {
         }
     });
 }
+
+#[test]
+fn systemd_is_told_when_the_sockets_are_open() {
+    let dir = tempfile::Builder::new().prefix("slc").tempdir().unwrap();
+    let listener = std::os::unix::net::UnixDatagram::bind(dir.path().join("notify")).unwrap();
+    listener.set_read_timeout(Some(std::time::Duration::from_secs(30))).unwrap();
+    let mut daemon = std::process::Command::new(env!("CARGO_BIN_EXE_sluice"))
+        .arg("--root")
+        .arg(dir.path().join("root"))
+        .arg("--state")
+        .arg(dir.path().join("state"))
+        .arg("daemon")
+        .env("NOTIFY_SOCKET", dir.path().join("notify"))
+        .spawn()
+        .unwrap();
+    let mut message = [0; 64];
+    let len = listener.recv(&mut message).unwrap();
+    assert_eq!(&message[..len], b"READY=1");
+    for socket in ["sluice.sock", "snapshotter.sock"] {
+        std::os::unix::net::UnixStream::connect(dir.path().join("state").join(socket)).unwrap();
+    }
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(daemon.id().try_into().unwrap()), Signal::SIGTERM)
+        .unwrap();
+    assert!(daemon.wait().unwrap().success());
+}

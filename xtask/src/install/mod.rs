@@ -96,6 +96,11 @@ pub(crate) fn uninstall(args: &Args) -> Result<()> {
         }
         return Ok(());
     }
+    let program = args.root.join(args.relative_prefix()).join("bin/sluice");
+    if args.root == Path::new("/") && program.exists() {
+        // Ends the server of block files too, which outlives a stop.
+        show(Command::new(&program).args(["node", "drain"]))?;
+    }
     if args.runs_systemd() {
         show(Command::new("systemctl").args(["disable", "--now", "sluice.service"]))?;
     }
