@@ -351,7 +351,6 @@ fn choose(bpf: &mut Ebpf, options: &Options, offsets: &sluice_events::Offsets) -
         match tried {
             Ok(links) => {
                 chosen.levels.reached.insert(capability, way.level);
-                chosen.levels.missing.remove(&capability);
                 chosen.always.extend(links);
                 if !is_permanent(capability) {
                     chosen.recording.extend_from_slice(way.hooks);
@@ -360,7 +359,7 @@ fn choose(bpf: &mut Ebpf, options: &Options, offsets: &sluice_events::Offsets) -
             Err(reason) => {
                 let level = way.level;
                 tracing::debug!(?capability, %level, reason, "not to be had");
-                let text = chosen.levels.missing.entry(capability).or_default();
+                let text = chosen.levels.refused.entry(capability).or_default();
                 text.push_str(if text.is_empty() { "" } else { "; " });
                 text.push_str(&format!("{level}: {reason}"));
             }

@@ -101,7 +101,7 @@ pub(crate) fn with_every_engine(test: impl Fn(&mut Probes)) {
     for highest in [Level::Fexit, Level::Kprobe, Level::Tracepoint] {
         let mut probes = Probes::load(&Options { highest, ..Options::default() }).expect("loads");
         let reached = probes.levels().reached.clone();
-        eprintln!("with {reached:?}");
+        eprintln!("with {reached:?}; not with {:?}", probes.levels().refused);
         test(&mut probes);
         if reached.values().all(|level| *level <= Level::Tracepoint) {
             break;
