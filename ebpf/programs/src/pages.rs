@@ -11,11 +11,11 @@ use sluice_events::{
 
 use crate::kernel::{Pointer, Watched, mount_namespace, read, watched_mapping};
 use crate::maps::{ACCESSED, FILLED, WAITING, lost, offset};
-use crate::record::{cgroup, head, now_ns, pid, reserve, submit};
+use crate::record::{cgroup, head_in, now_ns, pid, reserve, submit};
 
 const PAGE_SHIFT: u32 = 12;
-/// Most chunks of one access that are looked up: 2 MiB. Larger ones are recorded as they are, maybe again.
-const MAX_CHUNKS: u64 = 16;
+/// Most chunks of one access that are looked up: 1 MiB. Larger ones are recorded as they are, maybe again.
+const MAX_CHUNKS: u64 = 8;
 /// A folio of more pages than 2 to this would be larger than any the kernel makes.
 const MAX_ORDER: u32 = 9;
 
@@ -138,7 +138,7 @@ fn touched(inode: Pointer, watched: Watched, first: u64, last: u64, kind: Kind, 
     let Some((first, last)) = first_touch(watched, first, last, mnt_ns) else { return };
     let Some(mut entry) = reserve::<AccessEvent>() else { return };
     entry.write(AccessEvent {
-        head: head(kind, level),
+        head: head_in(kind, level, mnt_ns),
         inode: watched.inode,
         first_page: first,
         pages: (last - first + 1) as u32,
@@ -226,7 +226,7 @@ fn asked(watched: Watched, page: u64, pages: u64, exact: u32, mnt_ns: u32) {
             return;
         }
     }
-    let head = head(Kind::Blocked, 0);
+    let head = head_in(Kind::Blocked, 0, mnt_ns);
     let waiting = Waiting {
         inode: watched.inode,
         page,
@@ -293,7 +293,7 @@ fn fill_chunk(key: FillKey, index: u64, pages: u32) {
     let value = match FILLED.get_ptr_mut(&key) {
         Some(value) => value,
         None => {
-            let head = head(Kind::Read, 0);
+            let head = head_in(Kind::Read, 0, key.mnt_ns);
             let new = FillValue {
                 first_ns: now_ns(),
                 cgroup: head.cgroup,
@@ -308,11 +308,18 @@ fn fill_chunk(key: FillKey, index: u64, pages: u32) {
             value
         }
     };
-    let from = (index & (CHUNK_PAGES as u64 - 1)) as u32;
-    for page in 0..CHUNK_PAGES as u32 {
-        if page >= from && page < from + pages {
-            // SAFETY: the pointer is to an entry of the map, and the page is within its array.
-            unsafe { (*value).pages[page as usize] = 1 }
+    if pages >= CHUNK_PAGES as u32 {
+        // SAFETY: the pointer is to an entry of the map.
+        unsafe { (*value).pages = [1; CHUNK_PAGES] }
+        return;
+    }
+    // Few branches: the verifier of older kernels walks through each combination of them.
+    for page in 0..CHUNK_PAGES as u64 / 2 {
+        if page >= u64::from(pages) {
+            break;
         }
+        let place = ((index + page) & (CHUNK_PAGES as u64 - 1)) as usize;
+        // SAFETY: the pointer is to an entry of the map, and the place is within its array.
+        unsafe { (*value).pages[place] = 1 }
     }
 }
