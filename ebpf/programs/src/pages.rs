@@ -258,19 +258,22 @@ fn fill(folio: Pointer) -> Option<()> {
     let order = order(folio);
     let mnt_ns = mount_namespace();
     asked(watched, index, 1 << order, 0, mnt_ns);
-    let chunk = index >> CHUNK_SHIFT;
     if order <= CHUNK_SHIFT {
+        let chunk = index >> CHUNK_SHIFT;
         // A folio's place is a multiple of its size.
-        fill_chunk(FillKey { inode: watched.inode, chunk, watch: watched.watch, mnt_ns }, index, 1 << order);
+        fill_chunk(FillKey { inode: watched.inode, chunk, watch: watched.watch, mnt_ns }, index, order);
         return Some(());
     }
-    for number in 0..1_u64 << (MAX_ORDER - CHUNK_SHIFT) {
-        if number >= 1 << (order - CHUNK_SHIFT) {
-            break;
-        }
-        let key = FillKey { inode: watched.inode, chunk: chunk + number, watch: watched.watch, mnt_ns };
-        fill_chunk(key, 0, CHUNK_PAGES as u32);
-    }
+    // Rare: a record of its own costs less than to mark each chunk.
+    let mut entry = reserve::<AccessEvent>()?;
+    entry.write(AccessEvent {
+        head: head_in(Kind::Fill, level::TRACEPOINT, mnt_ns),
+        inode: watched.inode,
+        first_page: index,
+        pages: 1 << order,
+        dev: watched.dev,
+    });
+    submit(entry);
     Some(())
 }
 
@@ -289,7 +292,7 @@ fn order(folio: Pointer) -> u32 {
 }
 
 #[inline(always)]
-fn fill_chunk(key: FillKey, index: u64, pages: u32) {
+fn fill_chunk(key: FillKey, index: u64, order: u32) {
     let value = match FILLED.get_ptr_mut(&key) {
         Some(value) => value,
         None => {
@@ -308,18 +311,17 @@ fn fill_chunk(key: FillKey, index: u64, pages: u32) {
             value
         }
     };
-    if pages >= CHUNK_PAGES as u32 {
-        // SAFETY: the pointer is to an entry of the map.
-        unsafe { (*value).pages = [1; CHUNK_PAGES] }
+    let place = (index & (CHUNK_PAGES as u64 - 1)) as usize;
+    if order == 0 {
+        // SAFETY: the pointer is to an entry of the map, and the place is within its array.
+        unsafe { (*value).pages[place] = 1 }
         return;
     }
     // Few branches: the verifier of older kernels walks through each combination of them.
-    for page in 0..CHUNK_PAGES as u64 / 2 {
-        if page >= u64::from(pages) {
-            break;
+    for page in 0..CHUNK_PAGES {
+        if page >> order == place >> order {
+            // SAFETY: as above.
+            unsafe { (*value).pages[page] = 1 }
         }
-        let place = ((index + page) & (CHUNK_PAGES as u64 - 1)) as usize;
-        // SAFETY: the pointer is to an entry of the map, and the place is within its array.
-        unsafe { (*value).pages[place] = 1 }
     }
 }

@@ -77,6 +77,7 @@ pub(crate) fn event(bytes: &[u8]) -> Result<Event, RecordError> {
         }
         Kind::Read => access(record(bytes)?, AccessKind::Read),
         Kind::Fault => access(record(bytes)?, AccessKind::Fault),
+        Kind::Fill => access(record(bytes)?, AccessKind::Fill),
         Kind::Around => access(record(bytes)?, AccessKind::Around),
         Kind::Blocked => {
             let one: BlockedEvent = record(bytes)?;
