@@ -98,20 +98,6 @@ impl BlockSource for LayerBlocks {
         self.layer.try_read(offset, buffer)
     }
 
-    fn file(&self) -> Option<Arc<std::fs::File>> {
-        let path = self.0.layer().data_path();
-        let opened = std::fs::File::open(&path);
-        // Without it every read asks.
-        opened
-            .inspect_err(|error| tracing::warn!(path = %path.display(), %error, "cannot open"))
-            .ok()
-            .map(Arc::new)
-    }
-
-    fn on_disk(&self, offset: u64) -> u64 {
-        self.0.layer().durable_until(offset)
-    }
-
     fn read(self: Arc<Self>, offset: u64, len: usize) -> BoxFuture<'static, Result<Bytes, ReadError>> {
         async move {
             self.layer
@@ -127,13 +113,7 @@ impl BlockSource for LayerBlocks {
     }
 
     fn on_disk(&self, offset: u64) -> u64 {
-        const STEP: u64 = 256 << 10;
-        let layer = self.layer.layer();
-        let (mut end, size) = (offset, layer.size());
-        while end < size && layer.has(end..(end + STEP).min(size)) {
-            end = (end + STEP).min(size);
-        }
-        // Asked after the map: a block that memory held when its bit was set is either held still, or was written since.
-        if layer.memory_bytes() > 0 { offset } else { end }
+        // Not what is only written: a failed flush may take that back.
+        self.layer.layer().durable_until(offset)
     }
 }

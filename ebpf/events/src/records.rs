@@ -40,6 +40,8 @@ pub enum Kind {
     Blocked = 6,
     /// [`FailedEvent`].
     Failed = 7,
+    /// [`AccessEvent`]: a folio larger than a chunk came into the page cache. Smaller ones are marked in a map.
+    Fill = 8,
 }
 
 impl Kind {
@@ -53,6 +55,7 @@ impl Kind {
             5 => Self::Around,
             6 => Self::Blocked,
             7 => Self::Failed,
+            8 => Self::Fill,
             _ => return None,
         })
     }
@@ -210,7 +213,7 @@ mod tests {
     fn kinds_are_found_by_their_numbers() {
         for number in 0..=9 {
             let kind = Kind::from_number(number);
-            assert_eq!(kind.map(|kind| kind as u16), (1..=7).contains(&number).then_some(number));
+            assert_eq!(kind.map(|kind| kind as u16), (1..=8).contains(&number).then_some(number));
         }
     }
 }

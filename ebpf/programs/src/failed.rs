@@ -5,6 +5,8 @@
 //! recorded if that is in such a file system, and the agent looks at what the paths name. Never more than so many per second.
 
 use aya_ebpf::helpers::generated::{bpf_probe_read_kernel_str, bpf_probe_read_user_str};
+use core::hint::black_box;
+
 use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_probe_read_user};
 use aya_ebpf::macros::{fexit, kprobe, kretprobe, tracepoint};
 use aya_ebpf::programs::{FExitContext, ProbeContext, RetProbeContext, TracePointContext};
@@ -255,26 +257,29 @@ pub fn fexit_rename(ctx: FExitContext) -> i32 {
 }
 
 /// `vfs_link(old_dentry, dir, new_dentry, delegated)`; since 5.12 with the mount's identities before.
+///
+/// The black boxes keep the compiler from making one load out of two at a computed place of the context, which the verifier
+/// refuses.
 #[fexit(function = "vfs_link")]
 pub fn fexit_link(ctx: FExitContext) -> i32 {
-    let (pending, result) = if offset!(link_args) == 4 {
-        (Pending::new(Call::AnyLink, ctx.arg(0), ctx.arg(2)), ctx.arg(4))
+    let (old, new, result) = if offset!(link_args) == 4 {
+        (black_box(ctx.arg(0)), black_box(ctx.arg(2)), black_box(ctx.arg(4)))
     } else {
-        (Pending::new(Call::AnyLink, ctx.arg(1), ctx.arg(3)), ctx.arg(5))
+        (black_box(ctx.arg(1)), black_box(ctx.arg(3)), black_box(ctx.arg(5)))
     };
-    failed_dentry(&pending, result, level::FEXIT).unwrap_or(());
+    failed_dentry(&Pending::new(Call::AnyLink, old, new), result, level::FEXIT).unwrap_or(());
     0
 }
 
 /// `notify_change(dentry, attributes, delegated)`; since 5.12 with the mount's identities before.
 #[fexit(function = "notify_change")]
 pub fn fexit_change(ctx: FExitContext) -> i32 {
-    let (pending, result) = if offset!(change_args) == 3 {
-        (Pending::new(Call::AnyAttributes, ctx.arg(0), 0), ctx.arg(3))
+    let (old, result) = if offset!(change_args) == 3 {
+        (black_box(ctx.arg(0)), black_box(ctx.arg(3)))
     } else {
-        (Pending::new(Call::AnyAttributes, ctx.arg(1), 0), ctx.arg(4))
+        (black_box(ctx.arg(1)), black_box(ctx.arg(4)))
     };
-    failed_dentry(&pending, result, level::FEXIT).unwrap_or(());
+    failed_dentry(&Pending::new(Call::AnyAttributes, old, 0), result, level::FEXIT).unwrap_or(());
     0
 }
 
@@ -293,14 +298,17 @@ pub fn kprobe_rename(ctx: ProbeContext) -> u32 {
 
 #[kprobe(function = "vfs_link")]
 pub fn kprobe_link(ctx: ProbeContext) -> u32 {
-    let (old, new) =
-        if offset!(link_args) == 4 { (ctx.arg(0), ctx.arg(2)) } else { (ctx.arg(1), ctx.arg(3)) };
+    let (old, new) = if offset!(link_args) == 4 {
+        (black_box(ctx.arg(0)), black_box(ctx.arg(2)))
+    } else {
+        (black_box(ctx.arg(1)), black_box(ctx.arg(3)))
+    };
     begin(&Pending::new(Call::AnyLink, old.unwrap_or(0), new.unwrap_or(0)))
 }
 
 #[kprobe(function = "notify_change")]
 pub fn kprobe_change(ctx: ProbeContext) -> u32 {
-    let old = if offset!(change_args) == 3 { ctx.arg(0) } else { ctx.arg(1) };
+    let old = if offset!(change_args) == 3 { black_box(ctx.arg(0)) } else { black_box(ctx.arg(1)) };
     begin(&Pending::new(Call::AnyAttributes, old.unwrap_or(0), 0))
 }
 

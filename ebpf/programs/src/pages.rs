@@ -11,11 +11,11 @@ use sluice_events::{
 
 use crate::kernel::{Pointer, Watched, mount_namespace, read, watched_mapping};
 use crate::maps::{ACCESSED, FILLED, WAITING, lost, offset};
-use crate::record::{cgroup, head, now_ns, pid, reserve, submit};
+use crate::record::{cgroup, head_in, now_ns, pid, reserve, submit};
 
 const PAGE_SHIFT: u32 = 12;
-/// Most chunks of one access that are looked up: 2 MiB. Larger ones are recorded as they are, maybe again.
-const MAX_CHUNKS: u64 = 16;
+/// Most chunks of one access that are looked up: 1 MiB. Larger ones are recorded as they are, maybe again.
+const MAX_CHUNKS: u64 = 8;
 /// A folio of more pages than 2 to this would be larger than any the kernel makes.
 const MAX_ORDER: u32 = 9;
 
@@ -138,7 +138,7 @@ fn touched(inode: Pointer, watched: Watched, first: u64, last: u64, kind: Kind, 
     let Some((first, last)) = first_touch(watched, first, last, mnt_ns) else { return };
     let Some(mut entry) = reserve::<AccessEvent>() else { return };
     entry.write(AccessEvent {
-        head: head(kind, level),
+        head: head_in(kind, level, mnt_ns),
         inode: watched.inode,
         first_page: first,
         pages: (last - first + 1) as u32,
@@ -226,7 +226,7 @@ fn asked(watched: Watched, page: u64, pages: u64, exact: u32, mnt_ns: u32) {
             return;
         }
     }
-    let head = head(Kind::Blocked, 0);
+    let head = head_in(Kind::Blocked, 0, mnt_ns);
     let waiting = Waiting {
         inode: watched.inode,
         page,
@@ -258,19 +258,22 @@ fn fill(folio: Pointer) -> Option<()> {
     let order = order(folio);
     let mnt_ns = mount_namespace();
     asked(watched, index, 1 << order, 0, mnt_ns);
-    let chunk = index >> CHUNK_SHIFT;
     if order <= CHUNK_SHIFT {
+        let chunk = index >> CHUNK_SHIFT;
         // A folio's place is a multiple of its size.
-        fill_chunk(FillKey { inode: watched.inode, chunk, watch: watched.watch, mnt_ns }, index, 1 << order);
+        fill_chunk(FillKey { inode: watched.inode, chunk, watch: watched.watch, mnt_ns }, index, order);
         return Some(());
     }
-    for number in 0..1_u64 << (MAX_ORDER - CHUNK_SHIFT) {
-        if number >= 1 << (order - CHUNK_SHIFT) {
-            break;
-        }
-        let key = FillKey { inode: watched.inode, chunk: chunk + number, watch: watched.watch, mnt_ns };
-        fill_chunk(key, 0, CHUNK_PAGES as u32);
-    }
+    // Rare: a record of its own costs less than to mark each chunk.
+    let mut entry = reserve::<AccessEvent>()?;
+    entry.write(AccessEvent {
+        head: head_in(Kind::Fill, level::TRACEPOINT, mnt_ns),
+        inode: watched.inode,
+        first_page: index,
+        pages: 1 << order,
+        dev: watched.dev,
+    });
+    submit(entry);
     Some(())
 }
 
@@ -289,11 +292,11 @@ fn order(folio: Pointer) -> u32 {
 }
 
 #[inline(always)]
-fn fill_chunk(key: FillKey, index: u64, pages: u32) {
+fn fill_chunk(key: FillKey, index: u64, order: u32) {
     let value = match FILLED.get_ptr_mut(&key) {
         Some(value) => value,
         None => {
-            let head = head(Kind::Read, 0);
+            let head = head_in(Kind::Read, 0, key.mnt_ns);
             let new = FillValue {
                 first_ns: now_ns(),
                 cgroup: head.cgroup,
@@ -308,11 +311,17 @@ fn fill_chunk(key: FillKey, index: u64, pages: u32) {
             value
         }
     };
-    let from = (index & (CHUNK_PAGES as u64 - 1)) as u32;
-    for page in 0..CHUNK_PAGES as u32 {
-        if page >= from && page < from + pages {
-            // SAFETY: the pointer is to an entry of the map, and the page is within its array.
-            unsafe { (*value).pages[page as usize] = 1 }
+    let place = (index & (CHUNK_PAGES as u64 - 1)) as usize;
+    if order == 0 {
+        // SAFETY: the pointer is to an entry of the map, and the place is within its array.
+        unsafe { (*value).pages[place] = 1 }
+        return;
+    }
+    // Few branches: the verifier of older kernels walks through each combination of them.
+    for page in 0..CHUNK_PAGES {
+        if page >> order == place >> order {
+            // SAFETY: as above.
+            unsafe { (*value).pages[page] = 1 }
         }
     }
 }

@@ -38,11 +38,17 @@ pub fn cgroup() -> u64 {
 /// Says who runs, and when.
 #[inline(always)]
 pub fn head(kind: Kind, level: u8) -> Head {
+    head_in(kind, level, mount_namespace())
+}
+
+/// The same where the mount namespace is known.
+#[inline(always)]
+pub fn head_in(kind: Kind, level: u8, mnt_ns: u32) -> Head {
     let id = bpf_get_current_pid_tgid();
     Head {
         time_ns: now_ns(),
         cgroup: cgroup(),
-        mnt_ns: mount_namespace(),
+        mnt_ns,
         kind: kind as u16,
         version: VERSION,
         level,

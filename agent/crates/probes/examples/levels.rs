@@ -12,7 +12,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for (capability, level) in &probes.levels().reached {
         println!("{capability:?}: {level}");
     }
-    for (capability, reason) in &probes.levels().missing {
+    for (capability, reason) in &probes.levels().refused {
         println!("{capability:?} not by {reason}");
     }
     let begin = Instant::now();

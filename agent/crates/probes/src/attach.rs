@@ -72,6 +72,26 @@ pub(crate) fn load(bpf: &mut Ebpf, types: Option<&Btf>, hook: Hook) -> Result<()
     }
 }
 
+/// Attaches the hook's program, which was attached before. On some kernels (5.10) a program at a function that was detached
+/// cannot be attached again: it is loaded anew.
+pub(crate) fn attach_again(
+    bpf: &mut Ebpf,
+    types: Option<&Btf>,
+    hook: Hook,
+) -> Result<Vec<Link>, AttachError> {
+    let first = attach(bpf, hook);
+    let unloaded = match (&first, bpf.program_mut(hook.program())) {
+        (Err(_), Some(Program::FEntry(one))) => one.unload().is_ok(),
+        (Err(_), Some(Program::FExit(one))) => one.unload().is_ok(),
+        _ => false,
+    };
+    if !unloaded {
+        return first;
+    }
+    load(bpf, types, hook)?;
+    attach(bpf, hook)
+}
+
 /// Attaches the hook's loaded program.
 pub(crate) fn attach(bpf: &mut Ebpf, hook: Hook) -> Result<Vec<Link>, AttachError> {
     let program = hook.program();

@@ -77,6 +77,7 @@ pub(crate) fn event(bytes: &[u8]) -> Result<Event, RecordError> {
         }
         Kind::Read => access(record(bytes)?, AccessKind::Read),
         Kind::Fault => access(record(bytes)?, AccessKind::Fault),
+        Kind::Fill => access(record(bytes)?, AccessKind::Fill),
         Kind::Around => access(record(bytes)?, AccessKind::Around),
         Kind::Blocked => {
             let one: BlockedEvent = record(bytes)?;
@@ -199,7 +200,8 @@ mod tests {
     #[test]
     fn paths_of_failures_are_put_together() {
         let deep: Vec<&[u8]> = vec![b"d"; BASE_DEPTH];
-        let cases: [(&[&[u8]], &[u8], &[u8], bool); 6] = [
+        type Case<'a> = (&'a [&'a [u8]], &'a [u8], &'a [u8], bool);
+        let cases: [Case<'_>; 6] = [
             (&[b"bin", b"usr"], b"sh", b"usr/bin/sh", true),
             (&[], b"/lib/x", b"lib/x", true),
             (&[b"a"], b"../b//./c/", b"b/c", true),
@@ -217,7 +219,7 @@ mod tests {
     #[test]
     fn what_is_not_understood_is_an_error() {
         let one = OpenEvent { head: head(Kind::Open), inode: 1, dev: 2, reserved: 0 };
-        assert!(matches!(event(&one.as_bytes()[..60]), Err(RecordError::Short(60))));
+        assert!(matches!(event(one.as_bytes().split_at(60).0), Err(RecordError::Short(60))));
         assert!(matches!(event(&[]), Err(RecordError::Short(0))));
         let newer = OpenEvent { head: Head { version: VERSION + 1, ..one.head }, ..one };
         assert!(matches!(event(newer.as_bytes()), Err(RecordError::Version(_))));

@@ -103,6 +103,8 @@ impl Losses {
 /// Loaded probes. Dropping them takes them out of the kernel.
 pub struct Probes {
     bpf: Ebpf,
+    /// For programs at functions, if there are any.
+    types: Option<KernelTypes>,
     levels: Levels,
     /// Attached while something is watched.
     recording: Vec<Hook>,
@@ -157,6 +159,7 @@ impl Probes {
             filled: map(&mut bpf, "FILLED")?,
             drops: map(&mut bpf, "DROPS")?,
             bpf,
+            types: chosen.types,
             levels: chosen.levels,
             recording: chosen.recording,
             links: Vec::new(),
@@ -207,7 +210,7 @@ impl Probes {
             thread.join().unwrap_or_else(|_panic| tracing::error!("detaching probes failed"));
         }
         for hook in &self.recording {
-            match attach_one(&mut self.bpf, *hook) {
+            match attach_one(&mut self.bpf, self.types.as_ref(), *hook) {
                 Ok(links) => self.links.extend(links),
                 Err(error) => {
                     self.links.clear();
@@ -321,6 +324,7 @@ impl AsFd for Probes {
 #[derive(Default)]
 struct Chosen {
     levels: Levels,
+    types: Option<KernelTypes>,
     recording: Vec<Hook>,
     always: Vec<Link>,
 }
@@ -328,7 +332,6 @@ struct Chosen {
 /// Tries the ways to each capability, best first, until one can be loaded and attached.
 fn choose(bpf: &mut Ebpf, options: &Options, offsets: &sluice_events::Offsets) -> Chosen {
     let mut chosen = Chosen::default();
-    let mut types = None;
     for way in WAYS {
         let capability = way.capability;
         if way.level > options.highest
@@ -338,20 +341,19 @@ fn choose(bpf: &mut Ebpf, options: &Options, offsets: &sluice_events::Offsets) -
             continue;
         }
         let tried = if way.is_possible(offsets) {
-            if way.level == Level::Fexit && types.is_none() {
+            if way.level == Level::Fexit && chosen.types.is_none() {
                 // Trampolines are attached by the kernel's own type numbers; not to be had means that they are not.
-                types = KernelTypes::from_sys_fs()
+                chosen.types = KernelTypes::from_sys_fs()
                     .map_err(|error| tracing::debug!(%error, "no trampolines"))
                     .ok();
             }
-            try_hooks(bpf, types.as_ref(), way)
+            try_hooks(bpf, chosen.types.as_ref(), way)
         } else {
             Err("the kernel's type information lacks what it needs".to_owned())
         };
         match tried {
             Ok(links) => {
                 chosen.levels.reached.insert(capability, way.level);
-                chosen.levels.missing.remove(&capability);
                 chosen.always.extend(links);
                 if !is_permanent(capability) {
                     chosen.recording.extend_from_slice(way.hooks);
@@ -360,7 +362,7 @@ fn choose(bpf: &mut Ebpf, options: &Options, offsets: &sluice_events::Offsets) -
             Err(reason) => {
                 let level = way.level;
                 tracing::debug!(?capability, %level, reason, "not to be had");
-                let text = chosen.levels.missing.entry(capability).or_default();
+                let text = chosen.levels.refused.entry(capability).or_default();
                 text.push_str(if text.is_empty() { "" } else { "; " });
                 text.push_str(&format!("{level}: {reason}"));
             }
@@ -396,8 +398,8 @@ fn try_hooks(bpf: &mut Ebpf, types: Option<&KernelTypes>, way: &Way) -> Result<V
     Ok(if is_permanent(way.capability) { links } else { Vec::new() })
 }
 
-fn attach_one(bpf: &mut Ebpf, hook: Hook) -> Result<Vec<Link>, ProbeError> {
-    attach::attach(bpf, hook).map_err(|error| ProbeError::Attach(words(&error)))
+fn attach_one(bpf: &mut Ebpf, types: Option<&KernelTypes>, hook: Hook) -> Result<Vec<Link>, ProbeError> {
+    attach::attach_again(bpf, types, hook).map_err(|error| ProbeError::Attach(words(&error)))
 }
 
 /// An error and its causes in one line; the verifier's log is left to the first line.

@@ -63,8 +63,8 @@ impl fmt::Display for Level {
 pub struct Levels {
     /// What is seen, and by what.
     pub reached: BTreeMap<Capability, Level>,
-    /// What is not seen, and why.
-    pub missing: BTreeMap<Capability, String>,
+    /// Which kinds of hook could not be had, and why, also where another one serves.
+    pub refused: BTreeMap<Capability, String>,
 }
 
 impl Levels {

@@ -351,7 +351,8 @@ mod tests {
             }
             let mut found = BTreeSet::new();
             for range in &learned.ranges {
-                let number = learned.files[range.file as usize].path[0];
+                let facts = learned.files.get(range.file as usize).expect("a range has a file");
+                let ContentKey([number, ..]) = facts.content;
                 for page in range.first_page..range.first_page + range.pages {
                     prop_assert!(found.insert((u64::from(number), u64::from(page))), "twice");
                 }

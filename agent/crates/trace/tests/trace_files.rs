@@ -8,7 +8,7 @@ use sluice_trace::{
 
 fn header() -> Header {
     let reached = [(Capability::Read, Level::Tracepoint), (Capability::Fault, Level::Fexit)].into();
-    let missing = [(Capability::Blocked, "no tracepoint".to_owned())].into();
+    let refused = [(Capability::Blocked, "no tracepoint".to_owned())].into();
     Header {
         image: "sha256:1234".to_owned(),
         entry: "python# app.py".to_owned(),
@@ -16,7 +16,7 @@ fn header() -> Header {
         machine: "x86_64".to_owned(),
         began_at: 1_700_000_000,
         began_ns: 5_000_000_000,
-        levels: Levels { reached, missing },
+        levels: Levels { reached, refused },
     }
 }
 
