@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -12,6 +13,7 @@ use sluice_registry::artifact::{ArtifactReader, ArtifactStore};
 use sluice_registry::{Blob, RegistryError, ResolvedImage};
 use sluice_stream::{BlobSource, Lane, SourceError, StreamedLayer};
 
+use super::reads::ReadLog;
 use super::{INDEX_KIND, LAYER_ANNOTATION};
 
 fn source_error(error: &RegistryError) -> SourceError {
@@ -76,23 +78,34 @@ async fn find(
 
 /// A streamed layer as a block file.
 #[derive(Debug)]
-pub(super) struct LayerBlocks(pub(super) Arc<StreamedLayer>);
+pub(super) struct LayerBlocks {
+    pub(super) layer: Arc<StreamedLayer>,
+    /// Told of every read that was answered.
+    pub(super) log: Arc<ReadLog>,
+}
 
 impl BlockSource for LayerBlocks {
     fn size(&self) -> u64 {
-        self.0.layer().size()
+        self.layer.layer().size()
     }
 
     fn try_read(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<bool> {
-        self.0.try_read(offset, buffer)
+        let asked = Instant::now();
+        let here = self.layer.try_read(offset, buffer)?;
+        if here {
+            self.log.served(self.layer.layer().digest(), offset, buffer.len(), asked);
+        }
+        Ok(here)
     }
 
     fn read(self: Arc<Self>, offset: u64, len: usize) -> BoxFuture<'static, Result<Bytes, ReadError>> {
         async move {
-            self.0
-                .read(offset, len)
-                .await
-                .map_err(|error| ReadError { errno: libc::EIO, message: error.to_string() })
+            let asked = Instant::now();
+            let read = self.layer.read(offset, len).await;
+            if read.is_ok() {
+                self.log.served(self.layer.layer().digest(), offset, len, asked);
+            }
+            read.map_err(|error| ReadError { errno: libc::EIO, message: error.to_string() })
         }
         .boxed()
     }

@@ -143,18 +143,18 @@ mod tests {
         assert_eq!(places, [("a", 0, 8202 + JOIN_GAP), ("b", 0, 5), ("a", 0, 5), ("a", 1 << 30, 5)]);
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_pace_is_kept() {
-        let pace = Pace::new(Some(1000));
+        let pace = Pace::new(Some(10_000));
         let start = Instant::now();
         for _ in 0..4 {
             pace.wait().await;
             pace.spend(500);
         }
-        assert_eq!(start.elapsed().as_millis(), 1500);
-        let free = Pace::new(None);
+        assert!(start.elapsed() >= Duration::from_millis(150));
+        let (free, start) = (Pace::new(None), Instant::now());
         free.spend(u64::MAX);
         free.wait().await;
-        assert_eq!(start.elapsed().as_millis(), 1500);
+        assert!(start.elapsed() < Duration::from_secs(1));
     }
 }

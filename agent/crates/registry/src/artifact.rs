@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path as ObjectPath;
 use object_store::{ObjectStore, ObjectStoreExt};
 use reqwest::Method;
@@ -82,6 +84,22 @@ impl ArtifactReader {
         match self {
             Self::Registry(blob) => blob.size(),
             Self::Object { size, .. } => *size,
+        }
+    }
+
+    /// All of it, as it arrives. An error ends the stream.
+    pub fn read(&self) -> BoxStream<'static, Result<Bytes, RegistryError>> {
+        match self {
+            Self::Registry(blob) => blob.read(0..blob.size(), false),
+            Self::Object { store, path, url, .. } => {
+                let (store, path, url) = (Arc::clone(store), path.clone(), url.clone());
+                let failed = move |error: object_store::Error| RegistryError::ObjectStore {
+                    url: url.clone(),
+                    reason: error.to_string(),
+                };
+                let opened = async move { store.get(&path).await.map(|found| found.into_stream()) };
+                futures::stream::once(opened).try_flatten().map_err(failed).boxed()
+            }
         }
     }
 
