@@ -28,6 +28,46 @@ pub(crate) struct AcquireRequest {
     /// False: pull and unpack everything first.
     pub(crate) stream: bool,
     pub(crate) holder: Holder,
+    /// The container that is to start; none: the image is only mounted.
+    #[serde(default)]
+    pub(crate) start: Option<StartRequest>,
+}
+
+/// What of a container's start is known beforehand.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct StartRequest {
+    /// Replaces the image's entry point.
+    pub(crate) entrypoint: Option<String>,
+    /// Replaces the image's command, if there is something.
+    pub(crate) command: Vec<String>,
+    /// Milliseconds that are recorded at most; none: as configured.
+    pub(crate) window_ms: Option<u64>,
+}
+
+/// What was recorded of a start: the answer to `POST /v1/ready`, null if nothing is recorded for the holder.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct StartReport {
+    /// The trace file.
+    pub(crate) trace: PathBuf,
+    /// Class of the entry point.
+    pub(crate) entry: String,
+    pub(crate) reads: u64,
+    pub(crate) ranges: usize,
+    /// Bytes of the ranges, whole pages.
+    pub(crate) bytes: u64,
+    /// Whether it is in the profile now.
+    pub(crate) learned: bool,
+}
+
+/// `POST /v1/profiles`: the answer is lines for people.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum ProfileRequest {
+    List { reference: Option<String> },
+    Show { reference: String },
+    Push { reference: String, pack: bool },
+    Pull { reference: String, start: StartRequest },
+    Remove { reference: String },
 }
 
 /// `POST /v1/pull`, `/v1/remove`, `/v1/status`.

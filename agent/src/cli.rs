@@ -108,6 +108,16 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Record what a container's start reads
+    Trace {
+        #[command(subcommand)]
+        action: TraceAction,
+    },
+    /// Profiles: what starts of an image read, in which order
+    Profile {
+        #[command(subcommand)]
+        action: ProfileAction,
+    },
     /// Switch streaming of new images on or off, or end all that is streamed
     Node {
         #[command(subcommand)]
@@ -224,6 +234,50 @@ pub(crate) enum NodeAction {
     Status,
     /// Unmount all images and stop the daemon: what still reads an image that is not local fails
     Drain,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TraceAction {
+    /// Run a container, as `sluice run` does, and say what was recorded of its start
+    Record(RunArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ProfileAction {
+    /// List the node's profiles
+    List {
+        /// Only of this image
+        image: Option<String>,
+    },
+    /// Show what the profiles of an image fetch, in order
+    Show {
+        /// Image reference
+        image: String,
+    },
+    /// Publish the profiles of an image, united with what is published
+    Push {
+        /// Image reference
+        image: String,
+        /// With a start pack each: one blob of exactly the profile's bytes, in order
+        #[arg(long)]
+        pack: bool,
+    },
+    /// Bring the published profile of an image to this node
+    Pull {
+        /// Image reference
+        image: String,
+        /// The entry point that replaces the image's
+        #[arg(long, value_name = "COMMAND")]
+        entrypoint: Option<String>,
+        /// Command and arguments instead of the image's
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Remove the node's profiles of an image
+    Rm {
+        /// Image reference
+        image: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]

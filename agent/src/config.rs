@@ -31,6 +31,17 @@ struct RawConfig {
     blocks: RawBlocks,
     images: RawImages,
     containerd: RawContainerd,
+    prefetch: RawPrefetch,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawPrefetch {
+    enabled: Option<bool>,
+    record: Option<bool>,
+    window_s: Option<u64>,
+    in_flight: Option<usize>,
+    rate_mbit: Option<u64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -149,6 +160,16 @@ pub(crate) struct Config {
     pub(crate) deny: Vec<String>,
     /// containerd's socket.
     pub(crate) containerd: PathBuf,
+    /// Fetch what profiles and start packs say.
+    pub(crate) prefetch: bool,
+    /// Record containers' starts.
+    pub(crate) record: bool,
+    /// How long a start is recorded, if nothing says earlier that it is over.
+    pub(crate) record_window: Duration,
+    /// Prefetches of a start under way at once.
+    pub(crate) prefetch_in_flight: usize,
+    /// Bound of what a start's prefetch takes of the link.
+    pub(crate) prefetch_bytes_per_second: Option<u64>,
 }
 
 impl Config {
@@ -191,6 +212,11 @@ impl Config {
             streaming_enabled: raw.stream.enabled.unwrap_or(true),
             allow: raw.images.allow.unwrap_or_else(|| vec!["*".to_owned()]),
             deny: raw.images.deny,
+            prefetch: raw.prefetch.enabled.unwrap_or(true),
+            record: raw.prefetch.record.unwrap_or(true),
+            record_window: Duration::from_secs(raw.prefetch.window_s.unwrap_or(30)),
+            prefetch_in_flight: raw.prefetch.in_flight.unwrap_or(3).max(1),
+            prefetch_bytes_per_second: raw.prefetch.rate_mbit.map(|rate| rate.saturating_mul(125_000)),
             containerd: raw.containerd.address.unwrap_or_else(|| DEFAULT_CONTAINERD.into()),
         })
     }

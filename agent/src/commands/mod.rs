@@ -16,6 +16,7 @@ mod images;
 mod index;
 mod mount;
 mod node;
+mod profile;
 mod progress;
 mod registry;
 mod run;
@@ -32,7 +33,7 @@ use tokio::signal::unix::{SignalKind, signal};
 pub(crate) use index::index_blob;
 pub(crate) use status::size;
 
-use crate::cli::{Cli, Command, IndexAction};
+use crate::cli::{Cli, Command, IndexAction, TraceAction};
 use crate::client::Client;
 use crate::config::Config;
 
@@ -59,7 +60,11 @@ fn write_line(text: std::fmt::Arguments<'_>) -> Result<()> {
 pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
     let global = cli.global;
     match cli.command {
-        Command::Run(args) => return run::run(&config, &global, args).await,
+        Command::Run(args) => return run::run(&config, &global, args, false).await,
+        Command::Trace { action: TraceAction::Record(args) } => {
+            return run::run(&config, &global, args, true).await;
+        }
+        Command::Profile { action } => profile::profile(&config, &global, action).await?,
         Command::Mount { image, dir, no_stream } => {
             mount::mount(&config, &global, image, dir, !no_stream).await?;
         }

@@ -24,7 +24,8 @@ pub(crate) async fn mount(
     let dir = dir.canonicalize().with_context(|| format!("cannot mount on {}", dir.display()))?;
     let holder = Holder::MountPoint(dir.clone());
     with_client(config, global, async |client| {
-        let request = AcquireRequest { reference: image.clone(), stream, holder: holder.clone() };
+        let request =
+            AcquireRequest { reference: image.clone(), stream, holder: holder.clone(), start: None };
         let progress = Progress::new(&image);
         let acquired: Acquired = client.follow("acquire", &request, |event| progress.show(event)).await?;
         drop(progress);

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 
 use super::progress::Progress;
 use super::with_client;
-use crate::api::{AcquireRequest, Acquired, Holder, ReleaseRequest};
+use crate::api::{AcquireRequest, Acquired, Holder, ReleaseRequest, StartReport, StartRequest};
 use crate::cli::{self, Global, RunArgs};
 use crate::config::Config;
 
@@ -24,17 +24,35 @@ const FORWARDED: [Signal; 6] =
     [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGUSR1, Signal::SIGUSR2];
 
 /// The exit code is the container's.
-pub(crate) async fn run(config: &Arc<Config>, global: &Global, args: RunArgs) -> Result<ExitCode> {
+pub(crate) async fn run(
+    config: &Arc<Config>,
+    global: &Global,
+    args: RunArgs,
+    record: bool,
+) -> Result<ExitCode> {
     let runtime = find_runtime(args.runtime.as_deref())?;
     let spec = spec_options(&args)?;
     let holder = Holder::Process(std::process::id());
     with_client(config, global, async |client| {
-        let request =
-            AcquireRequest { reference: args.image.clone(), stream: !args.no_stream, holder: holder.clone() };
+        let request = AcquireRequest {
+            reference: args.image.clone(),
+            stream: !args.no_stream,
+            holder: holder.clone(),
+            start: Some(StartRequest {
+                entrypoint: args.entrypoint.clone(),
+                command: args.command.clone(),
+                window_ms: None,
+            }),
+        };
         let progress = Progress::new(&args.image);
         let acquired: Acquired = client.follow("acquire", &request, |event| progress.show(event)).await?;
         drop(progress);
         let code = contain(config, &args, &spec, runtime.clone(), &acquired).await;
+        if record {
+            let ended = ReleaseRequest { holder: holder.clone() };
+            let report: Option<StartReport> = client.ask("ready", &ended).await?;
+            say_recorded(report.as_ref());
+        }
         // The image is released with this process anyway, by whatever daemon there is then.
         if let Err(error) = client.ask::<()>("release", &ReleaseRequest { holder: holder.clone() }).await {
             tracing::debug!(error = format!("{error:#}"), "the daemon is away");
@@ -42,6 +60,23 @@ pub(crate) async fn run(config: &Arc<Config>, global: &Global, args: RunArgs) ->
         code
     })
     .await
+}
+
+fn say_recorded(report: Option<&StartReport>) {
+    match report {
+        Some(report) => eprintln!(
+            "sluice: recorded {} reads of `{}`: {} ranges, {} bytes{}; trace: {}",
+            report.reads,
+            report.entry,
+            report.ranges,
+            report.bytes,
+            if report.learned { ", learned" } else { "; the profile stays as it was" },
+            report.trace.display()
+        ),
+        None => eprintln!(
+            "sluice: nothing was recorded: all of the image is local, it was in use, or its window was over"
+        ),
+    }
 }
 
 fn spec_options(args: &RunArgs) -> Result<SpecOptions> {

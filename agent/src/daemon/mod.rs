@@ -16,7 +16,8 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{mpsc, watch};
 
 use crate::api::{
-    AcquireRequest, Event, EventsRequest, ImageRequest, NodeRequest, ReleaseRequest, StopRequest,
+    AcquireRequest, Event, EventsRequest, ImageRequest, NodeRequest, ProfileRequest, ReleaseRequest,
+    StopRequest,
 };
 use crate::config::Config;
 use crate::journal::NodeEvent;
@@ -109,6 +110,8 @@ fn routes(shared: Shared) -> axum::Router {
     axum::Router::new()
         .route("/v1/acquire", post(acquire))
         .route("/v1/release", post(release))
+        .route("/v1/ready", post(ready))
+        .route("/v1/profiles", post(profiles))
         .route("/v1/pull", post(pull))
         .route("/v1/status", post(status))
         .route("/v1/remove", post(remove))
@@ -126,6 +129,28 @@ async fn acquire(State(shared): State<Shared>, Json(request): Json<AcquireReques
 
 async fn release(State(shared): State<Shared>, Json(request): Json<ReleaseRequest>) -> Response {
     answer(move |_| async move { shared.node.release(&request.holder).await })
+}
+
+async fn ready(State(shared): State<Shared>, Json(request): Json<ReleaseRequest>) -> Response {
+    answer(move |_| async move { Ok(shared.node.end_start(&request.holder).await) })
+}
+
+async fn profiles(State(shared): State<Shared>, Json(request): Json<ProfileRequest>) -> Response {
+    answer(move |events| async move {
+        match request {
+            ProfileRequest::List { reference } => shared.node.describe_profiles(reference.as_deref(), false),
+            ProfileRequest::Show { reference } => shared.node.describe_profiles(Some(&reference), true),
+            ProfileRequest::Push { reference, pack } => {
+                shared.node.push_profiles(&reference, pack, events).await
+            }
+            ProfileRequest::Pull { reference, start } => {
+                Ok(vec![shared.node.pull_profile(&reference, &start, events).await?])
+            }
+            ProfileRequest::Remove { reference } => {
+                shared.node.remove_profiles(&reference).map(|()| Vec::new())
+            }
+        }
+    })
 }
 
 async fn pull(State(shared): State<Shared>, Json(request): Json<ImageRequest>) -> Response {

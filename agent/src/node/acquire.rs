@@ -41,27 +41,33 @@ impl Node {
         let image = self.resolve(&request.reference, &events).await?;
         let pull = Pull::begin(&image.reference.whole());
         let digest = image.manifest_digest.clone();
+        let lookup = request.start.as_ref().map(|asked| self.look_up(&image, asked));
         let turn = Arc::clone(self.lock(&self.preparing).entry(digest.clone()).or_default());
         let _turn = turn.lock().await;
-        if !self.lock(&self.images).contains_key(&digest) {
+        let fresh = !self.lock(&self.images).contains_key(&digest);
+        if fresh {
             self.journal.pulling(&pull);
             let made = self.make(&image, request.stream, &events).await?;
             self.announce(&pull, &made)?;
             self.lock(&self.images).insert(digest.clone(), made);
         }
-        let acquired = {
+        let (acquired, layers) = {
             let mut images = self.lock(&self.images);
             let found = images.get_mut(&digest).context("the image was released meanwhile; try again")?;
             found.holders.push(request.holder.clone());
-            Acquired {
+            let acquired = Acquired {
                 reference: found.reference.clone(),
                 manifest_digest: digest,
                 config: found.config.clone(),
                 lower_dirs: found.lower_dirs.clone(),
                 served: found.served,
                 fell_back: found.fell_back.clone(),
-            }
+            };
+            (acquired, found.layers.clone())
         };
+        if let Some(lookup) = lookup.filter(|_| acquired.served == Served::Streamed) {
+            self.begin_start(lookup, layers, fresh, &request.holder);
+        }
         self.keep();
         self.watch_holder(&request.holder)?;
         if events.is_closed() {

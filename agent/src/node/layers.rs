@@ -31,6 +31,11 @@ impl NodeLayer {
         self.layer.size()
     }
 
+    /// Where its bytes come from, if it was not complete from the start.
+    pub(super) fn source(&self) -> Option<&Arc<StreamedLayer>> {
+        self.streamed.as_ref()
+    }
+
     pub(super) fn layer(&self) -> &Layer {
         &self.layer
     }
@@ -132,7 +137,7 @@ impl Node {
             (None, None)
         } else {
             let streamed = self.streamed(image, &layer)?;
-            let blocks = Arc::new(LayerBlocks::new(Arc::clone(&streamed))?);
+            let blocks = Arc::new(LayerBlocks::new(Arc::clone(&streamed), Arc::clone(&self.reads))?);
             let blockfs = self.lock(&self.blockfs);
             let path = blockfs.as_ref().map(|blockfs| blockfs.add(name, blocks)).transpose()?;
             (Some(streamed), path)

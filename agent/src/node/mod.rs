@@ -3,12 +3,16 @@
 mod acquire;
 mod block_server;
 mod embedded;
+mod files;
 mod kept;
 mod layers;
+mod profiles;
+mod reads;
 mod recover;
 mod room;
 mod snapshots;
 mod sources;
+mod starts;
 mod status;
 mod switch;
 
@@ -69,6 +73,10 @@ pub(crate) struct Node {
     pub(crate) journal: Journal,
     /// Whether new images are streamed.
     switch: switch::Switch,
+    profiles: profiles::Profiles,
+    /// Reads of starts that are being recorded.
+    reads: Arc<reads::ReadLog>,
+    windows: Mutex<Vec<(Holder, starts::Window)>>,
 }
 
 /// An image in use.
@@ -126,6 +134,9 @@ impl Node {
             cannot_stream: cannot_stream(),
             journal: Journal::default(),
             switch: switch::Switch::open(&config)?,
+            profiles: profiles::Profiles::new(config.root.join("profiles")),
+            reads: Arc::default(),
+            windows: Mutex::default(),
             config,
         });
         let starting = Arc::clone(&node);
@@ -138,6 +149,8 @@ impl Node {
 
     /// Gives an image back; the last holder's leave unmounts it.
     pub(crate) async fn release(self: &Arc<Self>, holder: &Holder) -> Result<()> {
+        let (node, ended) = (Arc::clone(self), holder.clone());
+        tokio::spawn(async move { node.end_start(&ended).await });
         let mut unused = Vec::new();
         self.lock(&self.images).retain(|digest, image| {
             let held = image.holders.len();

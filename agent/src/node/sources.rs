@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -13,6 +14,7 @@ use sluice_registry::artifact::{ArtifactReader, ArtifactStore};
 use sluice_registry::{Blob, RegistryError, ResolvedImage};
 use sluice_stream::{BlobSource, Lane, SourceError, StreamedLayer};
 
+use super::reads::ReadLog;
 use super::{INDEX_KIND, LAYER_ANNOTATION};
 
 fn source_error(error: &RegistryError) -> SourceError {
@@ -80,12 +82,14 @@ async fn find(
 pub(super) struct LayerBlocks {
     layer: Arc<StreamedLayer>,
     local: Arc<File>,
+    /// Told of every read that was answered.
+    log: Arc<ReadLog>,
 }
 
 impl LayerBlocks {
-    pub(super) fn new(layer: Arc<StreamedLayer>) -> std::io::Result<Self> {
+    pub(super) fn new(layer: Arc<StreamedLayer>, log: Arc<ReadLog>) -> std::io::Result<Self> {
         let local = Arc::new(File::open(layer.layer().data_path())?);
-        Ok(Self { layer, local })
+        Ok(Self { layer, local, log })
     }
 }
 
@@ -95,15 +99,22 @@ impl BlockSource for LayerBlocks {
     }
 
     fn try_read(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<bool> {
-        self.layer.try_read(offset, buffer)
+        let asked = Instant::now();
+        let here = self.layer.try_read(offset, buffer)?;
+        if here {
+            self.log.served(self.layer.layer().digest(), offset, buffer.len(), asked);
+        }
+        Ok(here)
     }
 
     fn read(self: Arc<Self>, offset: u64, len: usize) -> BoxFuture<'static, Result<Bytes, ReadError>> {
         async move {
-            self.layer
-                .read(offset, len)
-                .await
-                .map_err(|error| ReadError { errno: libc::EIO, message: error.to_string() })
+            let asked = Instant::now();
+            let read = self.layer.read(offset, len).await;
+            if read.is_ok() {
+                self.log.served(self.layer.layer().digest(), offset, len, asked);
+            }
+            read.map_err(|error| ReadError { errno: libc::EIO, message: error.to_string() })
         }
         .boxed()
     }

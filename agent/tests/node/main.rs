@@ -6,5 +6,6 @@ mod errors;
 mod fall_back;
 mod images;
 mod outage;
+mod profiles;
 mod rig;
 mod run;

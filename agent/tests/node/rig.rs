@@ -108,6 +108,20 @@ impl Node {
         self.control("POST", "faults", &faults.to_string());
     }
 
+    /// Forgets all that is local: from now on this is another node beside the same registry.
+    pub(crate) fn become_another(&self) {
+        if self.path("state/sluice.sock").exists() {
+            let pid = nix::unistd::Pid::from_raw(self.daemon_pid());
+            self.ok(&["node", "drain"]);
+            wait_until("the daemon is gone", || nix::sys::signal::kill(pid, None).is_err() || zombie(pid));
+        }
+        for name in ["root", "state"] {
+            if self.path(name).exists() {
+                fs::remove_dir_all(self.path(name)).expect("removed");
+            }
+        }
+    }
+
     /// Bytes of blobs that the registry sent since this was asked last.
     pub(crate) fn bytes_sent(&self) -> u64 {
         let stats: Value = serde_json::from_str(&self.control("GET", "stats", "")).expect("json");

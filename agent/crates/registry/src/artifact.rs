@@ -5,6 +5,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path as ObjectPath;
 use object_store::{ObjectStore, ObjectStoreExt};
 use serde_json::json;
@@ -105,6 +107,19 @@ impl ArtifactReader {
         match self {
             Self::Registry(blob) => blob.size(),
             Self::Object { size, .. } => *size,
+        }
+    }
+
+    /// All of it, as it arrives. An error ends the stream.
+    pub fn read(&self) -> BoxStream<'static, Result<Bytes, RegistryError>> {
+        match self {
+            Self::Registry(blob) => blob.read(0..blob.size(), false),
+            Self::Object { store, path, url, .. } => {
+                let (store, path, url) = (Arc::clone(store), path.clone(), url.clone());
+                let failed = move |error: object_store::Error| failed(&url, &error);
+                let opened = async move { store.get(&path).await.map(|found| found.into_stream()) };
+                futures::stream::once(opened).try_flatten().map_err(failed).boxed()
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! Who fetches which spans: one fetch at a time for each, demand before background.
 //!
-//! A background run covers many spans. Demand for a span that such a run has not begun takes it, and all behind it, away from the
-//! run; demand for the span it is in makes the run urgent instead, so that nothing is fetched twice.
+//! A background run covers many spans. Something more urgent for a span that such a run has not begun takes it, and all behind it,
+//! away from the run; demand for the span it is in makes the run urgent instead, so that nothing is fetched twice.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -83,7 +83,7 @@ impl Claims {
         for span in spans.clone() {
             let Some(run) = by_span.get(&span).map(Arc::clone) else { continue };
             let mut left = run.left();
-            if lane == Lane::Demand && !run.urgent() && divisible && span > left.start {
+            if lane < run.lane && !run.urgent() && divisible && span > left.start {
                 for taken in span..left.end {
                     by_span.remove(&taken);
                 }
@@ -197,6 +197,18 @@ mod tests {
         assert!(claims.is_claimed(6) && claims.is_claimed(8) && !claims.is_claimed(5));
         drop((demand, behind));
         assert!((0..10).all(|span| !claims.is_claimed(span)));
+    }
+
+    #[test]
+    fn prefetch_takes_from_the_fill_and_gives_to_demand() {
+        let (claims, scheduler) = (Arc::new(Claims::default()), Scheduler::new(1));
+        let claim = |spans, lane| claims.claim(spans, lane, true, &scheduler);
+        let fill = claim(0..10, Lane::Fill).expect("free");
+        let ahead = claim(4..8, Lane::Prefetch).expect("taken from the fill");
+        assert!(!claims.advance(&fill.run, 4) && claim(4..5, Lane::Fill).is_err());
+        assert!(claim(5..6, Lane::Prefetch).is_err() && !ahead.run.urgent());
+        let _demand = claim(6..7, Lane::Demand).expect("taken from the prefetch");
+        assert!(claims.advance(&ahead.run, 5) && !claims.advance(&ahead.run, 6));
     }
 
     #[test]

@@ -50,7 +50,7 @@ pub struct StreamedLayer {
     pub(crate) parts: LayerParts,
     pub(crate) spans: Spans,
     pub(crate) claims: Arc<Claims>,
-    algorithm: DigestAlgorithm,
+    pub(crate) algorithm: DigestAlgorithm,
     copies: OnceCell<LocalCopies>,
     pub(crate) complete: watch::Sender<bool>,
     broken: Mutex<Option<StreamError>>,

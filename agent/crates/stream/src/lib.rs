@@ -4,6 +4,7 @@
 //! they arrive; each chunk that falls out is compared with its digest, stored, and wakes whoever waits. One fetch serves
 //! everybody. It knows nothing of files or mounts.
 
+mod ahead;
 mod claims;
 mod cutter;
 mod fill;

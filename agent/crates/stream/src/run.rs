@@ -64,12 +64,12 @@ pub(crate) async fn fetch(
     let (sender, receiver) = mpsc::unbounded_channel();
     let (digest, compressed) = (layer.digest().to_owned(), run.compressed.clone());
     let mut transfer = Transfer::new(&run, source, told);
+    let mut pausing = scheduler.pausing(run.lane);
     // Gone when this future is dropped: the decoder does not wait for space then.
     let alive = Arc::new(());
     let wanted = Arc::downgrade(&alive);
     let decoding = tokio::task::spawn_blocking(move || decode(&run, &layer, receiver, &ticket, &wanted));
     let room = Arc::new(Semaphore::new(WAITING_BYTES as usize));
-    let mut pausing = scheduler.pausing();
     let failed = loop {
         if !state.urgent() {
             pausing.while_others_are_blocked(state).await;

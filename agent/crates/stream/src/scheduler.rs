@@ -13,6 +13,9 @@ const QUIET: Duration = Duration::from_millis(500);
 /// Background work gets a turn at least this often, however much demand there is.
 const STARVED: Duration = Duration::from_secs(2);
 
+/// A prefetch waits so long at most while other bytes are demanded: what it brings is what will be asked for next.
+const PREFETCH_PAUSE: Duration = Duration::from_millis(50);
+
 /// Demand fetches under way on a node at once. Each takes up to 1.2 MiB (body waiting, decoder, chunk) and a thread; zstd takes its
 /// window besides.
 const DEMAND_RUNS: usize = 16;
@@ -49,7 +52,8 @@ impl Counters {
         self.bytes.get(lane as usize).map_or(0, |bytes| bytes.load(Ordering::Relaxed))
     }
 
-    pub(crate) fn add_bytes(&self, lane: Lane, count: u64) {
+    /// Counts compressed bytes that came in a lane.
+    pub fn add_bytes(&self, lane: Lane, count: u64) {
         if let Some(bytes) = self.bytes.get(lane as usize) {
             bytes.fetch_add(count, Ordering::Relaxed);
         }
@@ -66,6 +70,7 @@ pub struct Scheduler {
 struct Inner {
     counters: Counters,
     demand: AtomicU64,
+    prefetch: AtomicU64,
     /// Milliseconds since `start` when the last demand ended.
     last_demand_ms: AtomicU64,
     start: Instant,
@@ -78,6 +83,19 @@ struct Inner {
 #[derive(Debug)]
 pub(crate) struct Demand {
     inner: Arc<Inner>,
+}
+
+/// Held while something is prefetched: the fill waits meanwhile.
+#[derive(Debug)]
+pub(crate) struct Prefetching {
+    inner: Arc<Inner>,
+}
+
+impl Drop for Prefetching {
+    fn drop(&mut self) {
+        self.inner.prefetch.fetch_sub(1, Ordering::AcqRel);
+        self.inner.changed.notify_waiters();
+    }
 }
 
 impl Drop for Demand {
@@ -96,6 +114,7 @@ impl Scheduler {
             inner: Arc::new(Inner {
                 counters: Counters::default(),
                 demand: AtomicU64::new(0),
+                prefetch: AtomicU64::new(0),
                 last_demand_ms: AtomicU64::new(0),
                 start: Instant::now(),
                 changed: Notify::new(),
@@ -115,16 +134,21 @@ impl Scheduler {
         Demand { inner: Arc::clone(&self.inner) }
     }
 
+    pub(crate) fn prefetching(&self) -> Prefetching {
+        self.inner.prefetch.fetch_add(1, Ordering::AcqRel);
+        Prefetching { inner: Arc::clone(&self.inner) }
+    }
+
     /// Somebody waits for a background run now.
     pub(crate) fn wake(&self) {
         self.inner.changed.notify_waiters();
     }
 
-    /// A turn for background work: waits while processes are blocked.
+    /// A turn for the fill: waits while processes are blocked, and while something is prefetched.
     pub(crate) async fn background_turn(&self) -> Option<OwnedSemaphorePermit> {
         // The semaphore is never closed.
         let permit = Arc::clone(&self.inner.background).acquire_owned().await.ok();
-        self.pausing().wait(|| false).await;
+        self.pausing(Lane::Fill).wait(|| false).await;
         permit
     }
 
@@ -134,15 +158,16 @@ impl Scheduler {
     }
 
     /// For one background run.
-    pub(crate) fn pausing(&self) -> Pausing<'_> {
-        Pausing { inner: &self.inner, paused: Duration::ZERO }
+    pub(crate) fn pausing(&self, lane: Lane) -> Pausing<'_> {
+        Pausing { inner: &self.inner, lane, paused: Duration::ZERO }
     }
 }
 
-/// Keeps a background run waiting while processes are blocked; each run so long at most.
+/// Keeps a background run waiting while something more urgent is under way; each run so long at most.
 #[derive(Debug)]
 pub(crate) struct Pausing<'a> {
     inner: &'a Inner,
+    lane: Lane,
     paused: Duration,
 }
 
@@ -154,7 +179,8 @@ impl Pausing<'_> {
 
     async fn wait(&mut self, urgent: impl Fn() -> bool) {
         let began = Instant::now();
-        let left = STARVED.saturating_sub(self.paused);
+        let fill = self.lane == Lane::Fill;
+        let left = if fill { STARVED } else { PREFETCH_PAUSE }.saturating_sub(self.paused);
         while began.elapsed() < left {
             let changed = self.inner.changed.notified();
             tokio::pin!(changed);
@@ -162,8 +188,12 @@ impl Pausing<'_> {
             changed.as_mut().enable();
             let pause = if urgent() {
                 break;
-            } else if self.inner.demand.load(Ordering::Acquire) > 0 {
+            } else if self.inner.demand.load(Ordering::Acquire) > 0
+                || fill && self.inner.prefetch.load(Ordering::Acquire) > 0
+            {
                 left.saturating_sub(began.elapsed())
+            } else if !fill {
+                break;
             } else {
                 let now = self.inner.start.elapsed().as_millis() as u64;
                 let last = self.inner.last_demand_ms.load(Ordering::Acquire);

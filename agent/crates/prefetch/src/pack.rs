@@ -1,0 +1,368 @@
+//! Start packs: one blob of whole chunks in the order in which a start touches them.
+//!
+//! | part | bytes |
+//! |---|---|
+//! | magic | `SLUICEPK` |
+//! | version | 2, little-endian |
+//! | zero | 2 |
+//! | table length | 4, little-endian; compressed |
+//! | table length | 4; plain |
+//! | table | a zstd frame |
+//! | frames | a zstd frame each, one behind the other |
+//!
+//! The table: count of layers (4), their SHA-256 digests (32 each), count of frames (4), then per frame its compressed length (4)
+//! and count of chunks (4), then per chunk, in order over all frames: layer number (2), zero (2), length (4), store offset (8).
+//! A frame holds about 256 KiB of chunks, one behind the other. Chunks are not trusted: who takes them compares digests.
+
+use bytes::{Buf, Bytes, BytesMut};
+
+const MAGIC: [u8; 8] = *b"SLUICEPK";
+/// Version of the format.
+pub const PACK_VERSION: u16 = 1;
+const FIXED: usize = 20;
+/// Frames are closed when they hold so much.
+const FRAME: usize = 256 << 10;
+/// Longest chunk accepted: the longest that an index has.
+const MAX_CHUNK: usize = 4 << 20;
+/// Longest frame accepted: one that was about to be closed, and a chunk.
+const MAX_FRAME: usize = FRAME + MAX_CHUNK;
+const MAX_TABLE: usize = 32 << 20;
+const MAX_LAYERS: usize = 16_000;
+const ZSTD_LEVEL: i32 = 9;
+
+/// Why a pack cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PackError {
+    /// It does not begin as packs do.
+    #[error("this is no start pack")]
+    NotAPack,
+    /// Another version of the format.
+    #[error("the start pack has version {0}, and this program reads version {PACK_VERSION}")]
+    Version(u16),
+    /// Something in it is not as the format has it.
+    #[error("the start pack is damaged: {0}")]
+    Damaged(&'static str),
+    /// It ends before its end.
+    #[error("the start pack was cut off")]
+    CutOff,
+    /// Compression failed.
+    #[error("cannot compress")]
+    Compress(#[source] std::io::Error),
+}
+
+/// A chunk of a pack.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Item {
+    /// `sha256:…` of the layer blob.
+    pub layer: String,
+    /// Where the chunk stands in the layer's local file.
+    pub store_offset: u64,
+    /// All of it.
+    pub bytes: Bytes,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    layer: u16,
+    len: u32,
+    store_offset: u64,
+}
+
+/// Makes a pack.
+#[derive(Debug, Default)]
+pub struct PackWriter {
+    layers: Vec<[u8; 32]>,
+    places: Vec<Place>,
+    /// Compressed length and number of chunks of each frame.
+    frames: Vec<(u32, u32)>,
+    packed: Vec<u8>,
+    open: Vec<u8>,
+    in_open: u32,
+}
+
+impl PackWriter {
+    /// Appends a chunk.
+    pub fn push(&mut self, layer: &str, store_offset: u64, bytes: &[u8]) -> Result<(), PackError> {
+        let digest = parse(layer).ok_or(PackError::Damaged("a layer's digest is none"))?;
+        if bytes.is_empty() || bytes.len() > MAX_CHUNK {
+            return Err(PackError::Damaged("a chunk is too long"));
+        }
+        let number = match self.layers.iter().position(|one| *one == digest) {
+            Some(number) => number,
+            None if self.layers.len() < MAX_LAYERS => {
+                self.layers.push(digest);
+                self.layers.len() - 1
+            }
+            None => return Err(PackError::Damaged("it has too many layers")),
+        };
+        self.places.push(Place { layer: number as u16, len: bytes.len() as u32, store_offset });
+        self.open.extend_from_slice(bytes);
+        self.in_open += 1;
+        if self.open.len() >= FRAME { self.close() } else { Ok(()) }
+    }
+
+    fn close(&mut self) -> Result<(), PackError> {
+        if self.in_open == 0 {
+            return Ok(());
+        }
+        let frame = zstd::bulk::compress(&self.open, ZSTD_LEVEL).map_err(PackError::Compress)?;
+        self.frames.push((frame.len() as u32, self.in_open));
+        self.packed.extend_from_slice(&frame);
+        self.open.clear();
+        self.in_open = 0;
+        Ok(())
+    }
+
+    /// The pack.
+    pub fn finish(mut self) -> Result<Vec<u8>, PackError> {
+        self.close()?;
+        let mut table = Vec::new();
+        table.extend_from_slice(&(self.layers.len() as u32).to_le_bytes());
+        self.layers.iter().for_each(|digest| table.extend_from_slice(digest));
+        table.extend_from_slice(&(self.frames.len() as u32).to_le_bytes());
+        for (len, chunks) in &self.frames {
+            table.extend_from_slice(&len.to_le_bytes());
+            table.extend_from_slice(&chunks.to_le_bytes());
+        }
+        for place in &self.places {
+            table.extend_from_slice(&place.layer.to_le_bytes());
+            table.extend_from_slice(&[0; 2]);
+            table.extend_from_slice(&place.len.to_le_bytes());
+            table.extend_from_slice(&place.store_offset.to_le_bytes());
+        }
+        if table.len() > MAX_TABLE {
+            return Err(PackError::Damaged("its table is too long"));
+        }
+        let packed = zstd::bulk::compress(&table, ZSTD_LEVEL).map_err(PackError::Compress)?;
+        let mut out = Vec::from(MAGIC);
+        out.extend_from_slice(&PACK_VERSION.to_le_bytes());
+        out.extend_from_slice(&[0; 2]);
+        out.extend_from_slice(&(packed.len() as u32).to_le_bytes());
+        out.extend_from_slice(&(table.len() as u32).to_le_bytes());
+        out.extend_from_slice(&packed);
+        out.extend_from_slice(&self.packed);
+        Ok(out)
+    }
+}
+
+/// Reads a pack as it arrives; holds one frame. What it is given need not be trusted.
+#[derive(Debug, Default)]
+pub struct PackReader {
+    waiting: BytesMut,
+    table: Option<Table>,
+}
+
+#[derive(Debug)]
+struct Table {
+    layers: Vec<String>,
+    frames: std::vec::IntoIter<(u32, u32)>,
+    places: std::vec::IntoIter<Place>,
+    next: Option<(u32, u32)>,
+}
+
+impl PackReader {
+    /// Takes the next bytes of the blob; gives the chunks that are whole now.
+    pub fn push(&mut self, bytes: &[u8]) -> Result<Vec<Item>, PackError> {
+        self.waiting.extend_from_slice(bytes);
+        if self.table.is_none() {
+            self.table = table(&mut self.waiting)?;
+        }
+        let Some(table) = &mut self.table else { return Ok(Vec::new()) };
+        let mut items = Vec::new();
+        while let Some((packed, chunks)) = table.next {
+            if self.waiting.len() < packed as usize {
+                return Ok(items);
+            }
+            let frame = self.waiting.split_to(packed as usize);
+            table.frame(&frame, chunks as usize, &mut items)?;
+            table.next = table.frames.next();
+        }
+        if self.waiting.is_empty() { Ok(items) } else { Err(PackError::Damaged("something follows its end")) }
+    }
+
+    /// Whether it came whole.
+    pub fn finish(&self) -> Result<(), PackError> {
+        match &self.table {
+            Some(table) if table.next.is_none() => Ok(()),
+            _ => Err(PackError::CutOff),
+        }
+    }
+}
+
+impl Table {
+    fn frame(&mut self, frame: &[u8], chunks: usize, items: &mut Vec<Item>) -> Result<(), PackError> {
+        let places: Vec<Place> = self.places.by_ref().take(chunks).collect();
+        let size: usize = places.iter().map(|place| place.len as usize).sum();
+        // Checked before any space is taken.
+        if places.len() != chunks || size > MAX_FRAME {
+            return Err(PackError::Damaged("a frame is too long"));
+        }
+        let plain = zstd::bulk::decompress(frame, size)
+            .map_err(|_damage| PackError::Damaged("a frame does not decompress"))?;
+        if plain.len() != size {
+            return Err(PackError::Damaged("a frame has another length"));
+        }
+        let mut plain = Bytes::from(plain);
+        for place in places {
+            let layer = self.layers.get(usize::from(place.layer)).cloned();
+            items.push(Item {
+                layer: layer.ok_or(PackError::Damaged("a chunk is of no layer"))?,
+                store_offset: place.store_offset,
+                bytes: plain.split_to(place.len as usize),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// The table, if all of it is there.
+fn table(waiting: &mut BytesMut) -> Result<Option<Table>, PackError> {
+    let mut fixed: &[u8] = match waiting.get(..FIXED) {
+        Some(fixed) => fixed,
+        None => return Ok(None),
+    };
+    if fixed.get(..8) != Some(&MAGIC) {
+        return Err(PackError::NotAPack);
+    }
+    fixed.advance(8);
+    let version = fixed.get_u16_le();
+    if version != PACK_VERSION {
+        return Err(PackError::Version(version));
+    }
+    fixed.advance(2);
+    let (packed, plain) = (fixed.get_u32_le() as usize, fixed.get_u32_le() as usize);
+    if packed > MAX_TABLE || plain > MAX_TABLE {
+        return Err(PackError::Damaged("its table is too long"));
+    }
+    if waiting.len() < FIXED + packed {
+        return Ok(None);
+    }
+    waiting.advance(FIXED);
+    let frame = waiting.split_to(packed);
+    let bytes = zstd::bulk::decompress(&frame, plain)
+        .map_err(|_damage| PackError::Damaged("its table does not decompress"))?;
+    parse_table(&bytes).map(Some)
+}
+
+fn parse_table(mut bytes: &[u8]) -> Result<Table, PackError> {
+    let short = PackError::Damaged("its table is cut short");
+    let layers =
+        bytes.try_get_u32_le().map_err(|_short| PackError::Damaged("its table is cut short"))? as usize;
+    let Some((digests, mut rest)) =
+        layers.checked_mul(32).filter(|_| layers <= MAX_LAYERS).and_then(|len| bytes.split_at_checked(len))
+    else {
+        return Err(short);
+    };
+    let hex = |digest: &[u8]| digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let layers = digests.chunks_exact(32).map(|digest| format!("sha256:{}", hex(digest))).collect();
+    let Ok(frames) = rest.try_get_u32_le() else { return Err(short) };
+    let Some((frames, places)) = (frames as usize).checked_mul(8).and_then(|len| rest.split_at_checked(len))
+    else {
+        return Err(short);
+    };
+    let mut found = Vec::with_capacity(frames.len() / 8);
+    let mut chunks = 0_u64;
+    for mut frame in frames.chunks_exact(8) {
+        let (packed, count) = (frame.get_u32_le(), frame.get_u32_le());
+        if packed as usize > zstd::zstd_safe::compress_bound(MAX_FRAME) || count == 0 {
+            return Err(PackError::Damaged("a frame is too long, or empty"));
+        }
+        chunks += u64::from(count);
+        found.push((packed, count));
+    }
+    if chunks.checked_mul(16) != Some(places.len() as u64) {
+        return Err(short);
+    }
+    let place = |mut record: &[u8]| {
+        let (layer, _zero) = (record.get_u16_le(), record.get_u16_le());
+        Place { layer, len: record.get_u32_le(), store_offset: record.get_u64_le() }
+    };
+    let places: Vec<Place> = places.chunks_exact(16).map(place).collect();
+    let mut frames = found.into_iter();
+    let next = frames.next();
+    Ok(Table { layers, frames, places: places.into_iter(), next })
+}
+
+fn parse(digest: &str) -> Option<[u8; 32]> {
+    let hex = digest.strip_prefix("sha256:").filter(|hex| hex.len() == 64 && hex.is_ascii())?;
+    let mut bytes = [0; 32];
+    for (byte, place) in bytes.iter_mut().zip((0..64).step_by(2)) {
+        *byte = u8::from_str_radix(hex.get(place..place + 2)?, 16).ok()?;
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer(number: u8) -> String {
+        format!("sha256:{}", format!("{number:02x}").repeat(32))
+    }
+
+    fn chunks() -> Vec<Item> {
+        (0..40_u8)
+            .map(|number| Item {
+                layer: layer(number % 3),
+                store_offset: u64::from(number) * 262_144,
+                bytes: (0..usize::from(number) * 5000 + 1)
+                    .map(|at| (at * usize::from(number)) as u8)
+                    .collect(),
+            })
+            .collect()
+    }
+
+    fn pack() -> Vec<u8> {
+        let mut writer = PackWriter::default();
+        for item in chunks() {
+            writer.push(&item.layer, item.store_offset, &item.bytes).expect("packed");
+        }
+        writer.finish().expect("packed")
+    }
+
+    fn read(pack: &[u8], piece: usize) -> Result<Vec<Item>, PackError> {
+        let mut reader = PackReader::default();
+        let mut items = Vec::new();
+        for piece in pack.chunks(piece.max(1)) {
+            items.extend(reader.push(piece)?);
+        }
+        reader.finish()?;
+        Ok(items)
+    }
+
+    #[test]
+    fn what_goes_in_comes_out_in_order_whatever_the_pieces() {
+        let pack = pack();
+        for piece in [1, 19, 4096, pack.len()] {
+            assert_eq!(read(&pack, piece).expect("read"), chunks(), "{piece}");
+        }
+        let empty = PackWriter::default().finish().expect("packed");
+        assert_eq!(read(&empty, 7).expect("read"), []);
+    }
+
+    #[test]
+    fn what_is_no_pack_is_refused() {
+        let whole = pack();
+        assert!(matches!(read(&whole[..whole.len() - 1], 4096), Err(PackError::CutOff)));
+        assert!(matches!(read(&[whole.as_slice(), b"x"].concat(), 4096), Err(PackError::Damaged(_))));
+        assert!(matches!(read(b"SLUICEPX0123456789ab", 4096), Err(PackError::NotAPack)));
+        let mut other = whole.clone();
+        other[8] = 9;
+        assert!(matches!(read(&other, 4096), Err(PackError::Version(9))));
+        assert!(PackWriter::default().push("sha256:xyz", 0, b"a").is_err());
+    }
+
+    #[test]
+    fn damage_never_panics_and_takes_no_more_than_a_frame() {
+        let whole = pack();
+        for at in 0..whole.len().min(2000) {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 0x55;
+            drop(read(&damaged, 4096));
+        }
+        // A table that promises much.
+        let table = [1_u32.to_le_bytes().as_slice(), &[7; 32], &u32::MAX.to_le_bytes()].concat();
+        assert!(matches!(parse_table(&table), Err(PackError::Damaged(_))));
+    }
+}

@@ -1,0 +1,191 @@
+//! Profiles: kept on the node, one file per image and class of entry point; published beside the image.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
+use sluice_registry::ResolvedImage;
+use sluice_registry::artifact::{ArtifactReader, ArtifactStore, Kind};
+use sluice_trace::{Profile, ProfileKey};
+
+/// Profiles and start packs as artifacts.
+pub(crate) const PROFILE_KIND: Kind = Kind {
+    artifact_type: "application/vnd.sluice.profile.v1",
+    blob_type: "application/vnd.sluice.profile.v1+blob",
+    name: "profile",
+};
+/// Annotation of a profile: the class of entry point that it is about.
+const ENTRY: &str = "dev.sluice.profile.entry";
+/// Annotation of a start pack: the class of entry point that it is for.
+const PACK: &str = "dev.sluice.pack.entry";
+/// Longest published profile accepted.
+const MAX_PROFILE: u64 = 16 << 20;
+/// A profile that helped no start for so long, in seconds, goes.
+const UNUSED: u64 = 30 * 24 * 3600;
+/// How often a publication that lost a race is tried again.
+const ATTEMPTS: usize = 3;
+
+/// The node's own profiles.
+#[derive(Debug)]
+pub(super) struct Profiles {
+    dir: PathBuf,
+    /// One writer at a time.
+    writing: Mutex<()>,
+}
+
+/// What is known of a start before it.
+#[derive(Debug)]
+pub(crate) struct Learned {
+    pub(crate) profile: Profile,
+    /// The published start pack, if there is one.
+    pub(crate) pack: Option<ArtifactReader>,
+}
+
+pub(super) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+impl Profiles {
+    pub(super) fn new(dir: PathBuf) -> Self {
+        Self { dir, writing: Mutex::default() }
+    }
+
+    fn path(&self, key: &ProfileKey) -> PathBuf {
+        let class = ring::digest::digest(&ring::digest::SHA256, key.entry.as_bytes());
+        let name: String = class.as_ref().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        self.dir.join(key.image.trim_start_matches("sha256:")).join(name)
+    }
+
+    pub(super) fn load(&self, key: &ProfileKey) -> Result<Option<Profile>> {
+        let path = self.path(key);
+        match std::fs::read(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            read => {
+                let bytes = read.with_context(|| format!("cannot read {}", path.display()))?;
+                Profile::decode(&bytes).map(Some).with_context(|| format!("cannot use {}", path.display()))
+            }
+        }
+    }
+
+    /// Changes a profile; makes an empty one to begin with.
+    pub(super) fn change(
+        &self,
+        key: &ProfileKey,
+        change: impl FnOnce(&mut Profile) -> Result<()>,
+    ) -> Result<Profile> {
+        let _turn = self.writing.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut profile = match self.load(key) {
+            Ok(profile) => profile.unwrap_or_else(|| Profile::new(key.clone())),
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "a damaged profile is begun anew");
+                Profile::new(key.clone())
+            }
+        };
+        change(&mut profile)?;
+        let path = self.path(key);
+        if profile.samples().len() > 0 {
+            let dir = path.parent().context("a profile is in a directory")?;
+            std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+            let new = path.with_extension("new");
+            std::fs::write(&new, profile.encode()?)
+                .and_then(|()| std::fs::rename(&new, &path))
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        Ok(profile)
+    }
+
+    /// All of them; what is damaged or was unused for long is removed.
+    pub(super) fn list(&self) -> Result<Vec<Profile>> {
+        let mut found = Vec::new();
+        for dir in read_dir(&self.dir)? {
+            for path in read_dir(&dir)? {
+                let bytes =
+                    std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+                match Profile::decode(&bytes) {
+                    Ok(profile) if !profile.is_expired(now(), UNUSED) => found.push(profile),
+                    Ok(_) => remove(&path)?,
+                    Err(error) => {
+                        tracing::warn!(path = %path.display(), %error, "a damaged profile is removed");
+                        remove(&path)?;
+                    }
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    pub(super) fn remove(&self, key: &ProfileKey) -> Result<()> {
+        remove(&self.path(key))
+    }
+}
+
+fn remove(path: &std::path::Path) -> Result<()> {
+    std::fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))
+}
+
+fn read_dir(dir: &std::path::Path) -> Result<Vec<PathBuf>> {
+    match std::fs::read_dir(dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        entries => {
+            let entries = entries.with_context(|| format!("cannot read {}", dir.display()))?;
+            entries.map(|entry| Ok(entry?.path())).collect()
+        }
+    }
+}
+
+/// What is published about a start.
+pub(super) async fn find(
+    artifacts: &ArtifactStore,
+    image: &ResolvedImage,
+    key: &ProfileKey,
+) -> Result<Option<Learned>> {
+    let blobs = artifacts.find(image, PROFILE_KIND).await?.unwrap_or_default();
+    let of = |name: &str| blobs.iter().find(|(blob, _)| blob.annotations.get(name) == Some(&key.entry));
+    let Some((blob, reader)) = of(ENTRY) else { return Ok(None) };
+    if blob.size > MAX_PROFILE {
+        bail!("the published profile is too long: {} bytes", blob.size);
+    }
+    let profile = Profile::decode(&reader.read_all(0..blob.size).await?)?;
+    if profile.key != *key {
+        bail!("the published profile is about something else: {:?}", profile.key);
+    }
+    Ok(Some(Learned { profile, pack: of(PACK).map(|(_, reader)| reader.clone()) }))
+}
+
+/// Publishes a profile, united with what is published, and a start pack. Other classes of entry point are left as they are.
+/// Gives the digest of the artifact.
+pub(super) async fn publish(
+    artifacts: &ArtifactStore,
+    image: &ResolvedImage,
+    mut profile: Profile,
+    pack: Option<Bytes>,
+) -> Result<String> {
+    for _ in 0..ATTEMPTS {
+        if let Some(theirs) = find(artifacts, image, &profile.key).await.unwrap_or_else(|error| {
+            tracing::warn!(error = format!("{error:#}"), "the published profile is replaced");
+            None
+        }) {
+            profile.merge(theirs.profile)?;
+        }
+        let mut blobs: Vec<(HashMap<String, String>, Bytes)> = Vec::new();
+        for (blob, reader) in artifacts.find(image, PROFILE_KIND).await?.unwrap_or_default() {
+            let own = |name: &str| blob.annotations.get(name) == Some(&profile.key.entry);
+            if !own(ENTRY) && !(own(PACK) && pack.is_some()) {
+                blobs.push((blob.annotations.clone(), reader.read_all(0..blob.size).await?));
+            }
+        }
+        let named = |name: &str| HashMap::from([(name.to_owned(), profile.key.entry.clone())]);
+        blobs.push((named(ENTRY), profile.encode()?.into()));
+        blobs.extend(pack.clone().map(|pack| (named(PACK), pack)));
+        let digest = artifacts.publish(image, PROFILE_KIND, blobs).await?;
+        // Another node may have published between our look and our publication.
+        let after = find(artifacts, image, &profile.key).await?;
+        if after.is_some_and(|after| after.profile == profile) {
+            return Ok(digest);
+        }
+    }
+    bail!("other nodes publish this profile all the time; try again later")
+}
