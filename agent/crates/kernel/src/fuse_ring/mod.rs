@@ -6,8 +6,7 @@
 //! * Each possible CPU has a queue, and each queue needs an entry before any request comes this way.
 //! * An entry is the kernel's until a request is in it; then it is ours until it is committed, which answers the request
 //!   and waits for the next one in it. There is no other way to give it back: a request that waits for the network keeps
-//!   its entry. Therefore queues have many entries; their memory is not there until it is used, and the kernel takes
-//!   the entry that was last given back first.
+//!   its entry. Therefore queues can get more entries; their memory is not there until it is used.
 //! * Everything of a ring must be submitted by the thread that made it: the kernel copies requests in that thread's context.
 
 mod memory;
@@ -160,7 +159,6 @@ impl FuseRing {
             size,
             _regions: Vec::new(),
         };
-        // What is registered last is used first: plain entries before registered ones.
         for queue in queues {
             ring.grow(*queue, size.entries.saturating_sub(size.registered))?;
         }
@@ -171,6 +169,9 @@ impl FuseRing {
 
     /// Adds entries to a queue.
     pub fn grow(&mut self, queue: u16, entries: u16) -> io::Result<()> {
+        if entries == 0 {
+            return Ok(());
+        }
         let (region, memory) = Region::new(entries.into(), self.size.payload_bytes)?;
         self._regions.push(region);
         memory.into_iter().try_for_each(|memory| self.register(queue, memory, None))
