@@ -97,9 +97,10 @@ struct RawBlocks {
 #[serde(rename_all = "snake_case")]
 enum RawWay {
     /// io_uring where the kernel has it.
-    #[default]
     Auto,
     IoUring,
+    /// The default until io_uring is ahead for many readers, and never short of ring entries (see ARCHITECTURE.md).
+    #[default]
     Classic,
 }
 
