@@ -15,13 +15,15 @@ use crate::daemon::{self, Stop};
 
 /// Serves until told to stop by a signal or by `sluice stop`.
 pub(crate) async fn serve(config: Arc<Config>, announce: bool) -> Result<()> {
+    // Before anybody is told that we run, and may want to end us.
+    let interrupted = super::interrupted()?;
     let running = daemon::start(config).await?;
     notify_systemd()?;
     if announce {
         say_ready()?;
     }
     let how = tokio::select! {
-        interrupted = super::interrupted() => interrupted.map(|()| Stop::Leave)?,
+        () = interrupted => Stop::Leave,
         how = running.asked_to_stop() => how,
     };
     tracing::info!(?how, "stopping");

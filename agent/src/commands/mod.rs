@@ -106,13 +106,14 @@ async fn with_client<T>(
     Ok(value)
 }
 
-/// Waits for SIGTERM or SIGINT.
-async fn interrupted() -> Result<()> {
+/// Resolves at SIGTERM or SIGINT, which are caught from this call on.
+fn interrupted() -> Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    Ok(())
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
 }

@@ -35,7 +35,7 @@ pub(crate) async fn mount(
         }
         say!("{}", acquired.manifest_digest);
         if global.standalone {
-            super::interrupted().await?;
+            super::interrupted()?.await;
             unmount(&dir)?;
             client.ask::<()>("release", &ReleaseRequest { holder: holder.clone() }).await?;
         }

@@ -20,7 +20,7 @@ pub(crate) async fn serve(args: RegistryArgs) -> Result<()> {
     })
     .await?;
     say!("listening on {}", server.address());
-    super::interrupted().await?;
+    super::interrupted()?.await;
     server.stop();
     Ok(())
 }
