@@ -180,11 +180,30 @@ pub(crate) struct RunArgs {
     /// OCI runtime [default: runc, else crun]
     #[arg(long, value_name = "PATH")]
     pub(crate) runtime: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) ready: ReadyArgs,
     /// Image reference
     pub(crate) image: String,
     /// Command and arguments instead of the image's
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<String>,
+}
+
+/// When a container's start is over and no longer recorded; else when it ends, or when the time is up.
+#[derive(Debug, Default, Args)]
+pub(crate) struct ReadyArgs {
+    /// The start is over when this port of the node answers
+    #[arg(long, value_name = "PORT")]
+    pub(crate) ready_port: Option<u16>,
+    /// The start is over when a line of the container's output matches
+    #[arg(long, value_name = "REGEX")]
+    pub(crate) ready_log: Option<String>,
+    /// The start is over when this command succeeds in the container
+    #[arg(long, value_name = "COMMAND")]
+    pub(crate) ready_exec: Option<String>,
+    /// The start is over after so long at most, e.g. 10s [default: as configured]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub(crate) ready_timeout: Option<std::time::Duration>,
 }
 
 /// Network of a container.

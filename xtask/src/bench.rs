@@ -60,6 +60,7 @@ pub(crate) fn start(args: &Args) -> Result<()> {
             };
             let image = registry.image(recipe.name);
             bench.index(&image)?;
+            let pack_bytes = bench.learn(&image, recipe.command)?;
             let mut starts: Vec<Vec<Start>> = vec![Vec::new(); Way::ALL.len()];
             for _ in 0..args.rounds {
                 for (way, measured) in Way::ALL.into_iter().zip(&mut starts) {
@@ -81,7 +82,16 @@ pub(crate) fn start(args: &Args) -> Result<()> {
                     verdict(way, name, link, full / ready, measured)
                 );
             }
-            results.push(json!({ "image": name, "link": link, "rounds": args.rounds,
+            let local = middle(starts.last(), |start| start.ready_s);
+            let limit = local + pack_bytes as f64 * 8.0 / bits_per_second(rate)? + seconds(delay)?;
+            let packed =
+                Way::ALL.iter().position(|way| *way == Way::Pack).and_then(|place| starts.get(place));
+            println!(
+                "{name:<8} {link:<14} physical limit {limit:.2} s (all local {local:.2} s, start pack {:.1} MB); with start pack {:.2} x the limit (target 1.3)",
+                pack_bytes as f64 / 1e6,
+                middle(packed, |start| start.ready_s) / limit
+            );
+            results.push(json!({ "image": name, "link": link, "rounds": args.rounds, "pack_bytes": pack_bytes, "limit_s": limit,
                 "starts": Way::ALL.iter().zip(&starts).map(|(way, measured)| json!({ "way": way, "starts": measured })).collect::<Vec<_>>() }));
         }
     }
@@ -89,6 +99,22 @@ pub(crate) fn start(args: &Args) -> Result<()> {
         std::fs::write(path, serde_json::to_string_pretty(&results)?)?;
     }
     Ok(())
+}
+
+/// Bits per second of `1gbit` or `200mbit`.
+fn bits_per_second(rate: &str) -> Result<f64> {
+    let (number, unit) = match (rate.strip_suffix("gbit"), rate.strip_suffix("mbit")) {
+        (Some(number), _) => (number, 1e9),
+        (_, Some(number)) => (number, 1e6),
+        _ => anyhow::bail!("`{rate}` is not a rate like 1gbit or 200mbit"),
+    };
+    Ok(number.parse::<f64>().with_context(|| format!("`{rate}` is no rate"))? * unit)
+}
+
+/// Seconds of `2ms`.
+fn seconds(delay: &str) -> Result<f64> {
+    let number = delay.strip_suffix("ms").with_context(|| format!("`{delay}` is not a time like 2ms"))?;
+    Ok(number.parse::<f64>().with_context(|| format!("`{delay}` is no time"))? / 1e3)
 }
 
 fn middle(starts: Option<&Vec<Start>>, of: impl Fn(&Start) -> f64) -> f64 {

@@ -1,4 +1,4 @@
-//! Time to ready: from the question for an image to the command's output, in three ways.
+//! Time to ready: from the question for an image to the command's output, in several ways.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -20,10 +20,17 @@ pub(crate) enum Way {
     FirstPull,
     /// sluice, with an index.
     Streamed,
+    /// The same, and another node published a profile.
+    Profile,
+    /// The same, and a start pack.
+    Pack,
+    /// sluice, everything local.
+    Local,
 }
 
 impl Way {
-    pub(crate) const ALL: [Self; 3] = [Self::FullPull, Self::FirstPull, Self::Streamed];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::FullPull, Self::FirstPull, Self::Streamed, Self::Profile, Self::Pack, Self::Local];
 
     /// For tables.
     pub(crate) fn label(self) -> &'static str {
@@ -31,6 +38,9 @@ impl Way {
             Self::FullPull => "containerd, full pull",
             Self::FirstPull => "sluice, first pull (no index)",
             Self::Streamed => "sluice, streamed",
+            Self::Profile => "sluice, with profile",
+            Self::Pack => "sluice, with profile and start pack",
+            Self::Local => "sluice, everything local",
         }
     }
 }
@@ -81,19 +91,51 @@ impl Bench<'_> {
                 "publish_index = false\nindex_store = \"file:///nonexistent-sluice\"\n",
                 image,
                 command,
+                &[],
             ),
             Way::Streamed => {
+                let config = format!("index_store = {:?}\n[prefetch]\nenabled = false\n", self.index_store);
+                self.with_sluice(&config, image, command, &[])
+            }
+            Way::Profile => self.with_sluice(&self.learned("profile"), image, command, &[]),
+            Way::Pack => self.with_sluice(&self.learned("pack"), image, command, &[]),
+            Way::Local => {
                 let config = format!("index_store = {:?}\n", self.index_store);
-                self.with_sluice(&config, image, command)
+                self.with_sluice(&config, image, command, &["pull", image])
             }
         }
     }
 
-    fn with_sluice(&self, config: &str, image: &str, command: &[&str]) -> Result<Start> {
+    /// `index_store` of an index with what another node learned.
+    fn learned(&self, kind: &str) -> String {
+        format!("index_store = \"{}-{kind}\"\n", self.index_store)
+    }
+
+    /// Another node starts the container once and publishes what it learned: with a start pack, and without. Bytes of the pack.
+    pub(crate) fn learn(&self, image: &str, command: &[&str]) -> Result<u64> {
+        let mut pack = 0;
+        for kind in ["profile", "pack"] {
+            let sluice = Sluice::new(self.binary, &self.work.join("learning"), &self.learned(kind))?;
+            sluice.run(&["index", image])?;
+            sluice.run(&[&["trace", "record", image][..], command].concat())?;
+            sluice.run(&["pull", image])?;
+            let push: &[&str] = if kind == "pack" { &["--pack"] } else { &[] };
+            let said = sluice.run(&[&["profile", "push"][..], push, &[image]].concat())?;
+            let bytes = said.split_once("start pack of ").and_then(|(_, rest)| rest.split(' ').next());
+            pack = bytes.map_or(Ok(pack), str::parse).context("the size of the start pack is not told")?;
+        }
+        Ok(pack)
+    }
+
+    /// `before` is done before the start is measured.
+    fn with_sluice(&self, config: &str, image: &str, command: &[&str], before: &[&str]) -> Result<Start> {
         let none = self.work.join("no-indexes");
         let config = config.replace("/nonexistent-sluice", &none.to_string_lossy());
         let sluice = Sluice::new(self.binary, &self.work.join("sluice"), &config)?;
         sluice.start_daemon()?;
+        if !before.is_empty() {
+            sluice.run(before)?;
+        }
         self.cold()?;
         let start = Instant::now();
         let said = sluice.run(&[&["run", image][..], command].concat())?;

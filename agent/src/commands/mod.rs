@@ -18,6 +18,7 @@ mod mount;
 mod node;
 mod profile;
 mod progress;
+mod ready;
 mod registry;
 mod run;
 mod shell;

@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal;
 use std::os::unix::process::ExitStatusExt;
-use std::process::ExitCode;
+use std::process::{ExitCode, Stdio};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -14,9 +14,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::progress::Progress;
+use super::ready::{self, Output};
 use super::with_client;
 use crate::api::{AcquireRequest, Acquired, Holder, ReleaseRequest, StartReport, StartRequest};
-use crate::cli::{self, Global, RunArgs};
+use crate::cli::{self, Global, ReadyArgs, RunArgs};
 use crate::config::Config;
 
 /// Signals that are meant for the container's process.
@@ -41,16 +42,26 @@ pub(crate) async fn run(
             start: Some(StartRequest {
                 entrypoint: args.entrypoint.clone(),
                 command: args.command.clone(),
-                window_ms: None,
+                window_ms: args.ready.ready_timeout.map(|time| time.as_millis() as u64),
             }),
         };
         let progress = Progress::new(&args.image);
         let acquired: Acquired = client.follow("acquire", &request, |event| progress.show(event)).await?;
         drop(progress);
-        let code = contain(config, &args, &spec, runtime.clone(), &acquired).await;
+        let ended = ReleaseRequest { holder: holder.clone() };
+        let mut report: Option<StartReport> = None;
+        let over = async {
+            // Without a daemon nothing is recorded.
+            report = client.ask("ready", &ended).await.unwrap_or_else(|error| {
+                tracing::debug!(error = format!("{error:#}"), "the daemon is away");
+                None
+            });
+        };
+        let code = contain(config, &args, &spec, runtime.clone(), &acquired, over).await;
         if record {
-            let ended = ReleaseRequest { holder: holder.clone() };
-            let report: Option<StartReport> = client.ask("ready", &ended).await?;
+            if report.is_none() {
+                report = client.ask("ready", &ended).await?;
+            }
             say_recorded(report.as_ref());
         }
         // The image is released with this process anyway, by whatever daemon there is then.
@@ -91,7 +102,10 @@ fn spec_options(args: &RunArgs) -> Result<SpecOptions> {
             cli::Network::Host => Network::Host,
             cli::Network::None => Network::None,
         },
-        terminal: std::io::stdin().is_terminal() && std::io::stdout().is_terminal(),
+        // Output that is looked at goes through a pipe.
+        terminal: args.ready.ready_log.is_none()
+            && std::io::stdin().is_terminal()
+            && std::io::stdout().is_terminal(),
     })
 }
 
@@ -101,6 +115,7 @@ async fn contain(
     spec: &SpecOptions,
     runtime: std::path::PathBuf,
     acquired: &Acquired,
+    over: impl Future<Output = ()>,
 ) -> Result<ExitCode> {
     let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
     let options = BundleOptions {
@@ -112,7 +127,7 @@ async fn contain(
         runtime,
     };
     let bundle = Bundle::create(options, spec)?;
-    let code = supervise(&bundle).await;
+    let code = supervise(&bundle, &args.ready, over).await;
     bundle.remove(args.keep)?;
     if args.keep {
         eprintln!("sluice: what the container wrote is in {}", bundle.upper().display());
@@ -120,8 +135,8 @@ async fn contain(
     code
 }
 
-/// Runs the container and passes signals on to it.
-async fn supervise(bundle: &Bundle) -> Result<ExitCode> {
+/// Runs the container and passes signals on to it; `over` is run when it is ready.
+async fn supervise(bundle: &Bundle, args: &ReadyArgs, over: impl Future<Output = ()>) -> Result<ExitCode> {
     let (sender, mut signals) = mpsc::channel(16);
     for forwarded in FORWARDED {
         let mut stream =
@@ -135,16 +150,31 @@ async fn supervise(bundle: &Bundle) -> Result<ExitCode> {
             }
         });
     }
-    let mut child = tokio::process::Command::from(bundle.command())
-        .spawn()
-        .context("cannot start the container runtime")?;
+    let mut command = tokio::process::Command::from(bundle.command());
+    if args.ready_log.is_some() {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    }
+    let mut child = command.spawn().context("cannot start the container runtime")?;
+    let output = match &args.ready_log {
+        Some(pattern) => Output::watch(&mut child, pattern)?,
+        None => Output::default(),
+    };
+    let seen = output.seen();
+    let started = async {
+        ready::signalled(args, bundle, seen).await;
+        over.await;
+    };
+    tokio::pin!(started);
+    let mut is_over = false;
     loop {
         tokio::select! {
             status = child.wait() => {
                 let status = status.context("cannot wait for the container")?;
+                output.end().await?;
                 let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(125);
                 return Ok(ExitCode::from(u8::try_from(code).unwrap_or(125)));
             }
+            () = &mut started, if !is_over => is_over = true,
             Some(received) = signals.recv() => {
                 // The runtime passes it on to the container's first process.
                 if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok())

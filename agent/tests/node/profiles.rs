@@ -137,3 +137,20 @@ fn prefetch_and_recording_can_be_switched_off() {
     assert_eq!(node.ok(&["profile", "list"]), "");
     assert_eq!(counter(&node, "bytes_prefetch"), 0);
 }
+
+#[test]
+fn a_start_is_over_when_the_container_is_ready() {
+    let node = Node::indexed("[stream]\nfill = false\n");
+    let script =
+        "cat /data/changed > /dev/null; echo now ready; sleep 1; cat /data/large > /dev/null; echo end";
+    let output = node.run(&["trace", "record", "--ready-log", "now r.*y", &node.image(), "sh", "-c", script]);
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "now ready\nend\n");
+    let shown = node.ok(&["profile", "show", &node.image()]);
+    assert!(shown.contains("  /data/changed") && !shown.contains("  /data/large"), "{shown}");
+    node.ok(&["profile", "rm", &node.image()]);
+    let test = "busybox test -e /tmp/up";
+    let script = "cat /data/many/3 > /dev/null; touch /tmp/up; sleep 2; cat /data/large > /dev/null";
+    node.ok(&["run", "--ready-exec", test, &node.image(), "busybox", "sh", "-c", script]);
+    let shown = node.ok(&["profile", "list"]);
+    assert!(shown.contains("busybox sh -c cat"), "{shown}");
+}

@@ -150,6 +150,13 @@ impl Bundle {
         command
     }
 
+    /// The command that runs another process in the container, once that runs.
+    pub fn exec(&self, arguments: &[&str]) -> Command {
+        let mut command = self.runtime();
+        command.arg("exec").arg(&self.options.id).args(arguments);
+        command
+    }
+
     /// What the container wrote.
     pub fn upper(&self) -> PathBuf {
         self.dir.join("upper")
