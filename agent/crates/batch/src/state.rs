@@ -1,0 +1,229 @@
+//! States of jobs and tasks as the reference names them, and what follows from the end of an attempt.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::job::Action;
+use crate::plan::Plan;
+
+/// Reserved exit code: the task or a runnable of it ran longer than it may.
+pub const TIMED_OUT: i32 = 50_005;
+/// Reserved exit code: the task failed, and not by an exit code of its own.
+pub const UNKNOWN_FAILURE: i32 = 50_000;
+
+/// State of a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum JobState {
+    /// Accepted.
+    #[default]
+    Queued,
+    /// About to run.
+    Scheduled,
+    /// A task ran.
+    Running,
+    /// All tasks did well.
+    Succeeded,
+    /// One did not.
+    Failed,
+    /// About to be gone.
+    DeletionInProgress,
+    /// About to be cancelled.
+    CancellationInProgress,
+    /// Ended by request.
+    Cancelled,
+}
+
+impl JobState {
+    /// Nothing follows.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
+    }
+
+    /// Whether `next` may follow.
+    pub fn may_become(self, next: Self) -> bool {
+        use JobState::{
+            CancellationInProgress, Cancelled, DeletionInProgress, Failed, Queued, Running, Scheduled,
+            Succeeded,
+        };
+        match self {
+            Queued => matches!(next, Scheduled | Failed | CancellationInProgress | DeletionInProgress),
+            Scheduled => matches!(next, Running | Failed | CancellationInProgress | DeletionInProgress),
+            Running => matches!(next, Succeeded | Failed | CancellationInProgress | DeletionInProgress),
+            CancellationInProgress => matches!(next, Cancelled | Failed | DeletionInProgress),
+            Succeeded | Failed | Cancelled => next == DeletionInProgress,
+            DeletionInProgress => false,
+        }
+    }
+
+    /// As in documents.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Queued => "QUEUED",
+            Self::Scheduled => "SCHEDULED",
+            Self::Running => "RUNNING",
+            Self::Succeeded => "SUCCEEDED",
+            Self::Failed => "FAILED",
+            Self::DeletionInProgress => "DELETION_IN_PROGRESS",
+            Self::CancellationInProgress => "CANCELLATION_IN_PROGRESS",
+            Self::Cancelled => "CANCELLED",
+        }
+    }
+}
+
+/// State of a task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum TaskState {
+    /// Waiting for room.
+    #[default]
+    Pending,
+    /// Has a machine.
+    Assigned,
+    /// Runs.
+    Running,
+    /// Did not do well, for good.
+    Failed,
+    /// Did well.
+    Succeeded,
+    /// Not run when the job ended.
+    Unexecuted,
+}
+
+impl TaskState {
+    /// As in documents.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pending => "PENDING",
+            Self::Assigned => "ASSIGNED",
+            Self::Running => "RUNNING",
+            Self::Failed => "FAILED",
+            Self::Succeeded => "SUCCEEDED",
+            Self::Unexecuted => "UNEXECUTED",
+        }
+    }
+}
+
+/// Something that happened.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StatusEvent {
+    /// What kind.
+    pub r#type: String,
+    /// For people.
+    pub description: String,
+    /// RFC 3339.
+    pub event_time: String,
+    /// Of a task that failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub task_execution: Option<TaskExecution>,
+    /// Of a task.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub task_state: Option<TaskState>,
+}
+
+/// How an attempt ended.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TaskExecution {
+    /// Of its first failure.
+    pub exit_code: i32,
+}
+
+/// A task.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TaskStatus {
+    /// Now.
+    pub state: TaskState,
+    /// Attempts begun.
+    pub attempts: u32,
+    /// Exit code of the last attempt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    /// From the start of the first container's runnable to the start of its process, milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ready_ms: Option<u64>,
+    /// How that image was served: `streamed`, `local` or `unpacked`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub served: Option<String>,
+    /// Oldest first.
+    pub status_events: Vec<StatusEvent>,
+}
+
+/// A job.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct JobStatus {
+    /// Now.
+    pub state: JobState,
+    /// Oldest first.
+    pub status_events: Vec<StatusEvent>,
+    /// By index.
+    pub tasks: Vec<TaskStatus>,
+}
+
+impl JobStatus {
+    /// How many tasks are in which state.
+    pub fn counts(&self) -> BTreeMap<&'static str, usize> {
+        let mut counts = BTreeMap::new();
+        for task in &self.tasks {
+            *counts.entry(task.state.name()).or_insert(0) += 1;
+        }
+        counts
+    }
+
+    /// Moves on, if that may follow; says whether it did.
+    pub fn become_state(&mut self, next: JobState, time: &str) -> bool {
+        let may = self.state.may_become(next);
+        if may {
+            self.status_events.push(StatusEvent {
+                r#type: "STATUS_CHANGED".to_owned(),
+                description: format!("Job state is set from {} to {}", self.state.name(), next.name()),
+                event_time: time.to_owned(),
+                ..StatusEvent::default()
+            });
+            self.state = next;
+        }
+        may
+    }
+}
+
+/// How an attempt of a task ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps that count did well.
+    Well,
+    /// The first that did not.
+    Failed(i32),
+    /// Ended by request.
+    Cancelled,
+}
+
+/// What follows from that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Done.
+    Succeed,
+    /// Once more.
+    Retry,
+    /// Failed for good.
+    Fail,
+}
+
+/// What follows from an attempt, `retries` after the first. A lifecycle policy's action is for the exit codes it names; the
+/// opposite is for all others.
+pub fn verdict(plan: &Plan, outcome: Outcome, retries: u32) -> Verdict {
+    let code = match outcome {
+        Outcome::Well => return Verdict::Succeed,
+        Outcome::Cancelled => return Verdict::Fail,
+        Outcome::Failed(code) => code,
+    };
+    let retry = match &plan.policy {
+        Some((Action::RetryTask, codes)) => codes.contains(&code),
+        Some((Action::FailTask, codes)) => !codes.contains(&code),
+        Some((Action::ActionUnspecified, _)) | None => true,
+    };
+    if retry && retries < plan.max_retries { Verdict::Retry } else { Verdict::Fail }
+}
