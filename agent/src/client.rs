@@ -67,9 +67,12 @@ impl Client {
         let request = || self.http.post(format!("http://sluice/v1/{path}")).json(body).send();
         let mut response = request().await;
         if let (Err(error), Some((config, global))) = (&response, &self.starter)
-            && error.is_connect()
+            && error.is_request()
         {
-            start_daemon(config, global)?;
+            // It died before it answered: the next one is asked.
+            if !Self::alive(config).await {
+                start_daemon(config, global)?;
+            }
             response = request().await;
         }
         let response = response.context("the daemon does not answer; see its log in the state directory")?;
