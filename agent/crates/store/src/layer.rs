@@ -243,9 +243,8 @@ impl Layer {
                 tracing::warn!(layer = self.digest, offset = start, size = bytes.len(), %error, "cannot write to the layer store; keeping bytes in memory");
             }
             let forget = |range| self.verified.clear(blocks(range));
-            if !self.memory.keep(start, bytes.clone(), urgent, forget) {
-                return false;
-            }
+            let remember = |range| self.verified.set(blocks(range));
+            return self.memory.keep(start, bytes.clone(), urgent, forget, remember);
         }
         self.verified.set(blocks(span_of(chunk)));
         true

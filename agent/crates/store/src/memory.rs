@@ -48,12 +48,21 @@ impl Memory {
         self.evictions.load(Ordering::Acquire)
     }
 
-    /// Keeps a chunk if there is room. For an urgent one the oldest make room: `forget` clears their bits.
-    pub(crate) fn keep(&self, start: u64, bytes: Bytes, urgent: bool, forget: impl Fn(Range<u64>)) -> bool {
+    /// Keeps a chunk if there is room, and then sets its bits by `remember`. For an urgent one the oldest make room: `forget` clears
+    /// their bits. Both under one lock: a bit set when the chunk had gone again would show a hole.
+    pub(crate) fn keep(
+        &self,
+        start: u64,
+        bytes: Bytes,
+        urgent: bool,
+        forget: impl Fn(Range<u64>),
+        remember: impl Fn(Range<u64>),
+    ) -> bool {
         let len = bytes.len() as u64;
         let mut held = self.lock();
         if held.chunks.contains_key(&start) {
             // The same bytes, since both were verified. To take them out even for a moment would show a hole.
+            remember(padded(start, bytes.len()));
             return true;
         }
         while !self.space.memory.take(len) {
@@ -76,7 +85,9 @@ impl Memory {
         }
         self.bytes.fetch_add(len, Ordering::AcqRel);
         held.order.push_back(start);
+        let span = padded(start, bytes.len());
         held.chunks.insert(start, bytes);
+        remember(span);
         true
     }
 
@@ -166,10 +177,10 @@ mod tests {
         let limits = StoreLimits { memory_budget_bytes: 10_000, quota_bytes: None, reserve_bytes: 0 };
         let memory = Memory::new(Arc::new(Space::new(std::path::Path::new("/"), limits)));
         let nothing_goes = |range| panic!("{range:?} was forgotten");
-        assert!(memory.keep(4096, Bytes::from(vec![1; 6000]), false, nothing_goes));
+        assert!(memory.keep(4096, Bytes::from(vec![1; 6000]), false, nothing_goes, |_| {}));
         // No room for another, but this one is there.
-        assert!(!memory.keep(0, Bytes::from(vec![2; 6000]), false, nothing_goes));
-        assert!(memory.keep(4096, Bytes::from(vec![1; 6000]), false, nothing_goes));
+        assert!(!memory.keep(0, Bytes::from(vec![2; 6000]), false, nothing_goes, |_| {}));
+        assert!(memory.keep(4096, Bytes::from(vec![1; 6000]), false, nothing_goes, |_| {}));
         assert_eq!((memory.bytes(), memory.overlapping(8000..8001).len()), (6000, 1));
         assert_eq!(memory.evictions(), 0);
     }
