@@ -6,6 +6,7 @@ mod embedded;
 mod files;
 mod kept;
 mod layers;
+mod prepare;
 mod profiles;
 mod reads;
 mod recover;
@@ -15,6 +16,7 @@ mod sources;
 mod starts;
 mod status;
 mod switch;
+mod unpack;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -32,10 +34,10 @@ use crate::api::{FsckReport, GcReport, Holder, PullReport, Served};
 use crate::config::Config;
 use crate::daemon::EventSender;
 use crate::journal::Journal;
-pub(crate) use acquire::{read_index, unsupported};
 pub(crate) use block_server::socket as block_socket;
 pub(crate) use embedded::embedded_index;
 use layers::NodeLayer;
+pub(crate) use prepare::{read_index, unsupported};
 pub(crate) use snapshots::NodeImages;
 
 /// Background fetches under way on a node at once.
@@ -212,7 +214,7 @@ impl Node {
         for holder in self.unmounted_holders() {
             self.release(&holder).await?;
         }
-        let in_use = self.in_use()?;
+        let in_use = self.in_use_when_settled().await?;
         let recorded: Vec<String> = self.store.images()?.into_iter().flat_map(|image| image.layers).collect();
         self.forget_layers(|digest| {
             in_use.layers.contains(digest) || recorded.iter().any(|one| one == digest)

@@ -213,22 +213,22 @@ fn resolved_by_last_name(record: &sluice_store::ImageRecord) -> Result<ResolvedI
 /// The layer behind a device whose backing file was in our FUSE mount.
 fn layer_of(blocks: &Path, backing: &Path) -> Option<String> {
     // Once its mount is gone the kernel prints the path from the mount's root: the name alone decides then.
-    let name = backing.file_name()?.to_str()?;
+    let name = backing.strip_prefix(blocks).or_else(|_| backing.strip_prefix("/")).ok()?.to_str()?;
     let (inode, hex) = name.split_once('-')?;
-    let ours = backing.starts_with(blocks) || backing.parent() == Some(Path::new("/"));
-    let well_formed =
-        inode.parse::<u64>().is_ok() && hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit());
-    (ours && well_formed).then(|| format!("sha256:{hex}"))
+    (inode.parse::<u64>().is_ok() && is_hex(hex)).then(|| format!("sha256:{hex}"))
 }
 
-/// The layer behind a device on a block file of ours, or on a layer's local file.
+/// The layer behind a device on a block file that is served, or on a layer's local file.
 pub(super) fn layer_behind(blocks: &Path, layers: &Path, backing: &Path) -> Option<String> {
-    let local = || {
-        let hex = backing.strip_prefix(layers).ok()?.parent()?.to_str()?;
-        let well_formed = hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit());
-        well_formed.then(|| format!("sha256:{hex}"))
-    };
-    layer_of(blocks, backing).or_else(local)
+    if backing.starts_with(blocks) {
+        return layer_of(blocks, backing);
+    }
+    let hex = backing.strip_prefix(layers).ok()?.parent()?.to_str()?;
+    is_hex(hex).then(|| format!("sha256:{hex}"))
+}
+
+fn is_hex(name: &str) -> bool {
+    name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// Takes everything mounted at or below `dir` out of the tree, but for `kept`.
@@ -269,6 +269,8 @@ mod tests {
         for (backing, known) in [
             (layers.join(&hex).join("data"), true),
             (blocks.join(&name), true),
+            // Of a mount that is gone, which may have been another node's.
+            (Path::new("/").join(&name), false),
             (layers.join("elsewhere").join("data"), false),
             (Path::new("/var/lib/images").join(&hex), false),
         ] {
