@@ -86,6 +86,7 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
         Command::Daemon { announce } => daemon::serve(config, announce).await?,
         Command::Stop => daemon::stop(&config, false).await?,
         Command::BlockServer => daemon::serve_blocks(&config)?,
+        Command::WriteMetadata => crate::node::merge_for_agent()?,
         Command::Registry(args) => registry::serve(args).await?,
         Command::Man { dir } => shell::man(&dir)?,
         Command::Completions { shell } => shell::completions(shell),

@@ -6,6 +6,7 @@ mod embedded;
 mod files;
 mod kept;
 mod layers;
+mod metadata;
 mod prepare;
 mod profiles;
 mod reads;
@@ -37,6 +38,7 @@ use crate::journal::Journal;
 pub(crate) use block_server::socket as block_socket;
 pub(crate) use embedded::embedded_index;
 use layers::NodeLayer;
+pub(crate) use metadata::merge_for_agent;
 pub(crate) use prepare::{read_index, unsupported};
 pub(crate) use snapshots::NodeImages;
 

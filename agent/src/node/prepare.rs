@@ -4,11 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use futures::{FutureExt, StreamExt, TryStreamExt};
-use sluice_image::erofs::{self, Form};
 use sluice_image::index::LayerIndex;
-use sluice_image::merge::{Dropped, Tree};
 use sluice_registry::artifact::{ArtifactBlob, ArtifactReader};
 use sluice_registry::{Layer, ResolvedImage};
 use sluice_store::ImageRecord;
@@ -71,12 +69,12 @@ impl Node {
             pulled.extend(done);
         }
         drop(work);
-        let (blocks, dropped) = self.write_metadata(image).await?;
-        for note in dropped.notes() {
+        let metadata = self.write_metadata(image).await?;
+        for note in metadata.notes {
             events.note(note);
         }
         self.publish_later(image, pulled);
-        self.record(image, blocks)
+        self.record(image, metadata.layer_blocks)
     }
 
     /// One layer: from its index, or by a first pull, whose index is returned.
@@ -143,34 +141,6 @@ impl Node {
                 None
             }
         }
-    }
-
-    /// Merges the layers' tables of contents and writes the image's EROFS metadata; blocks of each layer's file, and what
-    /// the layers have that the image cannot.
-    pub(super) async fn write_metadata(&self, image: &ResolvedImage) -> Result<(Vec<u64>, Dropped)> {
-        let (store, layers) = (self.store.clone(), image.layers.clone());
-        let target = self.store.erofs_path(&image.manifest_digest)?;
-        tokio::task::spawn_blocking(move || -> Result<(Vec<u64>, Dropped)> {
-            let mut tree = Tree::new();
-            let mut blocks = Vec::new();
-            for layer in &layers {
-                let stored = store
-                    .layer(&layer.digest)?
-                    .with_context(|| format!("layer {} vanished", layer.digest))?;
-                let index = LayerIndex::from_blob(std::fs::read(stored.index_path())?)
-                    .with_context(|| format!("index of layer {}", layer.digest))?;
-                tree.apply::<anyhow::Error>(index.entries()?.map(|entry| entry.map_err(Into::into)))
-                    .with_context(|| format!("layer {}", layer.digest))?;
-                blocks.push(stored.size() / sluice_image::records::BLOCK_SIZE);
-            }
-            let mut file = std::io::BufWriter::new(tempfile_in(&store.temporary())?);
-            erofs::write(&tree, &blocks, Form::Devices, &mut file)?;
-            let file = file.into_inner().map_err(|error| anyhow!("cannot write the EROFS image: {error}"))?;
-            file.as_file().sync_data()?;
-            file.persist(&target).with_context(|| format!("cannot write {}", target.display()))?;
-            Ok((blocks, tree.dropped()))
-        })
-        .await?
     }
 
     pub(super) fn record(&self, image: &ResolvedImage, layer_blocks: Vec<u64>) -> Result<ImageRecord> {
@@ -250,8 +220,4 @@ pub(crate) async fn read_index(
         bail!("it does not fit the image's configuration");
     }
     Ok(index)
-}
-
-fn tempfile_in(dir: &std::path::Path) -> Result<tempfile::NamedTempFile> {
-    tempfile::NamedTempFile::new_in(dir).with_context(|| format!("cannot create a file in {}", dir.display()))
 }

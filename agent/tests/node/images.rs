@@ -34,6 +34,22 @@ fn a_mounted_image_shows_its_files_and_goes_away() {
 }
 
 #[test]
+fn the_daemon_does_not_grow_with_the_number_of_files() {
+    const FILES: usize = 250_000;
+    let node = Node::new("");
+    let crowd = node.crowd(FILES);
+    let dir = node.room("mount");
+    let name = dir.to_string_lossy().into_owned();
+    node.ok(&["mount", &crowd, &name]);
+    let found =
+        std::fs::read_dir(dir.join("crowd")).unwrap().map(|dir| std::fs::read_dir(dir.unwrap().path()));
+    assert_eq!(found.map(|files| files.unwrap().count()).sum::<usize>(), FILES);
+    let peak = node.status()["resident_peak_bytes"].as_u64().unwrap();
+    assert!(peak < 64 << 20, "the daemon took {} MiB", peak >> 20);
+    node.ok(&["umount", &name]);
+}
+
+#[test]
 fn an_image_is_pulled_used_without_the_registry_and_removed() {
     let mut node = Node::indexed("");
     node.ok(&["pull", &node.image()]);

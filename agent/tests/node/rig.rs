@@ -42,6 +42,18 @@ impl Node {
         node
     }
 
+    /// Adds an image of many empty files, `crowd:latest`, with its index; the reference.
+    pub(crate) fn crowd(&self, files: usize) -> String {
+        let mut layer = Layer::default();
+        for number in 0..files {
+            layer.file(&format!("crowd/{}/{number}", number % 1000), 0o644, b"");
+        }
+        write_layout(&self.dir.join("images/crowd"), &[layer.finish()]);
+        let reference = format!("{}/crowd:latest", self.address);
+        self.ok(&["index", &reference]);
+        reference
+    }
+
     pub(crate) fn image(&self) -> String {
         format!("{}/image:latest", self.address)
     }
