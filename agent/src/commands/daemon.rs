@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 
 use crate::api::StopRequest;
+use crate::cli::Global;
 use crate::client::Client;
 use crate::config::Config;
 use crate::daemon::{self, Stop};
@@ -54,11 +55,24 @@ fn notify_systemd() -> Result<()> {
     sent.map(|_| ()).with_context(|| format!("cannot tell systemd at {}", socket.display()))
 }
 
-/// Asks the daemon to stop. Images in use are left to the next one, or unmounted with `drain`.
-pub(crate) async fn stop(config: &Config, drain: bool) -> Result<()> {
-    let Some(client) = Client::connect_running(config).await? else {
-        say!("no daemon runs on {}", config.socket().display());
-        return Ok(());
-    };
-    client.ask("stop", &StopRequest { drain }).await
+/// Asks the daemon to stop. Images in use are left to the next one.
+pub(crate) async fn stop(config: &Config) -> Result<()> {
+    match Client::connect_running(config).await? {
+        Some(client) => client.ask("stop", &StopRequest { drain: false }).await,
+        None => nothing_runs(config),
+    }
+}
+
+/// Has everything unmounted, also what a daemon left that was killed.
+pub(crate) async fn drain(config: &Arc<Config>, global: &Global) -> Result<()> {
+    if Client::connect_running(config).await?.is_none() && !crate::node::block_socket(config).exists() {
+        return nothing_runs(config);
+    }
+    let request = StopRequest { drain: true };
+    super::with_client(config, global, async |client| client.ask("stop", &request).await).await
+}
+
+fn nothing_runs(config: &Config) -> Result<()> {
+    say!("no daemon runs on {}", config.socket().display());
+    Ok(())
 }

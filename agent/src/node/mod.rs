@@ -26,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result, bail};
 use sluice_blockfs::{BlockFs, ImageMount};
 use sluice_kernel::Abilities;
+use sluice_kernel::mount::UnmountOptions;
 use sluice_registry::artifact::{ArtifactStore, Kind};
 use sluice_registry::{Client, Limits, RegistryConfig};
 use sluice_store::Store;
@@ -262,8 +263,9 @@ impl Node {
         self.keep();
         let blockfs = self.lock(&self.blockfs).take();
         tokio::task::spawn_blocking(move || {
-            for mount in images.into_iter().filter_map(|image| image.mount) {
-                if let Err(error) = mount.unmount() {
+            for image in images {
+                image.holders.iter().for_each(unmount_holder);
+                if let Some(Err(error)) = image.mount.map(ImageMount::unmount) {
                     tracing::warn!(%error, "cannot unmount");
                 }
             }
@@ -308,6 +310,16 @@ impl Node {
 
     fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
         mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes a mount of `sluice mount` out of the tree.
+fn unmount_holder(holder: &Holder) {
+    let Holder::MountPoint(dir) = holder else { return };
+    let options = UnmountOptions { lazy: true, force: false };
+    match sluice_kernel::unmount(dir, options) {
+        Ok(()) => tracing::info!(dir = %dir.display(), "unmounted"),
+        Err(error) => tracing::debug!(%error, dir = %dir.display(), "nothing was mounted any more"),
     }
 }
 
