@@ -7,6 +7,7 @@ mod files;
 mod kept;
 mod layers;
 mod metadata;
+mod one_device;
 mod prepare;
 mod profiles;
 mod reads;
@@ -25,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use sluice_blockfs::{BlockFs, ImageMount};
+use sluice_image::erofs::Form;
 use sluice_kernel::Abilities;
 use sluice_kernel::mount::UnmountOptions;
 use sluice_registry::artifact::{ArtifactStore, Kind};
@@ -63,6 +65,8 @@ pub(crate) struct Node {
     config: Arc<Config>,
     /// Why images cannot be streamed here, if so.
     cannot_stream: Option<String>,
+    /// How images are attached on this kernel.
+    form: Form,
     store: Store,
     registry: Client,
     artifacts: ArtifactStore,
@@ -70,6 +74,8 @@ pub(crate) struct Node {
     blockfs: Mutex<Option<BlockFs>>,
     layers: Mutex<HashMap<String, Arc<NodeLayer>>>,
     images: Mutex<HashMap<String, Image>>,
+    /// Block files of whole images, by the images' keys: see `one_device`.
+    whole_images: Mutex<HashMap<String, PathBuf>>,
     /// One preparation of an image at a time.
     preparing: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// One writer of what is kept for the next agent.
@@ -126,6 +132,7 @@ impl Node {
             std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         }
         let registry = registry_client(&config)?;
+        let abilities = Abilities::probe();
         let node = Arc::new(Self {
             store: Store::open_with(&config.root, config.store_limits)?,
             artifacts: artifact_store(&config, None, &registry)?,
@@ -134,9 +141,15 @@ impl Node {
             blockfs: Mutex::new(None),
             layers: Mutex::default(),
             images: Mutex::default(),
+            whole_images: Mutex::default(),
             preparing: Mutex::default(),
             keeping: Mutex::default(),
-            cannot_stream: cannot_stream(),
+            cannot_stream: cannot_stream(&abilities),
+            form: if config.one_device || !abilities.erofs_devices.available {
+                Form::OneDevice
+            } else {
+                Form::Devices
+            },
             journal: Journal::default(),
             switch: switch::Switch::open(&config)?,
             profiles: profiles::Profiles::new(config.root.join("profiles")),
@@ -172,11 +185,13 @@ impl Node {
             true
         });
         self.keep();
+        let node = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
             for (digest, mount) in unused {
                 if let Err(error) = mount.unmount() {
                     tracing::warn!(%digest, %error, "cannot unmount");
                 }
+                node.stop_serving_whole(&digest);
             }
         })
         .await
@@ -334,14 +349,9 @@ fn raise_descriptor_limit() {
 }
 
 /// What this kernel lacks for streaming.
-pub(crate) fn cannot_stream() -> Option<String> {
-    let abilities = Abilities::probe();
-    [
-        ("FUSE", &abilities.fuse),
-        ("loop devices", &abilities.loop_control),
-        ("EROFS with several devices", &abilities.erofs_devices),
-    ]
-    .into_iter()
-    .find(|(_, ability)| !ability.available)
-    .map(|(name, ability)| format!("this node has no {name}: {}", ability.reason))
+pub(crate) fn cannot_stream(abilities: &Abilities) -> Option<String> {
+    [("FUSE", &abilities.fuse), ("loop devices", &abilities.loop_control), ("EROFS", &abilities.erofs)]
+        .into_iter()
+        .find(|(_, ability)| !ability.available)
+        .map(|(name, ability)| format!("this node has no {name}: {}", ability.reason))
 }

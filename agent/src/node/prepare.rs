@@ -14,7 +14,7 @@ use sluice_stream::first_pull;
 
 use super::embedded::embedded_index;
 use super::sources::RegistryBlob;
-use super::{INDEX_KIND, LAYER_ANNOTATION, Node, TOC_ANNOTATION};
+use super::{INDEX_KIND, LAYER_ANNOTATION, Node, TOC_ANNOTATION, one_device};
 use crate::daemon::EventSender;
 
 /// Layers decoded at once during a first pull: each has two threads of work.
@@ -35,6 +35,7 @@ impl Node {
         let metadata = self.store.erofs_path(&image.manifest_digest)?;
         if let Some(known) = known.filter(|known| !known.layer_blocks.is_empty())
             && metadata.exists()
+            && one_device::fits(self.form, &metadata, &known.layer_blocks)?
             && known.layers.iter().all(|layer| self.store.layer(layer).is_ok_and(|layer| layer.is_some()))
         {
             return self.record(image, known.layer_blocks);

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use crate::rig::{MANY, Node, assert_content, large, one_of_many};
 
 /// The image's files are what was put into its layers.
-fn assert_image(root: &std::path::Path) {
+pub(crate) fn assert_image(root: &std::path::Path) {
     assert_content(&root.join("data/large"), &large());
     assert_content(&root.join("data/changed"), b"after");
     assert!(!root.join("data/gone").exists());
