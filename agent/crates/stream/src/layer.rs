@@ -16,8 +16,8 @@ use tokio::task::JoinHandle;
 use crate::claims::{Claim, Claims, RunState};
 use crate::outage::Outage;
 use crate::run::{self, Run};
-use crate::source::read_all;
 use crate::spans::{Place, Spans};
+use crate::windows::Windows;
 use crate::{BlobSource, Lane, Scheduler, SourceError, StreamError};
 
 /// How often damaged bytes are fetched before the read fails: the second time elsewhere, if there is an elsewhere.
@@ -49,6 +49,7 @@ pub struct LayerParts {
 pub struct StreamedLayer {
     pub(crate) parts: LayerParts,
     pub(crate) spans: Spans,
+    windows: Arc<Windows>,
     pub(crate) claims: Arc<Claims>,
     pub(crate) algorithm: DigestAlgorithm,
     copies: OnceCell<LocalCopies>,
@@ -66,8 +67,11 @@ pub struct StreamedLayer {
 impl StreamedLayer {
     /// `index` is the layer's table of contents; of it only the spans stay in memory.
     pub fn new(parts: LayerParts, index: &LayerIndex) -> Arc<Self> {
+        let section = &index.header().windows;
+        let section = section.offset.get()..section.offset.get().saturating_add(section.len.get());
         Arc::new(Self {
             spans: Spans::new(index),
+            windows: Windows::new(Arc::clone(&parts.index_blob), section, parts.layer.windows_path()),
             claims: Arc::default(),
             algorithm: index.digest_algorithm(),
             copies: OnceCell::new(),
@@ -241,12 +245,13 @@ impl StreamedLayer {
         } else {
             self.spans.compressed(spans.clone())
         };
-        let window = match self.spans.window(&span) {
-            empty if empty.is_empty() => Vec::new(),
-            range => read_all(&*self.parts.index_blob, range, lane, elsewhere).await.map_err(|source| {
-                StreamError::Fetch { layer: digest(), start: compressed.start, end: compressed.end, source }
-            })?,
-        };
+        let window = self.windows.read(self.spans.window(&span), lane, elsewhere).await;
+        let window = window.map_err(|source| StreamError::Fetch {
+            layer: digest(),
+            start: compressed.start,
+            end: compressed.end,
+            source,
+        })?;
         let run = Run {
             tar: (spans.start..=spans.end).map(|span| self.spans.tar(span..span).start).collect(),
             first_span: spans.start,
