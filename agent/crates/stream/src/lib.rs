@@ -16,9 +16,10 @@ mod scheduler;
 mod source;
 mod spans;
 
+pub use ahead::Expected;
 pub use first_pull::{FirstPull, first_pull};
 pub use layer::{LayerParts, StreamedLayer};
-pub use scheduler::{Counters, Lane, Scheduler};
+pub use scheduler::{Counters, Lane, Prefetching, Scheduler};
 pub use source::{BlobSource, MemorySource, SourceError};
 
 use sluice_image::index::IndexError;
