@@ -74,7 +74,7 @@ fn checks(abilities: &Abilities) -> Vec<Check> {
         check("FUSE over io_uring", false, &abilities.fuse_uring),
         check("loop devices", true, &abilities.loop_control),
         check("EROFS", true, &abilities.erofs),
-        check("EROFS with several devices", true, &abilities.erofs_devices),
+        check("EROFS with several devices", false, &abilities.erofs_devices),
         check("overlayfs", true, &abilities.overlay),
         check("mount interface of Linux 5.2", false, &abilities.new_mount),
     ];

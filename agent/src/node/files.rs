@@ -1,5 +1,6 @@
 //! The files of an image's layers, by content: between what traces and profiles say, and places in the layer store.
 
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 
 use anyhow::{Context, Result};
@@ -9,7 +10,7 @@ use sluice_image::index::LayerIndex;
 use sluice_image::records::BLOCK_SIZE;
 use sluice_prefetch::{FileAt, LayerFiles};
 use sluice_store::Store;
-use sluice_trace::{ContentKey, FileFacts, Resolve};
+use sluice_trace::{ContentKey, FileFacts, Process, Record, Resolve, What};
 
 /// Files by layer, in the order in which layers are applied.
 pub(super) struct ImageFiles {
@@ -38,6 +39,54 @@ impl ImageFiles {
         Ok(Self { inodes: Some(inodes), ..self })
     }
 
+    /// The files that records speak of, as records of the beginning.
+    pub(super) fn of_records(&self, records: &[Record], time_ns: u64) -> Vec<Record> {
+        // By layer and place in it; the inode number, if any record has one.
+        let mut found: BTreeMap<(usize, u64), u64> = BTreeMap::new();
+        let mut inodes = HashSet::new();
+        for record in records {
+            match record.what {
+                What::Open { inode }
+                | What::Exec { inode, .. }
+                | What::Access { inode, .. }
+                | What::Blocked { inode, .. } => {
+                    if inodes.insert(inode)
+                        && let Some(place) = self.location(inode)
+                    {
+                        found.insert((place.layer, place.store_offset), inode);
+                    }
+                }
+                What::Served { layer, offset, len, .. } => {
+                    let files = self.layers.get(layer as usize);
+                    for file in
+                        files.into_iter().flat_map(|files| sluice_prefetch::overlapping(files, offset, len))
+                    {
+                        found.entry((layer as usize, file.store_offset)).or_insert(0);
+                    }
+                }
+                _ => {}
+            }
+        }
+        let records = found.into_iter().filter_map(|((layer, offset), inode)| {
+            let file = self.file_at(layer, offset)?;
+            let what = What::File {
+                inode,
+                layer: u32::try_from(layer).ok()?,
+                offset,
+                size: file.facts.size,
+                path: file.facts.path.clone(),
+            };
+            Some(Record { time_ns, process: Process::default(), what })
+        });
+        records.collect()
+    }
+
+    fn file_at(&self, layer: usize, store_offset: u64) -> Option<&FileAt> {
+        let files = &self.layers.get(layer)?.files;
+        let at = files.binary_search_by_key(&store_offset, |file| file.store_offset).ok()?;
+        files.get(at)
+    }
+
     /// Number of the layer that has a byte of the file with this inode number, and where in its local file.
     pub(super) fn place(&self, inode: u64, offset: u64) -> Option<(u32, u64)> {
         let found = self.location(inode)?;
@@ -56,9 +105,7 @@ impl ImageFiles {
 impl Resolve for ImageFiles {
     fn inode(&self, inode: u64) -> Option<FileFacts> {
         let found = self.location(inode)?;
-        let files = &self.layers.get(found.layer)?.files;
-        let at = files.binary_search_by_key(&found.store_offset, |file| file.store_offset).ok()?;
-        files.get(at).map(|file| file.facts.clone())
+        self.file_at(found.layer, found.store_offset).map(|file| file.facts.clone())
     }
 
     fn served(&self, layer: u32, offset: u64, len: u64) -> Vec<(FileFacts, u64, u64)> {

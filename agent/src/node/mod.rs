@@ -9,7 +9,10 @@ mod files;
 mod kept;
 mod known;
 mod layers;
+mod metadata;
+mod one_device;
 mod pack;
+mod prepare;
 mod probing;
 mod profiles;
 mod reads;
@@ -20,6 +23,7 @@ mod sources;
 mod starts;
 mod status;
 mod switch;
+mod unpack;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -27,7 +31,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use sluice_blockfs::{BlockFs, ImageMount};
+use sluice_image::erofs::Form;
 use sluice_kernel::Abilities;
+use sluice_kernel::mount::UnmountOptions;
 use sluice_registry::artifact::{ArtifactStore, Kind};
 use sluice_registry::{Client, Limits, RegistryConfig};
 use sluice_store::Store;
@@ -38,10 +44,11 @@ use crate::config::Config;
 use crate::daemon::EventSender;
 use crate::doctor::{self, links::Links};
 use crate::journal::Journal;
-pub(crate) use acquire::{read_index, unsupported};
 pub(crate) use block_server::socket as block_socket;
 pub(crate) use embedded::embedded_index;
 use layers::NodeLayer;
+pub(crate) use metadata::merge_for_agent;
+pub(crate) use prepare::{read_index, unsupported};
 pub(crate) use snapshots::NodeImages;
 
 /// Background fetches under way on a node at once.
@@ -64,6 +71,8 @@ pub(crate) struct Node {
     config: Arc<Config>,
     /// Why images cannot be streamed here, if so.
     cannot_stream: Option<String>,
+    /// How images are attached on this kernel.
+    form: Form,
     store: Store,
     registry: Client,
     artifacts: ArtifactStore,
@@ -71,6 +80,8 @@ pub(crate) struct Node {
     blockfs: Mutex<Option<BlockFs>>,
     layers: Mutex<HashMap<String, Arc<NodeLayer>>>,
     images: Mutex<HashMap<String, Image>>,
+    /// Block files of whole images, by the images' keys: see `one_device`.
+    whole_images: Mutex<HashMap<String, PathBuf>>,
     /// One preparation of an image at a time.
     preparing: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// One writer of what is kept for the next agent.
@@ -129,6 +140,7 @@ impl Node {
             std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         }
         let registry = registry_client(&config)?;
+        let abilities = Abilities::probe();
         let probed = Arc::clone(&config);
         let unsafe_links = tokio::task::spawn_blocking(move || unsafe_links(&probed)).await?;
         let node = Arc::new(Self {
@@ -139,9 +151,15 @@ impl Node {
             blockfs: Mutex::new(None),
             layers: Mutex::default(),
             images: Mutex::default(),
+            whole_images: Mutex::default(),
             preparing: Mutex::default(),
             keeping: Mutex::default(),
-            cannot_stream: cannot_stream().or(unsafe_links),
+            cannot_stream: cannot_stream(&abilities).or(unsafe_links),
+            form: if config.one_device || !abilities.erofs_devices.available {
+                Form::OneDevice
+            } else {
+                Form::Devices
+            },
             journal: Journal::default(),
             switch: switch::Switch::open(&config)?,
             profiles: profiles::Profiles::new(config.root.join("profiles")),
@@ -186,11 +204,13 @@ impl Node {
             true
         });
         self.keep();
+        let node = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
             for (digest, mount) in unused {
                 if let Err(error) = mount.unmount() {
                     tracing::warn!(%digest, %error, "cannot unmount");
                 }
+                node.stop_serving_whole(&digest);
             }
         })
         .await
@@ -231,7 +251,7 @@ impl Node {
         for holder in self.unmounted_holders() {
             self.release(&holder).await?;
         }
-        let in_use = self.in_use()?;
+        let in_use = self.in_use_when_settled().await?;
         let recorded: Vec<String> = self.store.images()?.into_iter().flat_map(|image| image.layers).collect();
         self.forget_layers(|digest| {
             in_use.layers.contains(digest) || recorded.iter().any(|one| one == digest)
@@ -277,8 +297,9 @@ impl Node {
         self.keep();
         let blockfs = self.lock(&self.blockfs).take();
         tokio::task::spawn_blocking(move || {
-            for mount in images.into_iter().filter_map(|image| image.mount) {
-                if let Err(error) = mount.unmount() {
+            for image in images {
+                image.holders.iter().for_each(unmount_holder);
+                if let Some(Err(error)) = image.mount.map(ImageMount::unmount) {
                     tracing::warn!(%error, "cannot unmount");
                 }
             }
@@ -326,6 +347,16 @@ impl Node {
     }
 }
 
+/// Takes a mount of `sluice mount` out of the tree.
+fn unmount_holder(holder: &Holder) {
+    let Holder::MountPoint(dir) = holder else { return };
+    let options = UnmountOptions { lazy: true, force: false };
+    match sluice_kernel::unmount(dir, options) {
+        Ok(()) => tracing::info!(dir = %dir.display(), "unmounted"),
+        Err(error) => tracing::debug!(%error, dir = %dir.display(), "nothing was mounted any more"),
+    }
+}
+
 /// Each layer in use takes descriptors: 500 images took 1542.
 fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -360,14 +391,9 @@ fn unsafe_links(config: &Config) -> Option<String> {
 }
 
 /// What this kernel lacks for streaming.
-pub(crate) fn cannot_stream() -> Option<String> {
-    let abilities = Abilities::probe();
-    [
-        ("FUSE", &abilities.fuse),
-        ("loop devices", &abilities.loop_control),
-        ("EROFS with several devices", &abilities.erofs_devices),
-    ]
-    .into_iter()
-    .find(|(_, ability)| !ability.available)
-    .map(|(name, ability)| format!("this node has no {name}: {}", ability.reason))
+pub(crate) fn cannot_stream(abilities: &Abilities) -> Option<String> {
+    [("FUSE", &abilities.fuse), ("loop devices", &abilities.loop_control), ("EROFS", &abilities.erofs)]
+        .into_iter()
+        .find(|(_, ability)| !ability.available)
+        .map(|(name, ability)| format!("this node has no {name}: {}", ability.reason))
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use sluice_trace::{
-    Capability, Footer, Header, Level, Levels, ProfileKey, Record, Sample, TraceWriter, What,
+    Capability, Footer, Header, Level, Levels, ProfileKey, Record, Sample, TraceWriter, TracedLayer, What,
 };
 
 use super::Node;
@@ -29,6 +29,7 @@ const ATTACH_PATIENCE: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub(super) struct Started {
     pub(super) holder: Holder,
+    pub(super) reference: String,
     pub(super) config: String,
     pub(super) layers: Vec<String>,
     /// Where it is mounted; none if it is not.
@@ -41,6 +42,7 @@ impl Started {
     pub(super) fn new(image: &super::Image, holder: &Holder, fresh: bool) -> Option<Self> {
         (image.served != Served::Unpacked).then(|| Self {
             holder: holder.clone(),
+            reference: image.reference.clone(),
             config: image.config.clone(),
             layers: image.layers.clone(),
             dir: image.mount.as_ref().map(|mount| mount.dir().to_path_buf()),
@@ -164,6 +166,11 @@ impl Node {
         let own_log = Levels { reached: [(Capability::Read, Level::Log)].into(), ..Levels::default() };
         let levels = self.probing.levels().filter(|_| !seen.is_empty()).cloned().unwrap_or(own_log);
         let key = window.key_of(argv.as_deref());
+        let layer = |digest: &String| {
+            let bytes = self.store.layer(digest)?.context("a layer vanished")?.size();
+            Ok(TracedLayer { digest: digest.clone(), bytes })
+        };
+        let layers = window.started.layers.iter().map(layer).collect::<Result<_>>()?;
         let header = Header {
             image: key.image.clone(),
             entry: key.entry.clone(),
@@ -172,6 +179,10 @@ impl Node {
             began_at: window.began_at,
             began_ns,
             levels,
+            reference: window.started.reference.clone(),
+            layers,
+            agent: env!("CARGO_PKG_VERSION").to_owned(),
+            ..Header::default()
         };
         let files = ImageFiles::read(&self.store, &window.started.layers)?;
         let files = match window.metadata {
@@ -183,16 +194,18 @@ impl Node {
         let probed = seen.len() as u64;
         seen.extend(served);
         seen.sort_by_key(|record| record.time_ns);
+        let mut all = files.of_records(&seen, began_ns);
+        all.append(&mut seen);
         let end = sluice_kernel::process::monotonic_ns();
-        seen.push(Record { time_ns: end, process: sluice_trace::Process::default(), what: What::Ready });
+        all.push(Record { time_ns: end, process: sluice_trace::Process::default(), what: What::Ready });
         let footer = Footer {
             lost_records: lost_reads.saturating_add(lost.records),
             lost_fills: lost.fills,
             lost_failures: lost.failures,
             ..Footer::default()
         };
-        let path = write_trace(&self.config.root.join("traces"), &header, &seen, &footer)?;
-        let records = seen.into_iter().map(Ok::<_, std::convert::Infallible>);
+        let path = write_trace(&self.config.root.join("traces"), &header, &all, &footer)?;
+        let records = all.into_iter().map(Ok::<_, std::convert::Infallible>);
         let Ok(sample) =
             Sample::from_records(records, &header.levels, (header.began_at, header.began_ns), &files);
         let by = |capability| header.levels.of(capability);
@@ -260,7 +273,7 @@ fn waited(seen: &[Record], served: &[Record], files: &ImageFiles) -> Waited {
         let (woke, slept) = (record.time_ns, record.time_ns.saturating_sub(*blocked_ns));
         let before = served.partition_point(|one| one.time_ns <= woke);
         let overlap = served.iter().take(before).rev().take(COMPARED).find_map(|one| match one.what {
-            What::Served { layer: of, offset, len, service_ns }
+            What::Served { layer: of, offset, len, service_ns, .. }
                 if of == layer && (offset..offset + len).contains(&at) =>
             {
                 let end = woke.min(one.time_ns + service_ns);

@@ -12,4 +12,4 @@ mod ranges;
 
 pub use fetch::{Fetched, Limits, Pace, fetch};
 pub use pack::{Head, Item, PACK_HEAD, PACK_VERSION, PackError, PackFrame, PackTable, PackWriter};
-pub use ranges::{FileAt, LayerFiles, WantedRange, served, wanted};
+pub use ranges::{FileAt, LayerFiles, WantedRange, overlapping, served, wanted};
