@@ -28,11 +28,13 @@ pub(crate) enum Reason {
     ImageLocal,
     /// It is pulled the ordinary way.
     StreamingFellBack,
+    /// A call on a symbolic link failed as kernels with a known fault let it fail.
+    RenameFault,
 }
 
 impl Reason {
     fn is_warning(self) -> bool {
-        matches!(self, Self::StreamingFellBack)
+        matches!(self, Self::StreamingFellBack | Self::RenameFault)
     }
 }
 

@@ -11,6 +11,7 @@ macro_rules! say {
 mod check;
 mod ctr_pull;
 mod daemon;
+mod doctor;
 mod events;
 mod images;
 mod index;
@@ -78,6 +79,7 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
         Command::Pull { image } => images::pull(&config, &global, image).await?,
         Command::Status { image, watch, json } => status::status(&config, image, watch, json).await?,
         Command::Rm { image } => images::remove(&config, &global, image).await?,
+        Command::Doctor { json } => return doctor::doctor(config, json).await,
         Command::Gc => images::gc(&config, &global).await?,
         Command::Fsck => return images::fsck(&config, &global).await,
         Command::CtrPull(args) => ctr_pull::pull(&config, args).await?,

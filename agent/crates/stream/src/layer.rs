@@ -1,5 +1,6 @@
 //! A layer whose bytes are fetched when they are read.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,6 +27,9 @@ const CORRUPT_ATTEMPTS: u32 = 2;
 const RESUME_PATIENCE: Duration = Duration::from_millis(500);
 /// The file that has damaged bytes is looked up this often at most: it takes reading the index.
 const LOOK_UP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A blocked process waits so long for the next chunk that comes another way; then it fetches by itself.
+const EXPECTED_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a streamed layer is made of.
 #[derive(Debug)]
@@ -62,6 +66,8 @@ pub struct StreamedLayer {
     last_byte_ms: AtomicU64,
     last_failure: Mutex<Option<StreamError>>,
     looked_up: Mutex<Option<Instant>>,
+    /// Store offsets of chunks that are on their way by another way than the blob.
+    pub(crate) expected: Mutex<HashSet<u64>>,
 }
 
 impl StreamedLayer {
@@ -82,6 +88,7 @@ impl StreamedLayer {
             last_byte_ms: AtomicU64::new(0),
             last_failure: Mutex::default(),
             looked_up: Mutex::default(),
+            expected: Mutex::default(),
             parts,
         })
     }
@@ -135,6 +142,7 @@ impl StreamedLayer {
         let mut own: Option<(ChunkRecord, JoinHandle<Result<(), StreamError>>)> = None;
         let mut others: Option<Arc<RunState>> = None;
         let mut since = Instant::now();
+        let mut patient = true;
         loop {
             if let Some(error) = self.broken().clone() {
                 return Err(error);
@@ -164,6 +172,10 @@ impl StreamedLayer {
             }
             if let Some(error) = others.take().and_then(|run| run.failed_for_good(&chunk).cloned()) {
                 return Err(error);
+            }
+            if patient && self.is_expected(&chunk) {
+                patient = tokio::time::timeout(EXPECTED_PATIENCE, arrived).await.is_ok();
+                continue;
             }
             match self.begin(&chunk).await? {
                 Begun::Here => {}
@@ -419,7 +431,7 @@ impl StreamedLayer {
         StreamError::Store { layer: self.parts.layer.digest().to_owned(), message }
     }
 
-    fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
+    pub(crate) fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
         mutex.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
