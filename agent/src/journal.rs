@@ -28,11 +28,13 @@ pub(crate) enum Reason {
     ImageLocal,
     /// It is pulled the ordinary way.
     StreamingFellBack,
+    /// A stream index said what is not so, and is not used any more.
+    IndexQuarantined,
 }
 
 impl Reason {
     fn is_warning(self) -> bool {
-        matches!(self, Self::StreamingFellBack)
+        matches!(self, Self::StreamingFellBack | Self::IndexQuarantined)
     }
 }
 

@@ -20,16 +20,14 @@ use sluice_stream::first_pull;
 
 use super::embedded::embedded_index;
 use super::sources::RegistryBlob;
-use super::{INDEX_KIND, Image, LAYER_ANNOTATION, Node, TOC_ANNOTATION};
+use super::trust::Found;
+use super::{HEADER_ANNOTATION, INDEX_KIND, Image, Node, TOC_ANNOTATION, header_digest};
 use crate::api::{AcquireRequest, Acquired, Holder, Served};
 use crate::daemon::EventSender;
 use crate::journal::{Pull, Reason};
 
 /// Layers decoded at once during a first pull: each has two threads of work.
 const LAYERS_AT_ONCE: usize = 3;
-
-/// Index blobs of an image, if there are any.
-type Indexes = Vec<(ArtifactBlob, ArtifactReader)>;
 
 impl Node {
     /// See the module text. The image stays until `request.holder` releases it or ends.
@@ -225,11 +223,11 @@ impl Node {
         {
             return self.record(image, known.layer_blocks);
         }
-        let indexes = match self.artifacts.find(image, INDEX_KIND).await {
-            Ok(found) => found.unwrap_or_default(),
+        let found = match self.trust.find(&self.artifacts, image).await {
+            Ok(found) => found,
             Err(error) => {
                 tracing::warn!(image = image.reference.to_string(), %error, "cannot look for a stream index");
-                Vec::new()
+                Found::default()
             }
         };
         let total = image.layers.iter().map(|layer| layer.size).sum();
@@ -245,10 +243,10 @@ impl Node {
                 distinct.push(layer);
             }
         }
-        let at_once = if indexes.is_empty() { LAYERS_AT_ONCE } else { image.layers.len().max(1) };
+        let at_once = if found.indexes.is_empty() { LAYERS_AT_ONCE } else { image.layers.len().max(1) };
         let mut preparations = Vec::new();
         for layer in distinct {
-            preparations.push(self.prepare_layer(image, layer, &indexes, events, &progress).boxed());
+            preparations.push(self.prepare_layer(image, layer, &found, events, &progress).boxed());
         }
         let mut work = futures::stream::iter(preparations).buffer_unordered(at_once);
         while let Some(done) = work.try_next().await? {
@@ -268,7 +266,7 @@ impl Node {
         &self,
         image: &ResolvedImage,
         layer: &Layer,
-        indexes: &Indexes,
+        found: &Found,
         events: &EventSender,
         progress: &(impl Fn(u64) + Sync),
     ) -> Result<Option<(String, LayerIndex)>> {
@@ -276,9 +274,14 @@ impl Node {
             progress(layer.size);
             return Ok(None);
         }
-        let of_layer = |blob: &ArtifactBlob| blob.annotations.get(LAYER_ANNOTATION) == Some(&layer.digest);
-        if let Some((blob, reader)) = indexes.iter().find(|(blob, _)| of_layer(blob)) {
+        if let Some(reason) = found.refused.get(&layer.digest) {
+            events.note(format!("the published index of layer {} is not used: {reason}", layer.digest));
+        }
+        if let Some((blob, reader)) = found.indexes.get(&layer.digest) {
             match read_index(layer, blob, reader).await {
+                Ok(index) if self.trust.condemned(&header_digest(&index)) => {
+                    tracing::warn!(layer = layer.digest, "an index that lied before is not used");
+                }
                 Ok(index) => {
                     if !index.random_access() {
                         tracing::info!(
@@ -323,6 +326,7 @@ impl Node {
             progress,
         )
         .await?;
+        self.trust.remember(&pull.index)?;
         Ok(Some((layer.digest.clone(), pull.index)))
     }
 
@@ -382,16 +386,21 @@ impl Node {
         }
         let (node, image) = (Arc::clone(self), image.clone());
         tokio::spawn(async move {
-            let blobs = pulled
-                .into_iter()
-                .map(|(digest, index)| crate::commands::index_blob(&digest, &index))
-                .collect();
-            match node.artifacts.publish(&image, INDEX_KIND, blobs).await {
+            let publish = async {
+                let key = node.config.sign_key.as_deref().map(super::SigningKey::read).transpose()?;
+                let blob = |(digest, index): &(String, LayerIndex)| {
+                    crate::commands::index_blob(digest, index, key.as_ref())
+                };
+                let blobs = pulled.iter().map(blob).collect();
+                anyhow::Ok(node.artifacts.publish(&image, INDEX_KIND, blobs).await?)
+            };
+            match publish.await {
                 Ok(digest) => {
                     tracing::info!(image = image.reference.to_string(), digest, "stream index published")
                 }
                 Err(error) => {
-                    tracing::info!(image = image.reference.to_string(), %error, "stream index not published")
+                    let (image, error) = (image.reference.to_string(), format!("{error:#}"));
+                    tracing::info!(image, error, "stream index not published")
                 }
             }
         });
@@ -496,6 +505,10 @@ pub(crate) async fn read_index(
     let index = LayerIndex::from_blob(bytes.to_vec())?;
     if !index.has_own_tar() {
         bail!("it claims to come from the layer's own table of contents, which only this node may read");
+    }
+    let stated = blob.annotations.get(HEADER_ANNOTATION);
+    if stated.is_some_and(|stated| *stated != header_digest(&index)) {
+        bail!("it is not what its annotation {HEADER_ANNOTATION} says");
     }
     let header = index.header();
     if header.layer_digest_text() != layer.digest {

@@ -5,8 +5,10 @@ mod block_server;
 mod embedded;
 mod files;
 mod kept;
+mod keys;
 mod layers;
 mod profiles;
+mod quarantine;
 mod reads;
 mod recover;
 mod room;
@@ -15,6 +17,7 @@ mod sources;
 mod starts;
 mod status;
 mod switch;
+mod trust;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -35,8 +38,10 @@ use crate::journal::Journal;
 pub(crate) use acquire::{read_index, unsupported};
 pub(crate) use block_server::socket as block_socket;
 pub(crate) use embedded::embedded_index;
+pub(crate) use keys::{SigningKey, generate as generate_key};
 use layers::NodeLayer;
 pub(crate) use snapshots::NodeImages;
+pub(crate) use trust::{HEADER_ANNOTATION, Mode, SIGNATURES_ANNOTATION, Trust, header_digest, sign};
 
 /// Background fetches under way on a node at once.
 const BACKGROUND_FETCHES: usize = 3;
@@ -61,6 +66,7 @@ pub(crate) struct Node {
     store: Store,
     registry: Client,
     artifacts: ArtifactStore,
+    trust: Arc<Trust>,
     scheduler: Scheduler,
     blockfs: Mutex<Option<BlockFs>>,
     layers: Mutex<HashMap<String, Arc<NodeLayer>>>,
@@ -113,6 +119,12 @@ pub(crate) fn artifact_store(config: &Config, url: Option<&str>, registry: &Clie
     }
 }
 
+/// Whose indexes are believed; those at `url` are the caller's own.
+pub(crate) fn trust(config: &Config, url: Option<&str>) -> Result<Trust> {
+    let own_store = url.or(config.index_store.as_deref()).is_some();
+    Trust::open(config.trust, &config.keys, own_store, &config.root)
+}
+
 impl Node {
     /// Opens the store, mounts FUSE, and takes over or cleans what an earlier agent left.
     pub(crate) async fn start(config: Arc<Config>) -> Result<Arc<Self>> {
@@ -124,6 +136,7 @@ impl Node {
         let node = Arc::new(Self {
             store: Store::open_with(&config.root, config.store_limits)?,
             artifacts: artifact_store(&config, None, &registry)?,
+            trust: Arc::new(trust(&config, None)?),
             registry,
             scheduler: Scheduler::new(BACKGROUND_FETCHES),
             blockfs: Mutex::new(None),
@@ -185,7 +198,7 @@ impl Node {
         let mut total = 0;
         for digest in &record.layers {
             if let Some(layer) = self.node_layer(&image, digest)? {
-                layer.fill(&events).await?;
+                layer.fill(self, &events).await?;
                 total += layer.size();
             }
         }
