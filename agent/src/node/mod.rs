@@ -7,6 +7,7 @@ mod embedded;
 mod faults;
 mod files;
 mod kept;
+mod keys;
 mod known;
 mod layers;
 mod metadata;
@@ -15,6 +16,7 @@ mod pack;
 mod prepare;
 mod probing;
 mod profiles;
+mod quarantine;
 mod reads;
 mod recover;
 mod room;
@@ -23,6 +25,7 @@ mod sources;
 mod starts;
 mod status;
 mod switch;
+mod trust;
 mod unpack;
 
 use std::collections::HashMap;
@@ -46,10 +49,12 @@ use crate::doctor::{self, links::Links};
 use crate::journal::Journal;
 pub(crate) use block_server::socket as block_socket;
 pub(crate) use embedded::embedded_index;
+pub(crate) use keys::{SigningKey, generate as generate_key};
 use layers::NodeLayer;
 pub(crate) use metadata::merge_for_agent;
 pub(crate) use prepare::{read_index, unsupported};
 pub(crate) use snapshots::NodeImages;
+pub(crate) use trust::{HEADER_ANNOTATION, Mode, SIGNATURES_ANNOTATION, Trust, header_digest, sign};
 
 /// Background fetches under way on a node at once.
 const BACKGROUND_FETCHES: usize = 3;
@@ -76,6 +81,7 @@ pub(crate) struct Node {
     store: Store,
     registry: Client,
     artifacts: ArtifactStore,
+    trust: Arc<Trust>,
     scheduler: Scheduler,
     blockfs: Mutex<Option<BlockFs>>,
     layers: Mutex<HashMap<String, Arc<NodeLayer>>>,
@@ -132,6 +138,12 @@ pub(crate) fn artifact_store(config: &Config, url: Option<&str>, registry: &Clie
     }
 }
 
+/// Whose indexes are believed; those at `url` are the caller's own.
+pub(crate) fn trust(config: &Config, url: Option<&str>) -> Result<Trust> {
+    let own_store = url.or(config.index_store.as_deref()).is_some();
+    Trust::open(config.trust, &config.keys, own_store, &config.root)
+}
+
 impl Node {
     /// Opens the store, mounts FUSE, and takes over or cleans what an earlier agent left.
     pub(crate) async fn start(config: Arc<Config>) -> Result<Arc<Self>> {
@@ -146,6 +158,7 @@ impl Node {
         let node = Arc::new(Self {
             store: Store::open_with(&config.root, config.store_limits)?,
             artifacts: artifact_store(&config, None, &registry)?,
+            trust: Arc::new(trust(&config, None)?),
             registry,
             scheduler: Scheduler::new(BACKGROUND_FETCHES),
             blockfs: Mutex::new(None),
@@ -224,7 +237,7 @@ impl Node {
         let mut total = 0;
         for digest in &record.layers {
             if let Some(layer) = self.node_layer(&image, digest)? {
-                layer.fill(&events).await?;
+                layer.fill(self, &events).await?;
                 total += layer.size();
             }
         }

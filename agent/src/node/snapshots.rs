@@ -225,7 +225,7 @@ impl Node {
         Ok(image)
     }
 
-    async fn turn(&self, key: &str) -> tokio::sync::OwnedMutexGuard<()> {
+    pub(super) async fn turn(&self, key: &str) -> tokio::sync::OwnedMutexGuard<()> {
         let turn = Arc::clone(self.lock(&self.preparing).entry(key.to_owned()).or_default());
         turn.lock_owned().await
     }

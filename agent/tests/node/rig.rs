@@ -35,9 +35,9 @@ impl Node {
         Self { dir, registry, address }
     }
 
-    /// One whose image has a published index.
+    /// One whose image has a published index, which other nodes beside the same registry use too.
     pub(crate) fn indexed(config: &str) -> Self {
-        let node = Self::new(config);
+        let node = Self::new(&format!("{config}\n[trust]\nmode = \"any\"\n"));
         node.ok(&["index", &node.image()]);
         node
     }

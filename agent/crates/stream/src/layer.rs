@@ -103,6 +103,16 @@ impl StreamedLayer {
         self.complete.subscribe()
     }
 
+    /// Another handle of the layer, complete and with the same contents, is in the store: to be handed over.
+    pub fn replaced(&self) {
+        self.complete.send_replace(true);
+    }
+
+    /// Forgets that the whole was not what it should be, once the cause is gone.
+    pub fn try_again(&self) {
+        *self.broken() = None;
+    }
+
     /// Reads from what is here; `false` if some of it is not.
     pub fn try_read(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<bool> {
         let here = self.parts.layer.try_read(offset, buffer)?;
