@@ -8,7 +8,9 @@ mod containerd;
 mod demo;
 mod ebpf;
 mod image_maker;
+mod images;
 mod install;
+mod kernel_tests;
 mod measure;
 mod oracle;
 mod packages;
@@ -46,6 +48,10 @@ enum Command {
     Ebpf,
     /// Compare `sluice mount` with `umoci unpack`, path by path
     Oracle,
+    /// Fetch the kernels that test guests boot
+    Images(images::Args),
+    /// Test what is promised on every kernel of vm-images, in guests
+    KernelTests(kernel_tests::Args),
     /// Install Sluice on this node: program, configuration, units, containerd's proxy plugin
     Install(install::Args),
     /// Undo what `install` did
@@ -67,6 +73,8 @@ fn main() -> Result<()> {
         Command::Bench { bench: Bench::Start(args) } => bench::start(&args),
         Command::Ebpf => ebpf::build().map(|object| println!("{}", object.display())),
         Command::Oracle => oracle::oracle(),
+        Command::Images(args) => images::images(&args),
+        Command::KernelTests(args) => kernel_tests::kernel_tests(&args),
         Command::Install(args) => install::install(&args),
         Command::Uninstall(args) => install::uninstall(&args),
         Command::Tidy => tidy::tidy(),
