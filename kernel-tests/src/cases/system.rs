@@ -13,13 +13,10 @@ use crate::node::{Node, checked};
 /// A container runs while most of its image is in the registry.
 pub(super) fn start(broken: bool) -> Result<()> {
     let link = ["--rate", "100mbit", "--delay", "2ms"];
-    // No byte of the registry's is as it was: nothing may come of it.
-    let faults = ["--rate", "100mbit", "--faults", r#"{"path":"/blobs/","flip":true}"#];
-    let node = Node::new(
-        Path::new("/var/tmp/start"),
-        "[stream]\nfill = false\n",
-        if broken { &faults } else { &link },
-    )?;
+    let mut node = Node::new(Path::new("/var/tmp/start"), "[stream]\nfill = false\n", &link)?;
+    if broken {
+        node.damage_layer()?;
+    }
     node.ok(&["gc"])?;
     let begin = Instant::now();
     let said = node.ok(&["run", &node.image(), "sh", "-c", "cat /data/small; echo ready"])?;
@@ -107,6 +104,24 @@ pub(super) fn uring_off(broken: bool) -> Result<()> {
     umount(parameter)?;
     let on = way(Path::new("/var/tmp/on-node"), config)?;
     ensure!(on.contains("io_uring") && !on.contains("classic"), "switched on, and served so: {on}");
+    Ok(())
+}
+
+/// Metadata and layers in one EROFS device, as kernels before 5.16 need it: contents are right, and one device is all there is.
+pub(super) fn one_device(broken: bool) -> Result<()> {
+    let mut node = Node::new(Path::new("/var/tmp/one"), "[blocks]\none_device = true\n", &[])?;
+    if broken {
+        node.damage_layer()?;
+    }
+    let mounted = node.mount()?;
+    node.check_contents(&mounted)?;
+    let mut devices = Vec::new();
+    for block in fs::read_dir("/sys/block")? {
+        let backing = fs::read_to_string(block?.path().join("loop/backing_file")).unwrap_or_default();
+        devices.extend((!backing.is_empty()).then(|| backing.trim().to_owned()));
+    }
+    println!("{devices:?}");
+    ensure!(devices.len() == 1, "an image of two layers is on {} devices", devices.len());
     Ok(())
 }
 

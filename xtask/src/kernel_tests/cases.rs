@@ -117,16 +117,7 @@ pub(super) const CASES: [Case; 14] = [
         },
         ..guest("fuse-io_uring", "the same, FUSE over io_uring")
     },
-    Case {
-        seconds: 300,
-        command: Run::Suite {
-            program: "one_device",
-            variables: &[],
-            arguments: &["--test-threads=1"],
-            broken: "BLOCKFS_BROKEN=hole",
-        },
-        ..guest("one-device", "metadata and layers in one EROFS device")
-    },
+    guest("one-device", "metadata and layers in one EROFS device"),
     Case {
         seconds: 900,
         command: Run::Suite {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use self::cases::{CASES, Case, Place, Run};
+use self::cases::{Case, Place, Run};
 use self::guest::{Boot, Ended};
 use self::pack::Pack;
 use self::report::{Outcome, Report, Verdict};
@@ -325,6 +325,7 @@ fn shell(pack: &Pack, kernel: &Kernel, accelerator: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::cases::CASES;
     use super::*;
 
     fn kernel(release: &str) -> Kernel {
