@@ -15,7 +15,8 @@ use crate::sluice::Registry;
 use crate::{image_maker, packages};
 
 /// Besides what the commands of tests need already.
-const TOOLS: [(&str, &str); 3] = [
+const TOOLS: [(&str, &str); 4] = [
+    ("ca-certificates", "without any certificate no client of registries can be made"),
     ("qemu-system-x86", "boots the kernels that users run"),
     ("e2fsprogs", "makes the guests' disks"),
     ("attr", "reads and writes extended attributes in guests"),
@@ -152,13 +153,14 @@ fn build_init() -> Result<PathBuf> {
 /// Builds test programs as `cargo test` does, so that neither builds the other's anew; what each is called in guests.
 fn build_suites() -> Result<Vec<(String, PathBuf)>> {
     let mut cargo = cargo();
+    // The binary itself is built for the tests that drive it, of which `node` are.
     cargo.args([
         "test",
         "--workspace",
         "--no-run",
         "--message-format=json-render-diagnostics",
-        "--bin",
-        "sluice",
+        "--test",
+        "node",
     ]);
     for (_, name, _) in SUITES {
         cargo.args(["--test", name]);
@@ -264,6 +266,11 @@ fn copy_system(tree: &Path, others: &[PathBuf]) -> Result<()> {
     std::fs::write(etc.join("passwd"), "root:x:0:0:root:/root:/bin/sh\n")?;
     std::fs::write(etc.join("group"), "root:x:0:\n")?;
     std::fs::write(etc.join("hosts"), "127.0.0.1 localhost\n")?;
+    // Without any certificate no client of registries can be made.
+    let certificates = Path::new("/etc/ssl/certs/ca-certificates.crt");
+    std::fs::create_dir_all(etc.join("ssl/certs"))?;
+    std::fs::copy(certificates, etc.join("ssl/certs/ca-certificates.crt"))
+        .with_context(|| format!("cannot copy {}", certificates.display()))?;
     if Path::new("/etc/mke2fs.conf").exists() {
         std::fs::copy("/etc/mke2fs.conf", etc.join("mke2fs.conf"))?;
     }
