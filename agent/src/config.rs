@@ -5,12 +5,13 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use sluice_blockfs::{Choice, Options, Way};
 use sluice_store::StoreLimits;
 
 use crate::cli::Global;
+use crate::node::Mode;
 
 const DEFAULT_CONFIG: &str = "/etc/sluice/config.toml";
 const DEFAULT_ROOT: &str = "/var/lib/sluice";
@@ -32,6 +33,16 @@ struct RawConfig {
     images: RawImages,
     containerd: RawContainerd,
     prefetch: RawPrefetch,
+    probes: RawProbes,
+    trust: RawTrust,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawTrust {
+    mode: Option<Mode>,
+    keys: Option<Vec<PathBuf>>,
+    sign_key: Option<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -42,6 +53,12 @@ struct RawPrefetch {
     window_s: Option<u64>,
     in_flight: Option<usize>,
     rate_mbit: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawProbes {
+    enabled: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -168,12 +185,20 @@ pub(crate) struct Config {
     pub(crate) prefetch: bool,
     /// Record containers' starts.
     pub(crate) record: bool,
+    /// Watch containers with eBPF probes.
+    pub(crate) probes: bool,
     /// How long a start is recorded, if nothing says earlier that it is over.
     pub(crate) record_window: Duration,
     /// Prefetches of a start under way at once.
     pub(crate) prefetch_in_flight: usize,
     /// Bound of what a start's prefetch takes of the link.
     pub(crate) prefetch_bytes_per_second: Option<u64>,
+    /// Whose stream indexes are believed.
+    pub(crate) trust: Mode,
+    /// Public keys of those who may sign them.
+    pub(crate) keys: Vec<PathBuf>,
+    /// Signs what this node publishes.
+    pub(crate) sign_key: Option<PathBuf>,
 }
 
 impl Config {
@@ -184,6 +209,9 @@ impl Config {
             None if Path::new(DEFAULT_CONFIG).exists() => RawConfig::read(Path::new(DEFAULT_CONFIG))?,
             None => RawConfig::default(),
         };
+        if raw.trust.mode == Some(Mode::Signed) && raw.trust.keys.as_ref().is_none_or(Vec::is_empty) {
+            bail!("the trust mode is `signed`, but [trust] keys names no public key: no index would be used");
+        }
         let mut plain_http = raw.registry.plain_http;
         plain_http.extend(global.plain_http.iter().cloned());
         let home = std::env::var_os("HOME").map(PathBuf::from);
@@ -219,9 +247,13 @@ impl Config {
             deny: raw.images.deny,
             prefetch: raw.prefetch.enabled.unwrap_or(true),
             record: raw.prefetch.record.unwrap_or(true),
+            probes: raw.probes.enabled.unwrap_or(true),
             record_window: Duration::from_secs(raw.prefetch.window_s.unwrap_or(30)),
             prefetch_in_flight: raw.prefetch.in_flight.unwrap_or(3).max(1),
             prefetch_bytes_per_second: raw.prefetch.rate_mbit.map(|rate| rate.saturating_mul(125_000)),
+            trust: raw.trust.mode.unwrap_or_default(),
+            keys: raw.trust.keys.unwrap_or_default(),
+            sign_key: raw.trust.sign_key,
             containerd: raw.containerd.address.unwrap_or_else(|| DEFAULT_CONTAINERD.into()),
         })
     }

@@ -1,15 +1,22 @@
 //! The node: images in use, their layers, and everything the crates do for them, wired together.
 
 mod acquire;
+mod ahead;
 mod block_server;
 mod embedded;
+mod faults;
 mod files;
 mod kept;
+mod keys;
+mod known;
 mod layers;
 mod metadata;
 mod one_device;
+mod pack;
 mod prepare;
+mod probing;
 mod profiles;
+mod quarantine;
 mod reads;
 mod recover;
 mod room;
@@ -18,6 +25,7 @@ mod sources;
 mod starts;
 mod status;
 mod switch;
+mod trust;
 mod unpack;
 
 use std::collections::HashMap;
@@ -37,13 +45,16 @@ use sluice_stream::Scheduler;
 use crate::api::{FsckReport, GcReport, Holder, PullReport, Served};
 use crate::config::Config;
 use crate::daemon::EventSender;
+use crate::doctor::{self, links::Links};
 use crate::journal::Journal;
 pub(crate) use block_server::socket as block_socket;
 pub(crate) use embedded::embedded_index;
+pub(crate) use keys::{SigningKey, generate as generate_key};
 use layers::NodeLayer;
 pub(crate) use metadata::merge_for_agent;
 pub(crate) use prepare::{read_index, unsupported};
 pub(crate) use snapshots::NodeImages;
+pub(crate) use trust::{HEADER_ANNOTATION, Mode, SIGNATURES_ANNOTATION, Trust, header_digest, sign};
 
 /// Background fetches under way on a node at once.
 const BACKGROUND_FETCHES: usize = 3;
@@ -70,6 +81,7 @@ pub(crate) struct Node {
     store: Store,
     registry: Client,
     artifacts: ArtifactStore,
+    trust: Arc<Trust>,
     scheduler: Scheduler,
     blockfs: Mutex<Option<BlockFs>>,
     layers: Mutex<HashMap<String, Arc<NodeLayer>>>,
@@ -88,6 +100,8 @@ pub(crate) struct Node {
     /// Reads of starts that are being recorded.
     reads: Arc<reads::ReadLog>,
     windows: Mutex<Vec<(Holder, starts::Window)>>,
+    probing: probing::Probing,
+    faults: faults::Reported,
 }
 
 /// An image in use.
@@ -124,6 +138,12 @@ pub(crate) fn artifact_store(config: &Config, url: Option<&str>, registry: &Clie
     }
 }
 
+/// Whose indexes are believed; those at `url` are the caller's own.
+pub(crate) fn trust(config: &Config, url: Option<&str>) -> Result<Trust> {
+    let own_store = url.or(config.index_store.as_deref()).is_some();
+    Trust::open(config.trust, &config.keys, own_store, &config.root)
+}
+
 impl Node {
     /// Opens the store, mounts FUSE, and takes over or cleans what an earlier agent left.
     pub(crate) async fn start(config: Arc<Config>) -> Result<Arc<Self>> {
@@ -133,9 +153,12 @@ impl Node {
         }
         let registry = registry_client(&config)?;
         let abilities = Abilities::probe();
+        let probed = Arc::clone(&config);
+        let unsafe_links = tokio::task::spawn_blocking(move || unsafe_links(&probed)).await?;
         let node = Arc::new(Self {
             store: Store::open_with(&config.root, config.store_limits)?,
             artifacts: artifact_store(&config, None, &registry)?,
+            trust: Arc::new(trust(&config, None)?),
             registry,
             scheduler: Scheduler::new(BACKGROUND_FETCHES),
             blockfs: Mutex::new(None),
@@ -144,7 +167,7 @@ impl Node {
             whole_images: Mutex::default(),
             preparing: Mutex::default(),
             keeping: Mutex::default(),
-            cannot_stream: cannot_stream(&abilities),
+            cannot_stream: cannot_stream(&abilities).or(unsafe_links),
             form: if config.one_device || !abilities.erofs_devices.available {
                 Form::OneDevice
             } else {
@@ -155,8 +178,17 @@ impl Node {
             profiles: profiles::Profiles::new(config.root.join("profiles")),
             reads: Arc::default(),
             windows: Mutex::default(),
+            probing: probing::Probing::default(),
+            faults: faults::Reported::default(),
             config,
         });
+        if node.config.probes {
+            let watched = Arc::downgrade(&node);
+            std::thread::Builder::new()
+                .name("probes".to_owned())
+                .spawn(move || probing::watch(&watched))
+                .context("cannot start a thread")?;
+        }
         let starting = Arc::clone(&node);
         let runtime = tokio::runtime::Handle::current();
         tokio::task::spawn_blocking(move || starting.recover(runtime)).await??;
@@ -205,7 +237,7 @@ impl Node {
         let mut total = 0;
         for digest in &record.layers {
             if let Some(layer) = self.node_layer(&image, digest)? {
-                layer.fill(&events).await?;
+                layer.fill(self, &events).await?;
                 total += layer.size();
             }
         }
@@ -346,6 +378,29 @@ fn raise_descriptor_limit() {
     if let Err(error) = raised {
         tracing::warn!(%error, "the limit of open files stays; many images may exceed it");
     }
+}
+
+/// Why containers on streamed images are not safe with this kernel, if so: operations on symbolic links that fail on our mounts.
+fn unsafe_links(config: &Config) -> Option<String> {
+    let links = Links::probe(&doctor::rooms(config));
+    let broken = links.broken_on_ours();
+    match links.has_fault() {
+        Some(true) => tracing::warn!(
+            noatime = ?links.on_noatime,
+            ours_broken = !broken.is_empty(),
+            "this kernel fails operations on symbolic links of FUSE and NFS lower directories, mended in {}",
+            doctor::fault::FIXED_TEXT
+        ),
+        found => {
+            tracing::info!(fault = ?found, erofs = ?links.on_erofs.is_ok(), "operations on symbolic links were tried")
+        }
+    }
+    let first = broken.first()?;
+    let failure = first.failure.as_deref().unwrap_or_default();
+    Some(format!(
+        "this kernel fails {} on symbolic links of EROFS lower directories: {failure}",
+        first.operation
+    ))
 }
 
 /// What this kernel lacks for streaming.
