@@ -5,12 +5,13 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use sluice_blockfs::{Choice, Options, Way};
 use sluice_store::StoreLimits;
 
 use crate::cli::Global;
+use crate::node::Mode;
 
 const DEFAULT_CONFIG: &str = "/etc/sluice/config.toml";
 const DEFAULT_ROOT: &str = "/var/lib/sluice";
@@ -33,6 +34,16 @@ struct RawConfig {
     containerd: RawContainerd,
     credentials: RawCredentials,
     prefetch: RawPrefetch,
+    probes: RawProbes,
+    trust: RawTrust,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawTrust {
+    mode: Option<Mode>,
+    keys: Option<Vec<PathBuf>>,
+    sign_key: Option<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -43,6 +54,12 @@ struct RawPrefetch {
     window_s: Option<u64>,
     in_flight: Option<usize>,
     rate_mbit: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawProbes {
+    enabled: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -100,6 +117,7 @@ struct RawStore {
 struct RawBlocks {
     way: RawWay,
     queue_depth: Option<u16>,
+    one_device: bool,
     patience_s: Option<u64>,
 }
 
@@ -162,6 +180,8 @@ pub(crate) struct Config {
     pub(crate) store_limits: StoreLimits,
     /// How block files are served.
     pub(crate) blocks: Options,
+    /// Attach an image as one block device, as kernels before 5.16 need it.
+    pub(crate) one_device: bool,
     /// The file that all this comes from.
     pub(crate) file: Option<PathBuf>,
     /// Stream new images at all.
@@ -184,12 +204,20 @@ pub(crate) struct Config {
     pub(crate) prefetch: bool,
     /// Record containers' starts.
     pub(crate) record: bool,
+    /// Watch containers with eBPF probes.
+    pub(crate) probes: bool,
     /// How long a start is recorded, if nothing says earlier that it is over.
     pub(crate) record_window: Duration,
     /// Prefetches of a start under way at once.
     pub(crate) prefetch_in_flight: usize,
     /// Bound of what a start's prefetch takes of the link.
     pub(crate) prefetch_bytes_per_second: Option<u64>,
+    /// Whose stream indexes are believed.
+    pub(crate) trust: Mode,
+    /// Public keys of those who may sign them.
+    pub(crate) keys: Vec<PathBuf>,
+    /// Signs what this node publishes.
+    pub(crate) sign_key: Option<PathBuf>,
 }
 
 impl Config {
@@ -200,6 +228,9 @@ impl Config {
             None if Path::new(DEFAULT_CONFIG).exists() => RawConfig::read(Path::new(DEFAULT_CONFIG))?,
             None => RawConfig::default(),
         };
+        if raw.trust.mode == Some(Mode::Signed) && raw.trust.keys.as_ref().is_none_or(Vec::is_empty) {
+            bail!("the trust mode is `signed`, but [trust] keys names no public key: no index would be used");
+        }
         let mut plain_http = raw.registry.plain_http;
         plain_http.extend(global.plain_http.iter().cloned());
         let home = std::env::var_os("HOME").map(PathBuf::from);
@@ -228,6 +259,7 @@ impl Config {
                 reserve_bytes: raw.store.reserve_mib.unwrap_or(64) << 20,
             },
             blocks: raw.blocks.resolve(),
+            one_device: raw.blocks.one_device,
             file: global.config.clone(),
             streaming_enabled: raw.stream.enabled.unwrap_or(true),
             allow: raw.images.allow.unwrap_or_else(|| vec!["*".to_owned()]),
@@ -238,9 +270,13 @@ impl Config {
             access_check: Duration::from_secs(raw.credentials.access_check_s.unwrap_or(600)),
             prefetch: raw.prefetch.enabled.unwrap_or(true),
             record: raw.prefetch.record.unwrap_or(true),
+            probes: raw.probes.enabled.unwrap_or(true),
             record_window: Duration::from_secs(raw.prefetch.window_s.unwrap_or(30)),
             prefetch_in_flight: raw.prefetch.in_flight.unwrap_or(3).max(1),
             prefetch_bytes_per_second: raw.prefetch.rate_mbit.map(|rate| rate.saturating_mul(125_000)),
+            trust: raw.trust.mode.unwrap_or_default(),
+            keys: raw.trust.keys.unwrap_or_default(),
+            sign_key: raw.trust.sign_key,
             containerd: raw.containerd.address.unwrap_or_else(|| DEFAULT_CONTAINERD.into()),
         })
     }

@@ -7,6 +7,7 @@ mod commands;
 mod config;
 mod credentials;
 mod daemon;
+mod doctor;
 mod journal;
 mod node;
 

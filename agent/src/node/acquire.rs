@@ -1,15 +1,16 @@
 //! Makes an image's root file system available: streamed, local, or pulled the ordinary way.
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
-use nix::poll::{PollFd, PollFlags, PollTimeout};
 use sluice_blockfs::ImageMount;
+use sluice_image::erofs::Form;
+use sluice_kernel::process::{pidfd_open, wait_for_end};
 use sluice_registry::{Client, ResolvedImage};
 use sluice_store::ImageRecord;
 
+use super::starts::Started;
 use super::{Image, Node};
 use crate::api::{AcquireRequest, Acquired, Holder, Served};
 use crate::daemon::EventSender;
@@ -35,7 +36,7 @@ impl Node {
             self.announce(&pull, &made)?;
             self.lock(&self.images).insert(digest.clone(), made);
         }
-        let (acquired, layers) = {
+        let (acquired, started) = {
             let mut images = self.lock(&self.images);
             let found = images.get_mut(&digest).context("the image was released meanwhile; try again")?;
             found.holders.push(request.holder.clone());
@@ -47,10 +48,10 @@ impl Node {
                 served: found.served,
                 fell_back: found.fell_back.clone(),
             };
-            (acquired, found.layers.clone())
+            (acquired, Started::new(found, &request.holder, fresh))
         };
-        if let Some(lookup) = lookup.filter(|_| acquired.served == Served::Streamed) {
-            self.begin_start(lookup, layers, fresh, &request.holder);
+        if let (Some(lookup), Some(started)) = (lookup, started) {
+            self.begin_start(lookup, started).await;
         }
         self.keep();
         self.watch_holder(&request.holder)?;
@@ -64,16 +65,13 @@ impl Node {
     pub(super) fn watch_holder(self: &Arc<Self>, holder: &Holder) -> Result<()> {
         let Holder::Process(pid) = holder else { return Ok(()) };
         let pid = i32::try_from(*pid).context("not a process")?;
-        let pidfd = sluice_kernel::process::pidfd_open(nix::unistd::Pid::from_raw(pid))
+        let pidfd = pidfd_open(nix::unistd::Pid::from_raw(pid))
             .with_context(|| format!("process {pid}, which asked for the image, is gone"))?;
         let (node, holder) = (Arc::clone(self), holder.clone());
         tokio::spawn(async move {
-            let waited = tokio::task::spawn_blocking(move || {
-                let mut ended = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-                while nix::poll::poll(&mut ended, PollTimeout::NONE) == Err(nix::errno::Errno::EINTR) {}
-            });
-            if let Err(error) = waited.await {
-                tracing::warn!(%error, "cannot wait for a process");
+            let waited = tokio::task::spawn_blocking(move || wait_for_end(&pidfd, None)).await;
+            if let Err(error) = waited.map_err(anyhow::Error::from).and_then(|ended| Ok(ended?)) {
+                tracing::warn!(error = format!("{error:#}"), "cannot wait for a process");
             }
             if let Err(error) = node.release(&holder).await {
                 tracing::warn!(error = format!("{error:#}"), "cannot release an image");
@@ -171,9 +169,14 @@ impl Node {
         }
         let metadata = self.store.erofs_path(key)?;
         let dir = self.config.state.join("images").join(key.trim_start_matches("sha256:"));
+        let (node, named) = (Arc::clone(self), key.to_owned());
+        let all: Vec<_> = layers.iter().map(|(layer, _)| Arc::clone(layer)).collect();
         let with_content: Vec<_> =
             layers.iter().filter(|(_, blocks)| *blocks > 0).map(|(layer, _)| Arc::clone(layer)).collect();
         let mount = tokio::task::spawn_blocking(move || -> Result<ImageMount> {
+            if node.form == Form::OneDevice {
+                return Ok(ImageMount::mount(&node.serve_whole(&named, &all)?, Vec::new(), &dir)?);
+            }
             let devices = with_content.iter().map(|layer| layer.device()).collect::<Result<Vec<_>>>()?;
             Ok(ImageMount::mount(&metadata, devices, &dir)?)
         })

@@ -24,6 +24,8 @@ const MERGED_HERE: u64 = 50_000;
 #[derive(Debug, Serialize, Deserialize)]
 struct Job {
     layers: Vec<LayerTable>,
+    /// As [`Form::OneDevice`].
+    one_device: bool,
     temporary: PathBuf,
     target: PathBuf,
 }
@@ -50,8 +52,9 @@ impl Node {
     pub(super) async fn write_metadata(&self, image: &ResolvedImage) -> Result<Metadata> {
         let (store, layers, config) = (self.store.clone(), image.layers.clone(), self.config.file.clone());
         let target = self.store.erofs_path(&image.manifest_digest)?;
+        let one_device = self.form == Form::OneDevice;
         tokio::task::spawn_blocking(move || -> Result<Metadata> {
-            let mut job = Job { layers: Vec::new(), temporary: store.temporary(), target };
+            let mut job = Job { layers: Vec::new(), one_device, temporary: store.temporary(), target };
             let mut entries = 0_u64;
             for layer in layers {
                 let stored = store.layer(&layer.digest)?;
@@ -82,7 +85,8 @@ impl Job {
         let file = tempfile::NamedTempFile::new_in(&self.temporary)
             .with_context(|| format!("cannot create a file in {}", self.temporary.display()))?;
         let mut file = BufWriter::new(file);
-        erofs::write(&tree, &layer_blocks, Form::Devices, &mut file)?;
+        let form = if self.one_device { Form::OneDevice } else { Form::Devices };
+        erofs::write(&tree, &layer_blocks, form, &mut file)?;
         let file = file.into_inner().map_err(|error| anyhow!("cannot write the EROFS image: {error}"))?;
         file.as_file().sync_data()?;
         file.persist(&self.target).with_context(|| format!("cannot write {}", self.target.display()))?;

@@ -2,14 +2,22 @@
 
 mod access;
 mod acquire;
+mod ahead;
 mod block_server;
 mod embedded;
+mod faults;
 mod files;
 mod kept;
+mod keys;
+mod known;
 mod layers;
 mod metadata;
+mod one_device;
+mod pack;
 mod prepare;
+mod probing;
 mod profiles;
+mod quarantine;
 mod reads;
 mod recover;
 mod room;
@@ -18,6 +26,7 @@ mod sources;
 mod starts;
 mod status;
 mod switch;
+mod trust;
 mod unpack;
 
 use std::collections::HashMap;
@@ -26,6 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use sluice_blockfs::{BlockFs, ImageMount};
+use sluice_image::erofs::Form;
 use sluice_kernel::Abilities;
 use sluice_kernel::mount::UnmountOptions;
 use sluice_registry::artifact::{ArtifactStore, Kind};
@@ -37,14 +47,17 @@ use crate::api::{FsckReport, GcReport, Holder, PullReport, Served};
 use crate::config::Config;
 use crate::credentials::{self, Learned};
 use crate::daemon::EventSender;
+use crate::doctor::{self, links::Links};
 use crate::journal::Journal;
 pub(crate) use block_server::socket as block_socket;
 pub(crate) use embedded::embedded_index;
+pub(crate) use keys::{SigningKey, generate as generate_key};
 use layers::NodeLayer;
 pub(crate) use metadata::merge_for_agent;
 pub(crate) use prepare::{read_index, unsupported};
 pub(crate) use snapshots::NodeImages;
 pub(crate) use switch::fits;
+pub(crate) use trust::{HEADER_ANNOTATION, Mode, SIGNATURES_ANNOTATION, Trust, header_digest, sign};
 
 /// Background fetches under way on a node at once.
 const BACKGROUND_FETCHES: usize = 3;
@@ -66,16 +79,21 @@ pub(crate) struct Node {
     config: Arc<Config>,
     /// Why images cannot be streamed here, if so.
     cannot_stream: Option<String>,
+    /// How images are attached on this kernel.
+    form: Form,
     store: Store,
     registry: Client,
     /// Credentials that the CRI handed over.
     learned: Arc<Learned>,
     granted: Mutex<access::Granted>,
     artifacts: ArtifactStore,
+    trust: Arc<Trust>,
     scheduler: Scheduler,
     blockfs: Mutex<Option<BlockFs>>,
     layers: Mutex<HashMap<String, Arc<NodeLayer>>>,
     images: Mutex<HashMap<String, Image>>,
+    /// Block files of whole images, by the images' keys: see `one_device`.
+    whole_images: Mutex<HashMap<String, PathBuf>>,
     /// One preparation of an image at a time.
     preparing: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// One writer of what is kept for the next agent.
@@ -88,6 +106,8 @@ pub(crate) struct Node {
     /// Reads of starts that are being recorded.
     reads: Arc<reads::ReadLog>,
     windows: Mutex<Vec<(Holder, starts::Window)>>,
+    probing: probing::Probing,
+    faults: faults::Reported,
 }
 
 /// An image in use.
@@ -125,6 +145,12 @@ pub(crate) fn artifact_store(config: &Config, url: Option<&str>, registry: &Clie
     }
 }
 
+/// Whose indexes are believed; those at `url` are the caller's own.
+pub(crate) fn trust(config: &Config, url: Option<&str>) -> Result<Trust> {
+    let own_store = url.or(config.index_store.as_deref()).is_some();
+    Trust::open(config.trust, &config.keys, own_store, &config.root)
+}
+
 impl Node {
     /// Opens the store, mounts FUSE, and takes over or cleans what an earlier agent left.
     pub(crate) async fn start(config: Arc<Config>) -> Result<Arc<Self>> {
@@ -134,9 +160,13 @@ impl Node {
         }
         let learned = Arc::new(Learned::open(&config.state));
         let registry = registry_client(&config, Some(Arc::clone(&learned)))?;
+        let abilities = Abilities::probe();
+        let probed = Arc::clone(&config);
+        let unsafe_links = tokio::task::spawn_blocking(move || unsafe_links(&probed)).await?;
         let node = Arc::new(Self {
             store: Store::open_with(&config.root, config.store_limits)?,
             artifacts: artifact_store(&config, None, &registry)?,
+            trust: Arc::new(trust(&config, None)?),
             registry,
             learned,
             granted: Mutex::default(),
@@ -144,16 +174,31 @@ impl Node {
             blockfs: Mutex::new(None),
             layers: Mutex::default(),
             images: Mutex::default(),
+            whole_images: Mutex::default(),
             preparing: Mutex::default(),
             keeping: Mutex::default(),
-            cannot_stream: cannot_stream(),
+            cannot_stream: cannot_stream(&abilities).or(unsafe_links),
+            form: if config.one_device || !abilities.erofs_devices.available {
+                Form::OneDevice
+            } else {
+                Form::Devices
+            },
             journal: Journal::default(),
             switch: switch::Switch::open(&config)?,
             profiles: profiles::Profiles::new(config.root.join("profiles")),
             reads: Arc::default(),
             windows: Mutex::default(),
+            probing: probing::Probing::default(),
+            faults: faults::Reported::default(),
             config,
         });
+        if node.config.probes {
+            let watched = Arc::downgrade(&node);
+            std::thread::Builder::new()
+                .name("probes".to_owned())
+                .spawn(move || probing::watch(&watched))
+                .context("cannot start a thread")?;
+        }
         let starting = Arc::clone(&node);
         let runtime = tokio::runtime::Handle::current();
         tokio::task::spawn_blocking(move || starting.recover(runtime)).await??;
@@ -187,11 +232,13 @@ impl Node {
             true
         });
         self.keep();
+        let node = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
             for (digest, mount) in unused {
                 if let Err(error) = mount.unmount() {
                     tracing::warn!(%digest, %error, "cannot unmount");
                 }
+                node.stop_serving_whole(&digest);
             }
         })
         .await
@@ -205,7 +252,7 @@ impl Node {
         let mut total = 0;
         for digest in &record.layers {
             if let Some(layer) = self.node_layer(&image, digest)? {
-                layer.fill(&events).await?;
+                layer.fill(self, &events).await?;
                 total += layer.size();
             }
         }
@@ -348,15 +395,33 @@ fn raise_descriptor_limit() {
     }
 }
 
+/// Why containers on streamed images are not safe with this kernel, if so: operations on symbolic links that fail on our mounts.
+fn unsafe_links(config: &Config) -> Option<String> {
+    let links = Links::probe(&doctor::rooms(config));
+    let broken = links.broken_on_ours();
+    match links.has_fault() {
+        Some(true) => tracing::warn!(
+            noatime = ?links.on_noatime,
+            ours_broken = !broken.is_empty(),
+            "this kernel fails operations on symbolic links of FUSE and NFS lower directories, mended in {}",
+            doctor::fault::FIXED_TEXT
+        ),
+        found => {
+            tracing::info!(fault = ?found, erofs = ?links.on_erofs.is_ok(), "operations on symbolic links were tried")
+        }
+    }
+    let first = broken.first()?;
+    let failure = first.failure.as_deref().unwrap_or_default();
+    Some(format!(
+        "this kernel fails {} on symbolic links of EROFS lower directories: {failure}",
+        first.operation
+    ))
+}
+
 /// What this kernel lacks for streaming.
-pub(crate) fn cannot_stream() -> Option<String> {
-    let abilities = Abilities::probe();
-    [
-        ("FUSE", &abilities.fuse),
-        ("loop devices", &abilities.loop_control),
-        ("EROFS with several devices", &abilities.erofs_devices),
-    ]
-    .into_iter()
-    .find(|(_, ability)| !ability.available)
-    .map(|(name, ability)| format!("this node has no {name}: {}", ability.reason))
+pub(crate) fn cannot_stream(abilities: &Abilities) -> Option<String> {
+    [("FUSE", &abilities.fuse), ("loop devices", &abilities.loop_control), ("EROFS", &abilities.erofs)]
+        .into_iter()
+        .find(|(_, ability)| !ability.available)
+        .map(|(name, ability)| format!("this node has no {name}: {}", ability.reason))
 }

@@ -56,22 +56,28 @@ impl Node {
         Ok(())
     }
 
+    /// Serves the block file of a layer, or of a whole image, again.
     fn add_again(self: &Arc<Self>, digest: &str) {
-        let added = self.image_with(digest).and_then(|image| match image {
-            Some(image) => self.node_layer(&image, digest),
-            None => Ok(None),
-        });
-        match added {
+        match self.block_file(digest) {
             Ok(Some(_)) => {}
-            Ok(None) => tracing::debug!(layer = digest, "no image has this layer any more"),
+            Ok(None) => tracing::debug!(digest, "no image has this any more"),
             Err(error) => {
-                tracing::error!(
-                    layer = digest,
-                    error = format!("{error:#}"),
-                    "reads of this layer wait in vain"
-                );
+                tracing::error!(digest, error = format!("{error:#}"), "reads of this wait in vain");
             }
         }
+    }
+
+    /// The file that a device for a layer, or for a whole image, belongs on; `None`: it is known no more.
+    fn block_file(self: &Arc<Self>, digest: &str) -> Result<Option<PathBuf>> {
+        if let Some(image) = self.image_with(digest)? {
+            let layer = self.node_layer(&image, digest)?;
+            return Ok(layer.and_then(|layer| layer.paths().into_iter().next()));
+        }
+        let Some(record) = self.store.image(digest)? else { return Ok(None) };
+        let image = resolved_by_last_name(&record)?;
+        let layer = |digest| self.node_layer(&image, digest)?.context("the store lacks one of its layers");
+        let layers = record.layers.iter().map(|digest| layer(digest)).collect::<Result<Vec<_>>>()?;
+        self.serve_whole(digest, &layers).map(Some)
     }
 
     /// Sees to it that every device in use is on a file that is there; devices by their file. Those on block files must be
@@ -94,7 +100,7 @@ impl Node {
                 }
                 Err(error) => tracing::warn!(
                     device = found.number,
-                    layer = digest,
+                    digest,
                     error = format!("{error:#}"),
                     "a device of an earlier agent is lost"
                 ),
@@ -104,12 +110,9 @@ impl Node {
     }
 
     fn move_device(self: &Arc<Self>, number: u32, digest: &str) -> Result<PathBuf> {
-        let image = self.image_with(digest)?.context("no image has this layer any more")?;
-        let layer =
-            self.node_layer(&image, digest)?.context("the store does not have this layer any more")?;
-        let path = layer.paths().into_iter().next().context("the layer has no file")?;
+        let path = self.block_file(digest)?.context("no image has this any more")?;
         Device::adopt(number)?.hand_over(&path)?;
-        tracing::info!(device = number, layer = digest, path = %path.display(), "device moved");
+        tracing::info!(device = number, digest, path = %path.display(), "device moved");
         Ok(path)
     }
 

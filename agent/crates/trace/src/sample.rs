@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use crate::record::{AccessKind, What};
-use crate::{Capability, Levels, Record};
+use crate::{Capability, Level, Levels, Record};
 
 /// Bytes of a page.
 const PAGE: u64 = 4096;
@@ -163,7 +163,8 @@ enum Source {
 
 impl Source {
     fn of(levels: &Levels) -> Self {
-        let sees = |capability| levels.of(capability).is_some();
+        // The agent's own log sees what it serves, under another name.
+        let sees = |capability| levels.of(capability).is_some_and(|level| level > Level::Log);
         if sees(Capability::Read) && sees(Capability::Fault) {
             Self::Accesses
         } else if sees(Capability::Fill) {
@@ -263,7 +264,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Level, Process};
+    use crate::{Origin, Process};
 
     /// Inode n is a file of 100 pages and 1 byte; inode 0 is none.
     struct Image;
@@ -332,7 +333,7 @@ mod tests {
         let fills = sample(&records, &[Capability::Fill]);
         assert!(fills.files.contains(&facts(3)));
         // Where nothing is seen, what was served counts.
-        let served = What::Served { layer: 5, offset: 0, len: PAGE, service_ns: 1 };
+        let served = What::Served { layer: 5, offset: 0, len: PAGE, service_ns: 1, from: Origin::Registry };
         let record = Record { time_ns: 0, process: Process::default(), what: served };
         assert_eq!(sample(&[record], &[]).files, [facts(5)]);
     }
