@@ -4,6 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+mod batch;
+
+pub(crate) use batch::{BatchAction, SubmitArgs, Target};
+
 /// Streams container images: start a container while its image is still in the registry.
 #[derive(Debug, Parser)]
 #[command(name = "sluice", version, about, propagate_version = true, disable_help_subcommand = true)]
@@ -129,6 +133,17 @@ pub(crate) enum Command {
         #[command(subcommand)]
         action: KeyAction,
     },
+    /// Google Batch jobs, on this machine or a Kubernetes cluster
+    Batch {
+        #[command(subcommand)]
+        action: BatchAction,
+    },
+    /// Run a job that was submitted
+    #[command(hide = true)]
+    BatchRunner {
+        /// Identifier of the job
+        job: String,
+    },
     /// Switch streaming of new images on or off, or end all that is streamed
     Node {
         #[command(subcommand)]
@@ -194,6 +209,15 @@ pub(crate) struct RunArgs {
     /// OCI runtime [default: runc, else crun]
     #[arg(long, value_name = "PATH")]
     pub(crate) runtime: Option<PathBuf>,
+    /// Write how the image came to this file when the container ended, as JSON
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(crate) report: Option<PathBuf>,
+    /// Control group that the container's is made in [default: /sluice]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) cgroup_parent: Option<String>,
+    /// End when this process, which is the parent, does
+    #[arg(long, value_name = "PID", hide = true)]
+    pub(crate) parent: Option<i32>,
     #[command(flatten)]
     pub(crate) ready: ReadyArgs,
     /// Image reference

@@ -1,6 +1,7 @@
 //! The `sluice` binary: command line, daemon, and the wiring of the crates.
 
 mod api;
+mod batch;
 mod cli;
 mod client;
 mod commands;

@@ -8,6 +8,7 @@ macro_rules! say {
     };
 }
 
+mod batch;
 mod check;
 mod ctr_pull;
 mod daemon;
@@ -22,6 +23,7 @@ mod progress;
 mod ready;
 mod registry;
 mod run;
+mod run_report;
 mod shell;
 mod status;
 
@@ -89,6 +91,8 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
             crate::node::generate_key(&name)?;
             say!("{}\n{}", name.with_extension("key").display(), name.with_extension("pub").display());
         }
+        Command::Batch { action } => return batch::batch(&config, &global, action).await,
+        Command::BatchRunner { job } => batch::run(config, &job).await?,
         Command::Daemon { announce } => daemon::serve(config, announce).await?,
         Command::Stop => daemon::stop(&config).await?,
         Command::BlockServer => daemon::serve_blocks(&config)?,
