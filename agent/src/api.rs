@@ -152,6 +152,9 @@ pub(crate) struct Status {
     pub(crate) disk_bytes: u64,
     pub(crate) disk_full: bool,
     pub(crate) reads: ReadCounters,
+    /// Stream indexes that lied, since the daemon started.
+    #[serde(default)]
+    pub(crate) indexes_quarantined: u64,
     pub(crate) images: Vec<ImageStatus>,
 }
 

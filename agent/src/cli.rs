@@ -124,6 +124,11 @@ pub(crate) enum Command {
         #[command(subcommand)]
         action: ProfileAction,
     },
+    /// Keys that sign stream indexes
+    Key {
+        #[command(subcommand)]
+        action: KeyAction,
+    },
     /// Switch streaming of new images on or off, or end all that is streamed
     Node {
         #[command(subcommand)]
@@ -235,6 +240,19 @@ pub(crate) struct IndexArgs {
     /// Build and measure, publish nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
+    /// Sign it with this private key (PEM, Ed25519) [default: sign_key of the configuration]
+    #[arg(long, value_name = "KEY")]
+    pub(crate) sign: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeyAction {
+    /// Make NAME.key, which signs stream indexes, and NAME.pub, which nodes trust
+    Generate {
+        /// Path without extension
+        #[arg(default_value = "sluice")]
+        name: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]

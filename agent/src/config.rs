@@ -5,12 +5,13 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use sluice_blockfs::{Choice, Options, Way};
 use sluice_store::StoreLimits;
 
 use crate::cli::Global;
+use crate::node::Mode;
 
 const DEFAULT_CONFIG: &str = "/etc/sluice/config.toml";
 const DEFAULT_ROOT: &str = "/var/lib/sluice";
@@ -31,8 +32,18 @@ struct RawConfig {
     blocks: RawBlocks,
     images: RawImages,
     containerd: RawContainerd,
+    credentials: RawCredentials,
     prefetch: RawPrefetch,
     probes: RawProbes,
+    trust: RawTrust,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawTrust {
+    mode: Option<Mode>,
+    keys: Option<Vec<PathBuf>>,
+    sign_key: Option<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -62,6 +73,16 @@ struct RawImages {
 #[serde(default, deny_unknown_fields)]
 struct RawContainerd {
     address: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawCredentials {
+    cri_proxy: Option<bool>,
+    provider_config: Option<PathBuf>,
+    provider_bin_dir: Option<PathBuf>,
+    pull_secrets: Option<PathBuf>,
+    access_check_s: Option<u64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -171,6 +192,14 @@ pub(crate) struct Config {
     pub(crate) deny: Vec<String>,
     /// containerd's socket.
     pub(crate) containerd: PathBuf,
+    /// Serve a CRI image service that learns the credentials of pulls.
+    pub(crate) cri_proxy: bool,
+    /// kubelet's `CredentialProviderConfig`, and the directory of the plugins.
+    pub(crate) credential_providers: Option<(PathBuf, PathBuf)>,
+    /// Directory of pull secrets.
+    pub(crate) pull_secrets: Option<PathBuf>,
+    /// How long a registry's word that a repository has a layer is believed.
+    pub(crate) access_check: Duration,
     /// Fetch what profiles and start packs say.
     pub(crate) prefetch: bool,
     /// Record containers' starts.
@@ -183,6 +212,12 @@ pub(crate) struct Config {
     pub(crate) prefetch_in_flight: usize,
     /// Bound of what a start's prefetch takes of the link.
     pub(crate) prefetch_bytes_per_second: Option<u64>,
+    /// Whose stream indexes are believed.
+    pub(crate) trust: Mode,
+    /// Public keys of those who may sign them.
+    pub(crate) keys: Vec<PathBuf>,
+    /// Signs what this node publishes.
+    pub(crate) sign_key: Option<PathBuf>,
 }
 
 impl Config {
@@ -193,6 +228,9 @@ impl Config {
             None if Path::new(DEFAULT_CONFIG).exists() => RawConfig::read(Path::new(DEFAULT_CONFIG))?,
             None => RawConfig::default(),
         };
+        if raw.trust.mode == Some(Mode::Signed) && raw.trust.keys.as_ref().is_none_or(Vec::is_empty) {
+            bail!("the trust mode is `signed`, but [trust] keys names no public key: no index would be used");
+        }
         let mut plain_http = raw.registry.plain_http;
         plain_http.extend(global.plain_http.iter().cloned());
         let home = std::env::var_os("HOME").map(PathBuf::from);
@@ -226,12 +264,19 @@ impl Config {
             streaming_enabled: raw.stream.enabled.unwrap_or(true),
             allow: raw.images.allow.unwrap_or_else(|| vec!["*".to_owned()]),
             deny: raw.images.deny,
+            cri_proxy: raw.credentials.cri_proxy.unwrap_or(false),
+            credential_providers: providers(&raw.credentials)?,
+            pull_secrets: raw.credentials.pull_secrets,
+            access_check: Duration::from_secs(raw.credentials.access_check_s.unwrap_or(600)),
             prefetch: raw.prefetch.enabled.unwrap_or(true),
             record: raw.prefetch.record.unwrap_or(true),
             probes: raw.probes.enabled.unwrap_or(true),
             record_window: Duration::from_secs(raw.prefetch.window_s.unwrap_or(30)),
             prefetch_in_flight: raw.prefetch.in_flight.unwrap_or(3).max(1),
             prefetch_bytes_per_second: raw.prefetch.rate_mbit.map(|rate| rate.saturating_mul(125_000)),
+            trust: raw.trust.mode.unwrap_or_default(),
+            keys: raw.trust.keys.unwrap_or_default(),
+            sign_key: raw.trust.sign_key,
             containerd: raw.containerd.address.unwrap_or_else(|| DEFAULT_CONTAINERD.into()),
         })
     }
@@ -245,6 +290,11 @@ impl Config {
     pub(crate) fn snapshotter_socket(&self) -> PathBuf {
         self.state.join("snapshotter.sock")
     }
+
+    /// The CRI image service that learns credentials.
+    pub(crate) fn cri_socket(&self) -> PathBuf {
+        self.state.join("cri.sock")
+    }
 }
 
 impl RawConfig {
@@ -252,6 +302,15 @@ impl RawConfig {
         let text =
             std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         toml::from_str(&text).with_context(|| format!("{} is not a valid configuration", path.display()))
+    }
+}
+
+/// As kubelet's two flags: one makes no sense without the other.
+fn providers(raw: &RawCredentials) -> Result<Option<(PathBuf, PathBuf)>> {
+    match (raw.provider_config.clone(), raw.provider_bin_dir.clone()) {
+        (Some(file), Some(programs)) => Ok(Some((file, programs))),
+        (None, None) => Ok(None),
+        _ => anyhow::bail!("[credentials] provider_config and provider_bin_dir go together"),
     }
 }
 

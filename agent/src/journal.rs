@@ -30,11 +30,13 @@ pub(crate) enum Reason {
     StreamingFellBack,
     /// A call on a symbolic link failed as kernels with a known fault let it fail.
     RenameFault,
+    /// A stream index said what is not so, and is not used any more.
+    IndexQuarantined,
 }
 
 impl Reason {
     fn is_warning(self) -> bool {
-        matches!(self, Self::StreamingFellBack | Self::RenameFault)
+        matches!(self, Self::StreamingFellBack | Self::RenameFault | Self::IndexQuarantined)
     }
 }
 

@@ -5,6 +5,7 @@ mod cli;
 mod client;
 mod commands;
 mod config;
+mod credentials;
 mod daemon;
 mod doctor;
 mod journal;

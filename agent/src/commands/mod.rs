@@ -35,7 +35,7 @@ use tokio::signal::unix::{SignalKind, signal};
 pub(crate) use index::index_blob;
 pub(crate) use status::size;
 
-use crate::cli::{Cli, Command, IndexAction, TraceAction};
+use crate::cli::{Cli, Command, IndexAction, KeyAction, TraceAction};
 use crate::client::Client;
 use crate::config::Config;
 
@@ -85,6 +85,10 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
         Command::CtrPull(args) => ctr_pull::pull(&config, args).await?,
         Command::Events { follow, json } => events::events(&config, follow, json).await?,
         Command::Node { action } => node::node(&config, &global, action).await?,
+        Command::Key { action: KeyAction::Generate { name } } => {
+            crate::node::generate_key(&name)?;
+            say!("{}\n{}", name.with_extension("key").display(), name.with_extension("pub").display());
+        }
         Command::Daemon { announce } => daemon::serve(config, announce).await?,
         Command::Stop => daemon::stop(&config).await?,
         Command::BlockServer => daemon::serve_blocks(&config)?,

@@ -1,5 +1,6 @@
 //! The node: images in use, their layers, and everything the crates do for them, wired together.
 
+mod access;
 mod acquire;
 mod ahead;
 mod block_server;
@@ -7,6 +8,7 @@ mod embedded;
 mod faults;
 mod files;
 mod kept;
+mod keys;
 mod known;
 mod layers;
 mod metadata;
@@ -15,6 +17,7 @@ mod pack;
 mod prepare;
 mod probing;
 mod profiles;
+mod quarantine;
 mod reads;
 mod recover;
 mod room;
@@ -23,6 +26,7 @@ mod sources;
 mod starts;
 mod status;
 mod switch;
+mod trust;
 mod unpack;
 
 use std::collections::HashMap;
@@ -41,15 +45,19 @@ use sluice_stream::Scheduler;
 
 use crate::api::{FsckReport, GcReport, Holder, PullReport, Served};
 use crate::config::Config;
+use crate::credentials::{self, Learned};
 use crate::daemon::EventSender;
 use crate::doctor::{self, links::Links};
 use crate::journal::Journal;
 pub(crate) use block_server::socket as block_socket;
 pub(crate) use embedded::embedded_index;
+pub(crate) use keys::{SigningKey, generate as generate_key};
 use layers::NodeLayer;
 pub(crate) use metadata::merge_for_agent;
 pub(crate) use prepare::{read_index, unsupported};
 pub(crate) use snapshots::NodeImages;
+pub(crate) use switch::fits;
+pub(crate) use trust::{HEADER_ANNOTATION, Mode, SIGNATURES_ANNOTATION, Trust, header_digest, sign};
 
 /// Background fetches under way on a node at once.
 const BACKGROUND_FETCHES: usize = 3;
@@ -75,7 +83,11 @@ pub(crate) struct Node {
     form: Form,
     store: Store,
     registry: Client,
+    /// Credentials that the CRI handed over.
+    learned: Arc<Learned>,
+    granted: Mutex<access::Granted>,
     artifacts: ArtifactStore,
+    trust: Arc<Trust>,
     scheduler: Scheduler,
     blockfs: Mutex<Option<BlockFs>>,
     layers: Mutex<HashMap<String, Arc<NodeLayer>>>,
@@ -111,14 +123,15 @@ struct Image {
     holders: Vec<Holder>,
 }
 
-/// A registry client of this configuration.
-pub(crate) fn registry_client(config: &Config) -> Result<Client> {
+/// A registry client of this configuration; `learned` is the daemon's own.
+pub(crate) fn registry_client(config: &Config, learned: Option<Arc<Learned>>) -> Result<Client> {
     let limits = Limits { longest_retry_after: config.longest_retry_after, ..Limits::default() };
     let config = RegistryConfig {
         hosts_dir: config.hosts_dir.clone(),
         plain_http: config.plain_http.clone(),
         docker_config: config.docker_config.clone(),
         extra_ca: config.extra_ca.clone(),
+        credentials: credentials::source(config, learned)?,
         connections_per_host: config.connections_per_host,
     };
     Ok(Client::with_limits(config, limits)?)
@@ -132,6 +145,12 @@ pub(crate) fn artifact_store(config: &Config, url: Option<&str>, registry: &Clie
     }
 }
 
+/// Whose indexes are believed; those at `url` are the caller's own.
+pub(crate) fn trust(config: &Config, url: Option<&str>) -> Result<Trust> {
+    let own_store = url.or(config.index_store.as_deref()).is_some();
+    Trust::open(config.trust, &config.keys, own_store, &config.root)
+}
+
 impl Node {
     /// Opens the store, mounts FUSE, and takes over or cleans what an earlier agent left.
     pub(crate) async fn start(config: Arc<Config>) -> Result<Arc<Self>> {
@@ -139,14 +158,18 @@ impl Node {
         for dir in [&config.root, &config.state] {
             std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         }
-        let registry = registry_client(&config)?;
+        let learned = Arc::new(Learned::open(&config.state));
+        let registry = registry_client(&config, Some(Arc::clone(&learned)))?;
         let abilities = Abilities::probe();
         let probed = Arc::clone(&config);
         let unsafe_links = tokio::task::spawn_blocking(move || unsafe_links(&probed)).await?;
         let node = Arc::new(Self {
             store: Store::open_with(&config.root, config.store_limits)?,
             artifacts: artifact_store(&config, None, &registry)?,
+            trust: Arc::new(trust(&config, None)?),
             registry,
+            learned,
+            granted: Mutex::default(),
             scheduler: Scheduler::new(BACKGROUND_FETCHES),
             blockfs: Mutex::new(None),
             layers: Mutex::default(),
@@ -182,6 +205,11 @@ impl Node {
         node.resume_adopted()?;
         node.keep_room();
         Ok(node)
+    }
+
+    /// Credentials that the CRI handed over.
+    pub(crate) fn learned(&self) -> &Arc<Learned> {
+        &self.learned
     }
 
     /// Gives an image back; the last holder's leave unmounts it.
@@ -224,7 +252,7 @@ impl Node {
         let mut total = 0;
         for digest in &record.layers {
             if let Some(layer) = self.node_layer(&image, digest)? {
-                layer.fill(&events).await?;
+                layer.fill(self, &events).await?;
                 total += layer.size();
             }
         }

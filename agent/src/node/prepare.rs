@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use sluice_image::index::LayerIndex;
 use sluice_registry::artifact::{ArtifactBlob, ArtifactReader};
@@ -14,14 +14,12 @@ use sluice_stream::first_pull;
 
 use super::embedded::embedded_index;
 use super::sources::RegistryBlob;
-use super::{INDEX_KIND, LAYER_ANNOTATION, Node, TOC_ANNOTATION, one_device};
+use super::trust::Found;
+use super::{HEADER_ANNOTATION, INDEX_KIND, Node, SigningKey, TOC_ANNOTATION, header_digest, one_device};
 use crate::daemon::EventSender;
 
 /// Layers decoded at once during a first pull: each has two threads of work.
 const LAYERS_AT_ONCE: usize = 3;
-
-/// Index blobs of an image, if there are any.
-type Indexes = Vec<(ArtifactBlob, ArtifactReader)>;
 
 impl Node {
     /// Sees to it that every layer is in the store, at least as a table of contents, and that the image's EROFS metadata
@@ -40,11 +38,11 @@ impl Node {
         {
             return self.record(image, known.layer_blocks);
         }
-        let indexes = match self.artifacts.find(image, INDEX_KIND).await {
-            Ok(found) => found.unwrap_or_default(),
+        let found = match self.trust.find(&self.artifacts, image).await {
+            Ok(found) => found,
             Err(error) => {
                 tracing::warn!(image = image.reference.to_string(), %error, "cannot look for a stream index");
-                Vec::new()
+                Found::default()
             }
         };
         let total = image.layers.iter().map(|layer| layer.size).sum();
@@ -60,10 +58,10 @@ impl Node {
                 distinct.push(layer);
             }
         }
-        let at_once = if indexes.is_empty() { LAYERS_AT_ONCE } else { image.layers.len().max(1) };
+        let at_once = if found.indexes.is_empty() { LAYERS_AT_ONCE } else { image.layers.len().max(1) };
         let mut preparations = Vec::new();
         for layer in distinct {
-            preparations.push(self.prepare_layer(image, layer, &indexes, events, &progress).boxed());
+            preparations.push(self.prepare_layer(image, layer, &found, events, &progress).boxed());
         }
         let mut work = futures::stream::iter(preparations).buffer_unordered(at_once);
         while let Some(done) = work.try_next().await? {
@@ -83,7 +81,7 @@ impl Node {
         &self,
         image: &ResolvedImage,
         layer: &Layer,
-        indexes: &Indexes,
+        found: &Found,
         events: &EventSender,
         progress: &(impl Fn(u64) + Sync),
     ) -> Result<Option<(String, LayerIndex)>> {
@@ -94,7 +92,7 @@ impl Node {
         if let Some(reason) = unsupported(&layer.media_type) {
             bail!("layer {}: {reason}", layer.digest);
         }
-        if let Some(index) = self.find_index(image, layer, indexes, events).await {
+        if let Some(index) = self.find_index(image, layer, found, events).await {
             if !index.random_access() {
                 tracing::info!(layer = layer.digest, "no random access: the layer is streamed in order");
             }
@@ -113,6 +111,7 @@ impl Node {
             progress,
         )
         .await?;
+        self.trust.remember(&pull.index)?;
         Ok(Some((layer.digest.clone(), pull.index)))
     }
 
@@ -121,16 +120,21 @@ impl Node {
         &self,
         image: &ResolvedImage,
         layer: &Layer,
-        indexes: &Indexes,
+        found: &Found,
         events: &EventSender,
     ) -> Option<LayerIndex> {
         let refuse = |what: &str, error: &anyhow::Error| {
             events.note(format!("{what} of layer {} is not used: {error:#}", layer.digest));
             tracing::warn!(layer = layer.digest, error = format!("{error:#}"), "{what} refused");
         };
-        let of_layer = |blob: &ArtifactBlob| blob.annotations.get(LAYER_ANNOTATION) == Some(&layer.digest);
-        if let Some((blob, reader)) = indexes.iter().find(|(blob, _)| of_layer(blob)) {
+        if let Some(reason) = found.refused.get(&layer.digest) {
+            refuse("the published index", &anyhow!("{reason}"));
+        }
+        if let Some((blob, reader)) = found.indexes.get(&layer.digest) {
             match read_index(layer, blob, reader).await {
+                Ok(index) if self.trust.condemned(&header_digest(&index)) => {
+                    refuse("the index", &anyhow!("it lied before"));
+                }
                 Ok(index) => return Some(index),
                 Err(error) => refuse("the index", &error),
             }
@@ -171,16 +175,21 @@ impl Node {
         }
         let (node, image) = (Arc::clone(self), image.clone());
         tokio::spawn(async move {
-            let blobs = pulled
-                .into_iter()
-                .map(|(digest, index)| crate::commands::index_blob(&digest, &index))
-                .collect();
-            match node.artifacts.publish(&image, INDEX_KIND, blobs).await {
+            let publish = async {
+                let key = node.config.sign_key.as_deref().map(SigningKey::read).transpose()?;
+                let blob = |(digest, index): &(String, LayerIndex)| {
+                    crate::commands::index_blob(digest, index, key.as_ref())
+                };
+                let blobs = pulled.iter().map(blob).collect();
+                anyhow::Ok(node.artifacts.publish(&image, INDEX_KIND, blobs).await?)
+            };
+            match publish.await {
                 Ok(digest) => {
                     tracing::info!(image = image.reference.to_string(), digest, "stream index published")
                 }
                 Err(error) => {
-                    tracing::info!(image = image.reference.to_string(), %error, "stream index not published")
+                    let (image, error) = (image.reference.to_string(), format!("{error:#}"));
+                    tracing::info!(image, error, "stream index not published")
                 }
             }
         });
@@ -212,6 +221,10 @@ pub(crate) async fn read_index(
     let index = LayerIndex::from_blob(bytes.to_vec())?;
     if !index.has_own_tar() {
         bail!("it claims to come from the layer's own table of contents, which only this node may read");
+    }
+    let stated = blob.annotations.get(HEADER_ANNOTATION);
+    if stated.is_some_and(|stated| *stated != header_digest(&index)) {
+        bail!("it is not what its annotation {HEADER_ANNOTATION} says");
     }
     let header = index.header();
     if header.layer_digest_text() != layer.digest {

@@ -44,6 +44,7 @@ impl Node {
                 bytes_prefetch: counters.bytes(Lane::Prefetch),
                 bytes_fill: counters.bytes(Lane::Fill),
             },
+            indexes_quarantined: self.trust.lies.load(Ordering::Relaxed),
             images,
         })
     }

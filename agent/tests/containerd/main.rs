@@ -8,6 +8,7 @@
     reason = "tests fail by panicking"
 )]
 
+mod credentials;
 mod cri;
 mod images;
 mod lifetime;

@@ -35,9 +35,9 @@ impl Node {
         Self { dir, registry, address }
     }
 
-    /// One whose image has a published index.
+    /// One whose image has a published index, which other nodes beside the same registry use too.
     pub(crate) fn indexed(config: &str) -> Self {
-        let node = Self::new(config);
+        let node = Self::new(&format!("{config}\n[trust]\nmode = \"any\"\n"));
         node.ok(&["index", &node.image()]);
         node
     }
@@ -61,6 +61,18 @@ impl Node {
     /// From now on there is `image:newer` too, of which one file differs.
     pub(crate) fn add_version(&self) {
         make_image(&self.path("images/image"), "newer", b"newer");
+    }
+
+    /// Digests of the image's layers.
+    pub(crate) fn layers(&self) -> Vec<String> {
+        let layout = self.dir.join("images/image");
+        let read = |name: &str| -> Value {
+            serde_json::from_slice(&fs::read(layout.join(name)).expect("readable")).expect("json")
+        };
+        let digest = |descriptor: &Value| descriptor["digest"].as_str().expect("a digest").to_owned();
+        let manifest = digest(&read("index.json")["manifests"][0]);
+        let manifest = read(&format!("blobs/{}", manifest.replace(':', "/")));
+        manifest["layers"].as_array().expect("layers").iter().map(digest).collect()
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

@@ -17,8 +17,8 @@ use tokio::task::JoinHandle;
 use crate::claims::{Claim, Claims, RunState};
 use crate::outage::Outage;
 use crate::run::{self, Run};
-use crate::source::read_all;
 use crate::spans::{Place, Spans};
+use crate::windows::Windows;
 use crate::{BlobSource, Lane, Scheduler, SourceError, StreamError};
 
 /// How often damaged bytes are fetched before the read fails: the second time elsewhere, if there is an elsewhere.
@@ -53,6 +53,7 @@ pub struct LayerParts {
 pub struct StreamedLayer {
     pub(crate) parts: LayerParts,
     pub(crate) spans: Spans,
+    windows: Arc<Windows>,
     pub(crate) claims: Arc<Claims>,
     pub(crate) algorithm: DigestAlgorithm,
     copies: OnceCell<LocalCopies>,
@@ -72,8 +73,11 @@ pub struct StreamedLayer {
 impl StreamedLayer {
     /// `index` is the layer's table of contents; of it only the spans stay in memory.
     pub fn new(parts: LayerParts, index: &LayerIndex) -> Arc<Self> {
+        let section = &index.header().windows;
+        let section = section.offset.get()..section.offset.get().saturating_add(section.len.get());
         Arc::new(Self {
             spans: Spans::new(index),
+            windows: Windows::new(Arc::clone(&parts.index_blob), section, parts.layer.windows_path()),
             claims: Arc::default(),
             algorithm: index.digest_algorithm(),
             copies: OnceCell::new(),
@@ -97,6 +101,16 @@ impl StreamedLayer {
     /// Becomes true when the layer is complete.
     pub fn completion(&self) -> watch::Receiver<bool> {
         self.complete.subscribe()
+    }
+
+    /// Another handle of the layer, complete and with the same contents, is in the store: to be handed over.
+    pub fn replaced(&self) {
+        self.complete.send_replace(true);
+    }
+
+    /// Forgets that the whole was not what it should be, once the cause is gone.
+    pub fn try_again(&self) {
+        *self.broken() = None;
     }
 
     /// Reads from what is here; `false` if some of it is not.
@@ -253,12 +267,13 @@ impl StreamedLayer {
         } else {
             self.spans.compressed(spans.clone())
         };
-        let window = match self.spans.window(&span) {
-            empty if empty.is_empty() => Vec::new(),
-            range => read_all(&*self.parts.index_blob, range, lane, elsewhere).await.map_err(|source| {
-                StreamError::Fetch { layer: digest(), start: compressed.start, end: compressed.end, source }
-            })?,
-        };
+        let window = self.windows.read(self.spans.window(&span), lane, elsewhere).await;
+        let window = window.map_err(|source| StreamError::Fetch {
+            layer: digest(),
+            start: compressed.start,
+            end: compressed.end,
+            source,
+        })?;
         let run = Run {
             tar: (spans.start..=spans.end).map(|span| self.spans.tar(span..span).start).collect(),
             first_span: spans.start,

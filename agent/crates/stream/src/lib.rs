@@ -15,6 +15,7 @@ mod run;
 mod scheduler;
 mod source;
 mod spans;
+mod windows;
 
 pub use ahead::Expected;
 pub use first_pull::{FirstPull, first_pull};
