@@ -9,6 +9,7 @@ mod credentials;
 mod daemon;
 mod doctor;
 mod journal;
+mod kubernetes;
 mod node;
 
 use std::process::ExitCode;
