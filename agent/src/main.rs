@@ -10,6 +10,7 @@ mod credentials;
 mod daemon;
 mod doctor;
 mod journal;
+mod kubernetes;
 mod node;
 
 use std::process::ExitCode;
