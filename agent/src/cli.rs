@@ -109,6 +109,12 @@ pub(crate) enum Command {
     },
     /// Pull an image into containerd with the labels that its snapshotter needs to stream it
     CtrPull(CtrPullArgs),
+    /// Tell a Kubernetes cluster what happens on this node: Events, and the label sluice.dev/image-streaming
+    Kubernetes {
+        /// The Node's name
+        #[arg(long, env = "NODE_NAME")]
+        node: String,
+    },
     /// Show what happened to images on this node
     Events {
         /// Go on with what happens from now on

@@ -32,6 +32,7 @@ struct RawConfig {
     blocks: RawBlocks,
     images: RawImages,
     containerd: RawContainerd,
+    credentials: RawCredentials,
     prefetch: RawPrefetch,
     probes: RawProbes,
     trust: RawTrust,
@@ -72,6 +73,16 @@ struct RawImages {
 #[serde(default, deny_unknown_fields)]
 struct RawContainerd {
     address: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawCredentials {
+    cri_proxy: Option<bool>,
+    provider_config: Option<PathBuf>,
+    provider_bin_dir: Option<PathBuf>,
+    pull_secrets: Option<PathBuf>,
+    access_check_s: Option<u64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -181,6 +192,14 @@ pub(crate) struct Config {
     pub(crate) deny: Vec<String>,
     /// containerd's socket.
     pub(crate) containerd: PathBuf,
+    /// Serve a CRI image service that learns the credentials of pulls.
+    pub(crate) cri_proxy: bool,
+    /// kubelet's `CredentialProviderConfig`, and the directory of the plugins.
+    pub(crate) credential_providers: Option<(PathBuf, PathBuf)>,
+    /// Directory of pull secrets.
+    pub(crate) pull_secrets: Option<PathBuf>,
+    /// How long a registry's word that a repository has a layer is believed.
+    pub(crate) access_check: Duration,
     /// Fetch what profiles and start packs say.
     pub(crate) prefetch: bool,
     /// Record containers' starts.
@@ -245,6 +264,10 @@ impl Config {
             streaming_enabled: raw.stream.enabled.unwrap_or(true),
             allow: raw.images.allow.unwrap_or_else(|| vec!["*".to_owned()]),
             deny: raw.images.deny,
+            cri_proxy: raw.credentials.cri_proxy.unwrap_or(false),
+            credential_providers: providers(&raw.credentials)?,
+            pull_secrets: raw.credentials.pull_secrets,
+            access_check: Duration::from_secs(raw.credentials.access_check_s.unwrap_or(600)),
             prefetch: raw.prefetch.enabled.unwrap_or(true),
             record: raw.prefetch.record.unwrap_or(true),
             probes: raw.probes.enabled.unwrap_or(true),
@@ -267,6 +290,11 @@ impl Config {
     pub(crate) fn snapshotter_socket(&self) -> PathBuf {
         self.state.join("snapshotter.sock")
     }
+
+    /// The CRI image service that learns credentials.
+    pub(crate) fn cri_socket(&self) -> PathBuf {
+        self.state.join("cri.sock")
+    }
 }
 
 impl RawConfig {
@@ -274,6 +302,15 @@ impl RawConfig {
         let text =
             std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         toml::from_str(&text).with_context(|| format!("{} is not a valid configuration", path.display()))
+    }
+}
+
+/// As kubelet's two flags: one makes no sense without the other.
+fn providers(raw: &RawCredentials) -> Result<Option<(PathBuf, PathBuf)>> {
+    match (raw.provider_config.clone(), raw.provider_bin_dir.clone()) {
+        (Some(file), Some(programs)) => Ok(Some((file, programs))),
+        (None, None) => Ok(None),
+        _ => anyhow::bail!("[credentials] provider_config and provider_bin_dir go together"),
     }
 }
 

@@ -6,9 +6,11 @@ mod cli;
 mod client;
 mod commands;
 mod config;
+mod credentials;
 mod daemon;
 mod doctor;
 mod journal;
+mod kubernetes;
 mod node;
 
 use std::process::ExitCode;

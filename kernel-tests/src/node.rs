@@ -11,12 +11,12 @@ use serde_json::Value;
 
 /// Where the host put them.
 pub(crate) const SLUICE: &str = "/usr/lib/kernel-tests/sluice";
+const ADDRESS: &str = "127.0.0.1:5000";
 const IMAGES: &str = "/usr/lib/kernel-tests/images";
 
 /// See the module text. What it started ends with the case: PID 1 sees to that.
 pub(crate) struct Node {
     dir: PathBuf,
-    address: String,
     registry: Child,
 }
 
@@ -28,26 +28,28 @@ impl Node {
         if !images.exists() {
             checked(Command::new("busybox").args(["cp", "-a", IMAGES]).arg(&images))?;
         }
-        fs::write(dir.join("config.toml"), config)?;
-        let mut registry = Command::new(SLUICE)
-            .arg("registry")
-            .arg(&images)
-            .args(["--listen", "127.0.0.1:5000"])
-            .args(link)
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("cannot start the registry")?;
-        let mut line = String::new();
-        BufReader::new(registry.stdout.take().context("no output")?).read_line(&mut line)?;
-        let address = line.trim().rsplit(' ').next().unwrap_or_default().to_owned();
-        if address.is_empty() {
-            bail!("the registry does not start");
+        // The image's index comes from this guest's own registry.
+        fs::write(dir.join("config.toml"), format!("{config}\n[trust]\nmode = \"any\"\n"))?;
+        let registry = start_registry(&images, link)?;
+        Ok(Self { dir: dir.to_path_buf(), registry })
+    }
+
+    /// From now on the registry turns a bit of everything it sends of the image's largest layer.
+    pub(crate) fn damage_layer(&mut self) -> Result<()> {
+        let mut blobs = Vec::new();
+        for blob in fs::read_dir(self.path("images/image/blobs/sha256"))? {
+            let blob = blob?;
+            blobs.push((blob.metadata()?.len(), blob.file_name().to_string_lossy().into_owned()));
         }
-        Ok(Self { dir: dir.to_path_buf(), address, registry })
+        let (_, largest) = blobs.into_iter().max().context("an image without blobs")?;
+        self.end_registry()?;
+        let faults = format!(r#"{{"path":"{largest}","flip":true}}"#);
+        self.registry = start_registry(&self.path("images"), &["--faults", &faults])?;
+        Ok(())
     }
 
     pub(crate) fn image(&self) -> String {
-        format!("{}/image:latest", self.address)
+        format!("{ADDRESS}/image:latest")
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -108,6 +110,23 @@ impl Node {
         fs::write(&path, &sums)?;
         checked(Command::new("busybox").args(["sha256sum", "-c"]).arg(path).current_dir(root)).map(|_| ())
     }
+}
+
+fn start_registry(images: &Path, options: &[&str]) -> Result<Child> {
+    let mut registry = Command::new(SLUICE)
+        .arg("registry")
+        .arg(images)
+        .args(["--listen", ADDRESS])
+        .args(options)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start the registry")?;
+    let mut line = String::new();
+    BufReader::new(registry.stdout.take().context("no output")?).read_line(&mut line)?;
+    if line.trim().is_empty() {
+        bail!("the registry does not start");
+    }
+    Ok(registry)
 }
 
 /// Runs a command that must succeed; what it wrote.

@@ -86,6 +86,7 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
         Command::Fsck => return images::fsck(&config, &global).await,
         Command::CtrPull(args) => ctr_pull::pull(&config, args).await?,
         Command::Events { follow, json } => events::events(&config, follow, json).await?,
+        Command::Kubernetes { node } => crate::kubernetes::report(&config, &node, interrupted()?).await?,
         Command::Node { action } => node::node(&config, &global, action).await?,
         Command::Key { action: KeyAction::Generate { name } } => {
             crate::node::generate_key(&name)?;

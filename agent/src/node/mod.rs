@@ -1,5 +1,6 @@
 //! The node: images in use, their layers, and everything the crates do for them, wired together.
 
+mod access;
 mod acquire;
 mod ahead;
 mod block_server;
@@ -44,6 +45,7 @@ use sluice_stream::Scheduler;
 
 use crate::api::{FsckReport, GcReport, Holder, PullReport, Served};
 use crate::config::Config;
+use crate::credentials::{self, Learned};
 use crate::daemon::EventSender;
 use crate::doctor::{self, links::Links};
 use crate::journal::Journal;
@@ -54,6 +56,7 @@ use layers::NodeLayer;
 pub(crate) use metadata::merge_for_agent;
 pub(crate) use prepare::{read_index, unsupported};
 pub(crate) use snapshots::NodeImages;
+pub(crate) use switch::fits;
 pub(crate) use trust::{HEADER_ANNOTATION, Mode, SIGNATURES_ANNOTATION, Trust, header_digest, sign};
 
 /// Background fetches under way on a node at once.
@@ -80,6 +83,9 @@ pub(crate) struct Node {
     form: Form,
     store: Store,
     registry: Client,
+    /// Credentials that the CRI handed over.
+    learned: Arc<Learned>,
+    granted: Mutex<access::Granted>,
     artifacts: ArtifactStore,
     trust: Arc<Trust>,
     scheduler: Scheduler,
@@ -117,14 +123,15 @@ struct Image {
     holders: Vec<Holder>,
 }
 
-/// A registry client of this configuration.
-pub(crate) fn registry_client(config: &Config) -> Result<Client> {
+/// A registry client of this configuration; `learned` is the daemon's own.
+pub(crate) fn registry_client(config: &Config, learned: Option<Arc<Learned>>) -> Result<Client> {
     let limits = Limits { longest_retry_after: config.longest_retry_after, ..Limits::default() };
     let config = RegistryConfig {
         hosts_dir: config.hosts_dir.clone(),
         plain_http: config.plain_http.clone(),
         docker_config: config.docker_config.clone(),
         extra_ca: config.extra_ca.clone(),
+        credentials: credentials::source(config, learned)?,
         connections_per_host: config.connections_per_host,
     };
     Ok(Client::with_limits(config, limits)?)
@@ -151,7 +158,8 @@ impl Node {
         for dir in [&config.root, &config.state] {
             std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         }
-        let registry = registry_client(&config)?;
+        let learned = Arc::new(Learned::open(&config.state));
+        let registry = registry_client(&config, Some(Arc::clone(&learned)))?;
         let abilities = Abilities::probe();
         let probed = Arc::clone(&config);
         let unsafe_links = tokio::task::spawn_blocking(move || unsafe_links(&probed)).await?;
@@ -160,6 +168,8 @@ impl Node {
             artifacts: artifact_store(&config, None, &registry)?,
             trust: Arc::new(trust(&config, None)?),
             registry,
+            learned,
+            granted: Mutex::default(),
             scheduler: Scheduler::new(BACKGROUND_FETCHES),
             blockfs: Mutex::new(None),
             layers: Mutex::default(),
@@ -195,6 +205,11 @@ impl Node {
         node.resume_adopted()?;
         node.keep_room();
         Ok(node)
+    }
+
+    /// Credentials that the CRI handed over.
+    pub(crate) fn learned(&self) -> &Arc<Learned> {
+        &self.learned
     }
 
     /// Gives an image back; the last holder's leave unmounts it.

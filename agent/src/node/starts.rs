@@ -70,16 +70,12 @@ impl Node {
     /// The image is there: what is known is fetched, and what the start touches is recorded.
     pub(super) async fn begin_start(self: &Arc<Self>, lookup: Lookup, started: Started) {
         let (key, window) = (lookup.key.clone(), lookup.window);
-        self.begin_prefetch(lookup, started.layers.clone());
-        if !self.config.record {
-            return;
-        }
         // Without probes that see what is in memory, only the first start since the mount is seen as it is.
-        if !started.fresh && !self.probing.sees_memory() {
-            return;
-        }
+        let recorded = self.config.record && (started.fresh || self.probing.sees_memory());
+        let reads = recorded.then(|| self.reads.begin(started.layers.clone()));
+        self.begin_prefetch(lookup, started.layers.clone());
+        let Some(reads) = reads else { return };
         let holder = started.holder.clone();
-        let reads = self.reads.begin(started.layers.clone());
         let probed = self.begin_probing(&started, window).await;
         let metadata = match started.dir.as_deref().filter(|_| probed.is_some()).map(metadata_of) {
             Some(Ok(file)) => Some(file),

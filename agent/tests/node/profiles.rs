@@ -166,7 +166,7 @@ fn a_new_version_of_the_image_inherits_what_was_learned_of_the_same_files() {
     assert_eq!(node.ok(&["run", &newer, "sh", "-c", SCRIPT]), said().replace("after", "newer"));
     let log = node.log();
     assert!(log.contains("inherited from an earlier version"), "{log}");
-    assert!(counter(&node, "bytes_prefetch") > 0);
+    wait_until("the prefetch is done", || node.log().contains("what the profile says is here"));
     // An own start replaces what was inherited.
     wait_until("both have profiles", || node.ok(&["profile", "list"]).lines().count() == 2);
 }

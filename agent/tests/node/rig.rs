@@ -63,6 +63,18 @@ impl Node {
         make_image(&self.path("images/image"), "newer", b"newer");
     }
 
+    /// Digests of the image's layers.
+    pub(crate) fn layers(&self) -> Vec<String> {
+        let layout = self.dir.join("images/image");
+        let read = |name: &str| -> Value {
+            serde_json::from_slice(&fs::read(layout.join(name)).expect("readable")).expect("json")
+        };
+        let digest = |descriptor: &Value| descriptor["digest"].as_str().expect("a digest").to_owned();
+        let manifest = digest(&read("index.json")["manifests"][0]);
+        let manifest = read(&format!("blobs/{}", manifest.replace(':', "/")));
+        manifest["layers"].as_array().expect("layers").iter().map(digest).collect()
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }

@@ -154,7 +154,7 @@ fn qemu(boot: &Boot<'_>, lines: &[String]) -> Command {
         .arg(boot.initramfs)
         .arg("-append")
         .arg(format!(
-            "console=ttyS0 loglevel=5 panic=-1 mitigations=off nokaslr tsc=reliable clocksource=tsc \
+            "console=ttyS0 loglevel=5 panic=-1 no_timer_check mitigations=off nokaslr tsc=reliable clocksource=tsc \
              random.trust_cpu=on watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120 {}",
             boot.options
         ))

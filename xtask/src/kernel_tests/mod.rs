@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use self::cases::{CASES, Case, Place, Run};
+use self::cases::{Case, Place, Run};
 use self::guest::{Boot, Ended};
 use self::pack::Pack;
 use self::report::{Outcome, Report, Verdict};
@@ -236,7 +236,9 @@ fn carry_out(job: &Job<'_>, pack: &Pack, args: &Args, accelerator: &str) -> Resu
         let ended = heard.ended.iter().find(|ended| ended.name == case.name);
         outcomes.push(judged(kernel, case, ended, heard.died.as_deref().unwrap_or_default(), args.broken));
     }
-    if !args.keep {
+    if args.keep {
+        println!("{name}: kept {}", scratch.display());
+    } else {
         std::fs::remove_file(&scratch)?;
     }
     Ok(outcomes)
@@ -325,6 +327,7 @@ fn shell(pack: &Pack, kernel: &Kernel, accelerator: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::cases::CASES;
     use super::*;
 
     fn kernel(release: &str) -> Kernel {
