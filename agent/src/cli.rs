@@ -139,6 +139,9 @@ pub(crate) enum Command {
     /// Serve block files, whichever daemon comes and goes
     #[command(hide = true)]
     BlockServer,
+    /// Merge the layers of an image, for the daemon
+    #[command(hide = true)]
+    WriteMetadata,
     /// Serve a directory of OCI layouts as a registry
     Registry(RegistryArgs),
     /// Write the man pages into a directory

@@ -99,6 +99,7 @@ struct RawStore {
 struct RawBlocks {
     way: RawWay,
     queue_depth: Option<u16>,
+    one_device: bool,
     patience_s: Option<u64>,
 }
 
@@ -161,6 +162,8 @@ pub(crate) struct Config {
     pub(crate) store_limits: StoreLimits,
     /// How block files are served.
     pub(crate) blocks: Options,
+    /// Attach an image as one block device, as kernels before 5.16 need it.
+    pub(crate) one_device: bool,
     /// The file that all this comes from.
     pub(crate) file: Option<PathBuf>,
     /// Stream new images at all.
@@ -228,6 +231,7 @@ impl Config {
                 reserve_bytes: raw.store.reserve_mib.unwrap_or(64) << 20,
             },
             blocks: raw.blocks.resolve(),
+            one_device: raw.blocks.one_device,
             file: global.config.clone(),
             streaming_enabled: raw.stream.enabled.unwrap_or(true),
             allow: raw.images.allow.unwrap_or_else(|| vec!["*".to_owned()]),

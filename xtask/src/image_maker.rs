@@ -81,7 +81,7 @@ fn make_in(work: &Path, recipe: Recipe, progress: &ProgressBar) -> Result<()> {
         layers.push(pack(&upper, work)?);
         lower.insert(0, upper);
     }
-    write_layout(&work.join("layout"), recipe, &layers)
+    write_layout(&work.join("layout"), recipe.command, &layers)
 }
 
 /// debootstrap's minimal system, cached by itself.
@@ -196,11 +196,11 @@ fn whiteouts(tree: &Path) -> Result<()> {
     Ok(())
 }
 
-fn write_layout(layout: &Path, recipe: Recipe, layers: &[Layer]) -> Result<()> {
+fn write_layout(layout: &Path, command: &[&str], layers: &[Layer]) -> Result<()> {
     let config = json!({
         "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
         "os": "linux",
-        "config": { "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": recipe.command },
+        "config": { "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": command },
         "rootfs": {
             "type": "layers",
             "diff_ids": layers.iter().map(|layer| format!("sha256:{}", layer.diff_id)).collect::<Vec<_>>(),
@@ -273,6 +273,16 @@ fn clean_dir(dir: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// An image of directories as they are, lowest first: the layout `name` in `root`.
+pub(crate) fn from_trees(root: &Path, name: &str, trees: &[PathBuf]) -> Result<()> {
+    let work = root.join(format!(".{name}"));
+    fs::create_dir_all(work.join("layout/blobs/sha256"))?;
+    let layers = trees.iter().map(|tree| pack(tree, &work)).collect::<Result<Vec<_>>>()?;
+    write_layout(&work.join("layout"), &["sh"], &layers)?;
+    fs::rename(work.join("layout"), root.join(name)).context("cannot move the image")?;
+    clean_dir(&work)
 }
 
 /// Copies an image of any registry; the directory of layouts, and its name there. It keeps its layers as they are.

@@ -7,6 +7,7 @@ mod bench;
 mod containerd;
 mod demo;
 mod ebpf;
+mod fuzz;
 mod image_maker;
 mod install;
 mod measure;
@@ -14,6 +15,7 @@ mod oracle;
 mod packages;
 mod run;
 mod sluice;
+mod soak;
 mod test;
 mod tidy;
 
@@ -42,6 +44,10 @@ enum Command {
         #[command(subcommand)]
         bench: Bench,
     },
+    /// Fuzz the parsers of outside bytes
+    Fuzz(fuzz::Args),
+    /// A node under faults of all kinds: no wrong byte, no failed read, no deadlock, and all is complete in the end
+    Soak(soak::Args),
     /// Build the eBPF programs, and install what that needs
     Ebpf,
     /// Compare `sluice mount` with `umoci unpack`, path by path
@@ -58,6 +64,8 @@ enum Command {
 enum Bench {
     /// Time to ready: containerd's full pull, sluice's first pull, sluice streamed
     Start(bench::Args),
+    /// Many containers, a storm of starts, ten thousand blocked reads, fairness between containers
+    Load(bench::load::Args),
 }
 
 fn main() -> Result<()> {
@@ -65,6 +73,9 @@ fn main() -> Result<()> {
         Command::Demo(args) => demo::demo(&args),
         Command::Test { filter } => test::test(filter.as_deref()),
         Command::Bench { bench: Bench::Start(args) } => bench::start(&args),
+        Command::Bench { bench: Bench::Load(args) } => bench::load::load(&args),
+        Command::Fuzz(args) => fuzz::fuzz(&args),
+        Command::Soak(args) => soak::soak(&args),
         Command::Ebpf => ebpf::build().map(|object| println!("{}", object.display())),
         Command::Oracle => oracle::oracle(),
         Command::Install(args) => install::install(&args),

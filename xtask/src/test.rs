@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use crate::run::{show, top};
-use crate::{ebpf, oracle, packages, tidy};
+use crate::{ebpf, fuzz, oracle, packages, soak, tidy};
 
 /// Installs what tests need and runs them; root, FUSE and loop devices are needed.
 pub(crate) fn test(filter: Option<&str>) -> Result<()> {
@@ -23,5 +23,10 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
         command.arg(filter);
     }
     show(&mut command)?;
-    if filter.is_none() { oracle::oracle() } else { Ok(()) }
+    if filter.is_some() {
+        return Ok(());
+    }
+    oracle::oracle()?;
+    soak::soak(&soak::Args::short())?;
+    fuzz::fuzz(&fuzz::Args::short())
 }

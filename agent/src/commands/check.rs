@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use sluice_image::decode::Compression;
+use sluice_kernel::Abilities;
 use sluice_registry::Client;
 
 use super::status::size;
@@ -19,7 +20,7 @@ pub(crate) async fn check(config: &Arc<Config>, name: &str, store: Option<String
     let registry = registry_client(config)?;
     let image = registry.resolve(&Client::parse(name)?).await?;
     say!("{} {}", image.reference, image.manifest_digest);
-    if let Some(reason) = cannot_stream() {
+    if let Some(reason) = cannot_stream(&Abilities::probe()) {
         say!("node: {reason}; images are pulled the ordinary way");
     }
     let trust = trust(config, store.as_deref())?;

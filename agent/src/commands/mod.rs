@@ -86,10 +86,11 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
             crate::node::generate_key(&name)?;
             say!("{}\n{}", name.with_extension("key").display(), name.with_extension("pub").display());
         }
-        Command::Node { action } => node::node(&config, action).await?,
+        Command::Node { action } => node::node(&config, &global, action).await?,
         Command::Daemon { announce } => daemon::serve(config, announce).await?,
-        Command::Stop => daemon::stop(&config, false).await?,
+        Command::Stop => daemon::stop(&config).await?,
         Command::BlockServer => daemon::serve_blocks(&config)?,
+        Command::WriteMetadata => crate::node::merge_for_agent()?,
         Command::Registry(args) => registry::serve(args).await?,
         Command::Man { dir } => shell::man(&dir)?,
         Command::Completions { shell } => shell::completions(shell),

@@ -216,10 +216,8 @@ impl Node {
         let Some(fuse_path) = &layer.fuse_path else { return Ok(()) };
         // Held while devices are switched, so that no new one appears on the FUSE file.
         let _device = layer.device.lock().unwrap_or_else(PoisonError::into_inner);
-        for found in
-            sluice_kernel::loop_device::list()?.iter().filter(|found| found.backing_file == *fuse_path)
-        {
-            Device::adopt(found.number)?.hand_over(&layer.layer.data_path())?;
+        for device in Device::all_on(fuse_path)? {
+            device.hand_over(&layer.layer.data_path())?;
         }
         if let Some(blockfs) = self.lock(&self.blockfs).as_ref() {
             blockfs.remove(fuse_path)?;

@@ -7,6 +7,9 @@ mod files;
 mod kept;
 mod keys;
 mod layers;
+mod metadata;
+mod one_device;
+mod prepare;
 mod profiles;
 mod quarantine;
 mod reads;
@@ -18,6 +21,7 @@ mod starts;
 mod status;
 mod switch;
 mod trust;
+mod unpack;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -25,7 +29,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use sluice_blockfs::{BlockFs, ImageMount};
+use sluice_image::erofs::Form;
 use sluice_kernel::Abilities;
+use sluice_kernel::mount::UnmountOptions;
 use sluice_registry::artifact::{ArtifactStore, Kind};
 use sluice_registry::{Client, Limits, RegistryConfig};
 use sluice_store::Store;
@@ -35,11 +41,12 @@ use crate::api::{FsckReport, GcReport, Holder, PullReport, Served};
 use crate::config::Config;
 use crate::daemon::EventSender;
 use crate::journal::Journal;
-pub(crate) use acquire::{read_index, unsupported};
 pub(crate) use block_server::socket as block_socket;
 pub(crate) use embedded::embedded_index;
 pub(crate) use keys::{SigningKey, generate as generate_key};
 use layers::NodeLayer;
+pub(crate) use metadata::merge_for_agent;
+pub(crate) use prepare::{read_index, unsupported};
 pub(crate) use snapshots::NodeImages;
 pub(crate) use trust::{HEADER_ANNOTATION, Mode, SIGNATURES_ANNOTATION, Trust, header_digest, sign};
 
@@ -63,6 +70,8 @@ pub(crate) struct Node {
     config: Arc<Config>,
     /// Why images cannot be streamed here, if so.
     cannot_stream: Option<String>,
+    /// How images are attached on this kernel.
+    form: Form,
     store: Store,
     registry: Client,
     artifacts: ArtifactStore,
@@ -71,6 +80,8 @@ pub(crate) struct Node {
     blockfs: Mutex<Option<BlockFs>>,
     layers: Mutex<HashMap<String, Arc<NodeLayer>>>,
     images: Mutex<HashMap<String, Image>>,
+    /// Block files of whole images, by the images' keys: see `one_device`.
+    whole_images: Mutex<HashMap<String, PathBuf>>,
     /// One preparation of an image at a time.
     preparing: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// One writer of what is kept for the next agent.
@@ -133,6 +144,7 @@ impl Node {
             std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         }
         let registry = registry_client(&config)?;
+        let abilities = Abilities::probe();
         let node = Arc::new(Self {
             store: Store::open_with(&config.root, config.store_limits)?,
             artifacts: artifact_store(&config, None, &registry)?,
@@ -142,9 +154,15 @@ impl Node {
             blockfs: Mutex::new(None),
             layers: Mutex::default(),
             images: Mutex::default(),
+            whole_images: Mutex::default(),
             preparing: Mutex::default(),
             keeping: Mutex::default(),
-            cannot_stream: cannot_stream(),
+            cannot_stream: cannot_stream(&abilities),
+            form: if config.one_device || !abilities.erofs_devices.available {
+                Form::OneDevice
+            } else {
+                Form::Devices
+            },
             journal: Journal::default(),
             switch: switch::Switch::open(&config)?,
             profiles: profiles::Profiles::new(config.root.join("profiles")),
@@ -180,11 +198,13 @@ impl Node {
             true
         });
         self.keep();
+        let node = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
             for (digest, mount) in unused {
                 if let Err(error) = mount.unmount() {
                     tracing::warn!(%digest, %error, "cannot unmount");
                 }
+                node.stop_serving_whole(&digest);
             }
         })
         .await
@@ -225,7 +245,7 @@ impl Node {
         for holder in self.unmounted_holders() {
             self.release(&holder).await?;
         }
-        let in_use = self.in_use()?;
+        let in_use = self.in_use_when_settled().await?;
         let recorded: Vec<String> = self.store.images()?.into_iter().flat_map(|image| image.layers).collect();
         self.forget_layers(|digest| {
             in_use.layers.contains(digest) || recorded.iter().any(|one| one == digest)
@@ -244,9 +264,12 @@ impl Node {
     }
 
     /// Reads everything in the store again.
-    pub(crate) async fn fsck(&self) -> Result<FsckReport> {
+    pub(crate) async fn fsck(self: &Arc<Self>) -> Result<FsckReport> {
         let store = self.store.clone();
         let report = tokio::task::spawn_blocking(move || store.fsck()).await??;
+        for digest in &report.damaged {
+            self.fetch_again(digest)?;
+        }
         Ok(FsckReport {
             layers: report.layers,
             chunks_checked: report.chunks_checked,
@@ -271,8 +294,9 @@ impl Node {
         self.keep();
         let blockfs = self.lock(&self.blockfs).take();
         tokio::task::spawn_blocking(move || {
-            for mount in images.into_iter().filter_map(|image| image.mount) {
-                if let Err(error) = mount.unmount() {
+            for image in images {
+                image.holders.iter().for_each(unmount_holder);
+                if let Some(Err(error)) = image.mount.map(ImageMount::unmount) {
                     tracing::warn!(%error, "cannot unmount");
                 }
             }
@@ -320,6 +344,16 @@ impl Node {
     }
 }
 
+/// Takes a mount of `sluice mount` out of the tree.
+fn unmount_holder(holder: &Holder) {
+    let Holder::MountPoint(dir) = holder else { return };
+    let options = UnmountOptions { lazy: true, force: false };
+    match sluice_kernel::unmount(dir, options) {
+        Ok(()) => tracing::info!(dir = %dir.display(), "unmounted"),
+        Err(error) => tracing::debug!(%error, dir = %dir.display(), "nothing was mounted any more"),
+    }
+}
+
 /// Each layer in use takes descriptors: 500 images took 1542.
 fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -331,14 +365,9 @@ fn raise_descriptor_limit() {
 }
 
 /// What this kernel lacks for streaming.
-pub(crate) fn cannot_stream() -> Option<String> {
-    let abilities = Abilities::probe();
-    [
-        ("FUSE", &abilities.fuse),
-        ("loop devices", &abilities.loop_control),
-        ("EROFS with several devices", &abilities.erofs_devices),
-    ]
-    .into_iter()
-    .find(|(_, ability)| !ability.available)
-    .map(|(name, ability)| format!("this node has no {name}: {}", ability.reason))
+pub(crate) fn cannot_stream(abilities: &Abilities) -> Option<String> {
+    [("FUSE", &abilities.fuse), ("loop devices", &abilities.loop_control), ("EROFS", &abilities.erofs)]
+        .into_iter()
+        .find(|(_, ability)| !ability.available)
+        .map(|(name, ability)| format!("this node has no {name}: {}", ability.reason))
 }

@@ -32,6 +32,11 @@ impl Node {
         let mut tried = Some(tried);
         let mut pause = FIRST_PAUSE;
         while let Err(error) = self.complete(&layer).await {
+            let current = self.lock(&self.layers).get(layer.layer().digest()).cloned();
+            if current.is_some_and(|current| !Arc::ptr_eq(&current, &layer)) {
+                // The layer began anew: others see to it.
+                return;
+            }
             let error = format!("{error:#}");
             tracing::error!(layer = layer.layer().digest(), error, "the layer cannot be completed yet");
             layer.fail(Some(error));
@@ -53,6 +58,18 @@ impl Node {
             ) => self.examine(layer, streamed, error).await,
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// A layer of which something on the disk was lost: fetched again, at once if an image in use has it.
+    pub(super) fn fetch_again(self: &Arc<Self>, digest: &str) -> Result<()> {
+        self.lock(&self.layers).remove(digest);
+        let used = self.lock(&self.images).values().any(|image| image.layers.iter().any(|one| one == digest));
+        if let Some(image) = self.image_with(digest)?.filter(|_| used)
+            && let Some(layer) = self.node_layer(&image, digest)?
+        {
+            self.fill_in_background(&[layer]);
+        }
+        Ok(())
     }
 
     async fn examine(

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use sluice_trace::{Process, Record, What};
+use sluice_trace::{Origin, Process, Record, What};
 
 /// Reads kept of one start; more are no start's working set.
 const MAX_READS: usize = 100_000;
@@ -54,8 +54,8 @@ impl ReadLog {
         (records, lost)
     }
 
-    /// A read that came at `asked` was answered.
-    pub(super) fn served(&self, layer: &str, offset: u64, len: usize, asked: Instant) {
+    /// A read that came at `asked` was answered with bytes that were there.
+    pub(super) fn served(&self, layer: &str, offset: u64, len: usize, asked: Instant, from: Origin) {
         if self.active.load(Ordering::Acquire) == 0 {
             return;
         }
@@ -74,6 +74,7 @@ impl ReadLog {
                     offset,
                     len: len as u64,
                     service_ns: asked.elapsed().as_nanos() as u64,
+                    from,
                 },
             });
         }
@@ -91,13 +92,13 @@ mod tests {
     #[test]
     fn reads_go_to_the_starts_that_have_the_layer() {
         let log = ReadLog::default();
-        log.served("a", 0, 1, Instant::now());
+        log.served("a", 0, 1, Instant::now(), Origin::Disk);
         let first = log.begin(vec!["a".to_owned(), "b".to_owned()]);
         let second = log.begin(vec!["b".to_owned()]);
         let early = Instant::now();
-        log.served("b", 4096, 10, Instant::now());
-        log.served("a", 0, 20, early);
-        log.served("c", 0, 30, Instant::now());
+        log.served("b", 4096, 10, Instant::now(), Origin::Disk);
+        log.served("a", 0, 20, early, Origin::Registry);
+        log.served("c", 0, 30, Instant::now(), Origin::Disk);
         let places = |records: Vec<Record>| -> Vec<(u32, u64, u64)> {
             let place = |record: &Record| match record.what {
                 What::Served { layer, offset, len, .. } => (layer, offset, len),
@@ -107,7 +108,7 @@ mod tests {
         };
         let (records, lost) = log.end(&first);
         assert_eq!((places(records), lost), (vec![(0, 0, 20), (1, 4096, 10)], 0));
-        log.served("b", 0, 1, Instant::now());
+        log.served("b", 0, 1, Instant::now(), Origin::Disk);
         assert_eq!(places(log.end(&second).0).len(), 2);
     }
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail};
 use oci_spec::image::ImageConfiguration;
 use sluice_containerd::{ImageMounts, Refusal, RemoteLayer, Usage, chain_ids};
+use sluice_image::erofs::Form;
 use sluice_registry::{Client, ResolvedImage};
 use tokio::sync::mpsc;
 
@@ -163,9 +164,14 @@ impl Node {
         if part.key == part.image.manifest_digest {
             return self.make_mounted(&part.image, events).await;
         }
+        if self.form == Form::OneDevice {
+            bail!(
+                "parts of an image cannot be mounted on this kernel (EROFS with several devices is Linux 5.16)"
+            );
+        }
         self.prepare(&part.image, events).await?;
         let lower = part.truncated();
-        let (blocks, _dropped) = self.write_metadata(&lower).await?;
+        let blocks = self.write_metadata(&lower).await?.layer_blocks;
         let digests: Vec<String> = lower.layers.iter().map(|layer| layer.digest.clone()).collect();
         let made = self.mount_prepared(&part.image, &part.key, &digests, &blocks).await?;
         // The kernel has it open; no image's record would ever remove it.

@@ -13,6 +13,7 @@ use sluice_blockfs::{BlockSource, ReadError};
 use sluice_registry::artifact::{ArtifactBlob, ArtifactReader, ArtifactStore};
 use sluice_registry::{Blob, RegistryError, ResolvedImage};
 use sluice_stream::{BlobSource, Lane, SourceError, StreamedLayer};
+use sluice_trace::Origin;
 
 use super::reads::ReadLog;
 use super::{HEADER_ANNOTATION, Trust};
@@ -105,7 +106,7 @@ impl BlockSource for LayerBlocks {
         let asked = Instant::now();
         let here = self.layer.try_read(offset, buffer)?;
         if here {
-            self.log.served(self.layer.layer().digest(), offset, buffer.len(), asked);
+            self.log.served(self.layer.layer().digest(), offset, buffer.len(), asked, Origin::Disk);
         }
         Ok(here)
     }
@@ -115,7 +116,7 @@ impl BlockSource for LayerBlocks {
             let asked = Instant::now();
             let read = self.layer.read(offset, len).await;
             if read.is_ok() {
-                self.log.served(self.layer.layer().digest(), offset, len, asked);
+                self.log.served(self.layer.layer().digest(), offset, len, asked, Origin::Registry);
             }
             read.map_err(|error| ReadError { errno: libc::EIO, message: error.to_string() })
         }

@@ -251,6 +251,8 @@ impl Node {
             // Times of level 0 count from the beginning.
             began_ns: 0,
             levels: Levels::default(),
+            agent: env!("CARGO_PKG_VERSION").to_owned(),
+            ..Header::default()
         };
         let reads = records.len() as u64;
         let end = records.last().map_or(0, |record| record.time_ns);

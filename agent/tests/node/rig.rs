@@ -42,6 +42,18 @@ impl Node {
         node
     }
 
+    /// Adds an image of many empty files, `crowd:latest`, with its index; the reference.
+    pub(crate) fn crowd(&self, files: usize) -> String {
+        let mut layer = Layer::default();
+        for number in 0..files {
+            layer.file(&format!("crowd/{}/{number}", number % 1000), 0o644, b"");
+        }
+        write_layout(&self.dir.join("images/crowd"), &[layer.finish()]);
+        let reference = format!("{}/crowd:latest", self.address);
+        self.ok(&["index", &reference]);
+        reference
+    }
+
     pub(crate) fn image(&self) -> String {
         format!("{}/image:latest", self.address)
     }
@@ -111,9 +123,7 @@ impl Node {
     /// Forgets all that is local: from now on this is another node beside the same registry.
     pub(crate) fn become_another(&self) {
         if self.path("state/sluice.sock").exists() {
-            let pid = nix::unistd::Pid::from_raw(self.daemon_pid());
             self.ok(&["node", "drain"]);
-            wait_until("the daemon is gone", || nix::sys::signal::kill(pid, None).is_err() || zombie(pid));
         }
         for name in ["root", "state"] {
             if self.path(name).exists() {
@@ -166,6 +176,21 @@ impl Node {
         wait_until("the daemon is gone", || nix::sys::signal::kill(pid, None).is_err() || zombie(pid));
     }
 
+    /// `kill -9` of the server of block files, which nobody expects.
+    pub(crate) fn kill_block_server(&self) {
+        let state = self.path("state");
+        let server = |pid: &i32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let words: Vec<_> = line.split(|byte| *byte == 0).collect();
+            words.contains(&&b"block-server"[..]) && words.contains(&state.as_os_str().as_encoded_bytes())
+        };
+        let pids = fs::read_dir("/proc").expect("readable").flatten();
+        let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let pid = nix::unistd::Pid::from_raw(pids.find(server).expect("it runs"));
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("killed");
+        wait_until("the server is gone", || nix::sys::signal::kill(pid, None).is_err() || zombie(pid));
+    }
+
     /// The daemon's log.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.dir.join("state/daemon.log")).unwrap_or_default()
@@ -189,9 +214,7 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        if self.path("state/sluice.sock").exists() {
-            drop(self.run(&["node", "drain"]));
-        }
+        drop(self.run(&["node", "drain"]));
         drop(self.registry.kill());
         drop(self.registry.wait());
         if std::thread::panicking() {

@@ -1,8 +1,10 @@
 //! Processes: descriptors for them, orphans, dying with the parent, and the heap of this one.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
@@ -13,6 +15,19 @@ pub fn pidfd_open(pid: Pid) -> Result<OwnedFd, Errno> {
     let fd = RawFd::try_from(Errno::result(result)?).map_err(|_range| Errno::EBADF)?;
     // SAFETY: the kernel just returned this descriptor to us and nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Blocks until the process ended, at most `timeout` (for ever if none); says whether it did.
+pub fn wait_for_end(pidfd: &OwnedFd, timeout: Option<Duration>) -> Result<bool, Errno> {
+    let deadline = timeout.map(|timeout| Instant::now() + timeout);
+    loop {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let left = left.map_or(PollTimeout::NONE, |left| left.try_into().unwrap_or(PollTimeout::MAX));
+        match poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], left) {
+            Err(Errno::EINTR) => {}
+            ended => return ended.map(|ended| ended > 0),
+        }
+    }
 }
 
 /// Sends a signal through a pidfd: cannot hit a process that took the number over.

@@ -17,6 +17,8 @@ pub struct FsckReport {
     pub chunks_checked: u64,
     /// One line each.
     pub problems: Vec<String>,
+    /// Digests of the layers of which something has to be fetched again.
+    pub damaged: Vec<String>,
 }
 
 impl Store {
@@ -55,6 +57,13 @@ impl Store {
     }
 
     fn check_layer(&self, layer: &Layer, report: &mut FsckReport) -> Result<(), StoreError> {
+        if ["data", "index", "chunks", "extents"].iter().any(|name| !layer.dir().join(name).exists()) {
+            report.problems.push(format!("layer {}: files of it are gone", layer.digest()));
+            report.damaged.push(layer.digest().to_owned());
+            // Whoever asks for it next begins it anew.
+            self.lock_open().remove(layer.digest());
+            return Ok(());
+        }
         let path = layer.index_path();
         let index = LayerIndex::from_blob(fs::read(&path).on("read", &path)?);
         let index = match index {
@@ -83,6 +92,7 @@ impl Store {
             }
         }
         if bad {
+            report.damaged.push(layer.digest().to_owned());
             self.record_whole_map(layer)?;
         }
         tracing::debug!(layer = layer.digest(), dir = %layer.dir().display(), bad, "checked");

@@ -7,8 +7,8 @@
 
 use sluice_events::Call;
 
+use crate::record::{AccessKind, FailedCall, FetchLane, Origin, Phase, Process, Record, What};
 use crate::varint::{Input, Malformed, put, put_bytes, put_signed};
-use crate::{AccessKind, FailedCall, Process, Record, What};
 use std::collections::HashMap;
 
 const DEFINE: u8 = 0;
@@ -19,6 +19,12 @@ const BLOCKED: u8 = 4;
 const FAILED: u8 = 5;
 const SERVED: u8 = 6;
 const READY: u8 = 7;
+// From version 2 of the format on.
+const SERVED_FROM: u8 = 8;
+const PHASE: u8 = 9;
+const FETCH: u8 = 10;
+const BROUGHT: u8 = 11;
+const FILE: u8 = 12;
 
 /// Longest path that is kept.
 const MAX_PATH: usize = 4096;
@@ -53,8 +59,12 @@ impl Encoder {
             What::Access { .. } => ACCESS,
             What::Blocked { .. } => BLOCKED,
             What::Failed(_) => FAILED,
-            What::Served { .. } => SERVED,
+            What::Served { .. } => SERVED_FROM,
             What::Ready => READY,
+            What::Phase { .. } => PHASE,
+            What::Fetch { .. } => FETCH,
+            What::Brought { .. } => BROUGHT,
+            What::File { .. } => FILE,
         };
         let out = &mut self.bytes;
         out.push(kind);
@@ -75,12 +85,32 @@ impl Encoder {
                 [*inode, *offset, *blocked_ns].into_iter().for_each(|number| put(out, number));
             }
             What::Failed(call) => failed(out, call),
-            What::Served { layer, offset, len, service_ns } => {
+            What::Served { layer, offset, len, service_ns, from } => {
+                out.push(*from as u8);
                 [u64::from(*layer), *offset, *len, *service_ns]
                     .into_iter()
                     .for_each(|number| put(out, number));
             }
             What::Ready => {}
+            What::Phase { phase, took_ns } => {
+                out.push(*phase as u8);
+                put(out, *took_ns);
+            }
+            What::Fetch { lane, layer, offset, len, first_byte_ns, took_ns, whole } => {
+                out.extend([*lane as u8, u8::from(*whole)]);
+                let layer = layer.map_or(0, |layer| u64::from(layer) + 1);
+                [layer, *offset, *len, *first_byte_ns, *took_ns]
+                    .into_iter()
+                    .for_each(|number| put(out, number));
+            }
+            What::Brought { lane, layer, offset, len } => {
+                out.push(*lane as u8);
+                [u64::from(*layer), *offset, *len].into_iter().for_each(|number| put(out, number));
+            }
+            What::File { inode, layer, offset, size, path } => {
+                [*inode, u64::from(*layer), *offset, *size].into_iter().for_each(|number| put(out, number));
+                put_bytes(out, cut(path));
+            }
         }
     }
 
@@ -197,14 +227,50 @@ fn what(kind: u8, input: &mut Input<'_>) -> Result<What, Malformed> {
             What::Blocked { inode: input.number()?, offset: input.number()?, blocked_ns: input.number()? }
         }
         FAILED => What::Failed(failed_call(input)?),
-        SERVED => What::Served {
+        SERVED => served(Origin::Unknown, input)?,
+        SERVED_FROM => served(known(Origin::from_number, input)?, input)?,
+        READY => What::Ready,
+        PHASE => What::Phase { phase: known(Phase::from_number, input)?, took_ns: input.number()? },
+        FETCH => What::Fetch {
+            lane: known(FetchLane::from_number, input)?,
+            whole: input.byte()? != 0,
+            layer: match input.at_most(1 << 32)? {
+                0 => None,
+                number => Some((number - 1) as u32),
+            },
+            offset: input.number()?,
+            len: input.number()?,
+            first_byte_ns: input.number()?,
+            took_ns: input.number()?,
+        },
+        BROUGHT => What::Brought {
+            lane: known(FetchLane::from_number, input)?,
             layer: input.u32()?,
             offset: input.number()?,
             len: input.number()?,
-            service_ns: input.number()?,
         },
-        READY => What::Ready,
+        FILE => What::File {
+            inode: input.number()?,
+            layer: input.u32()?,
+            offset: input.number()?,
+            size: input.number()?,
+            path: input.bytes(MAX_PATH)?.to_vec(),
+        },
         _ => return Err(Malformed),
+    })
+}
+
+fn known<T>(from_number: impl Fn(u8) -> Option<T>, input: &mut Input<'_>) -> Result<T, Malformed> {
+    from_number(input.byte()?).ok_or(Malformed)
+}
+
+fn served(from: Origin, input: &mut Input<'_>) -> Result<What, Malformed> {
+    Ok(What::Served {
+        layer: input.u32()?,
+        offset: input.number()?,
+        len: input.number()?,
+        service_ns: input.number()?,
+        from,
     })
 }
 

@@ -10,7 +10,8 @@
 //! | blocks | each: 4 length, 4 compressed length (both little-endian), a zstd frame with checksum |
 //! | end | a block of length 0; its frame holds JSON of [`Footer`] |
 //!
-//! Blocks hold records: see [`crate::codec`]. A file without end was cut off (a crash): what is whole is read, then an error
+//! Blocks hold records: see [`crate::codec`]. Version 2 added kinds of records (steps, fetches, what arrived, files) and where
+//! served bytes were; version 1 is still read. A file without end was cut off (a crash): what is whole is read, then an error
 //! says so.
 
 use std::io::{self, Read, Write};
@@ -20,7 +21,9 @@ use crate::{Footer, Header, Record};
 
 const MAGIC: [u8; 8] = *b"SLUICETR";
 /// Version of the format.
-pub const TRACE_VERSION: u16 = 1;
+pub const TRACE_VERSION: u16 = 2;
+/// The oldest version that is read: what later ones added is missing in it.
+const OLDEST_VERSION: u16 = 1;
 /// Longest header or footer accepted.
 const MAX_TEXT: usize = 64 << 10;
 /// Records are gathered to blocks of about this size.
@@ -41,7 +44,7 @@ pub enum TraceError {
     #[error("this is no trace")]
     NotATrace,
     /// Another version of the format.
-    #[error("the trace has version {0}, and this program reads version {TRACE_VERSION}")]
+    #[error("the trace has version {0}, and this program reads versions {OLDEST_VERSION} to {TRACE_VERSION}")]
     Version(u16),
     /// Something in it is not as the format has it.
     #[error("the trace is damaged in block {block}: {what}")]
@@ -147,7 +150,7 @@ impl<R: Read> TraceReader<R> {
             return Err(TraceError::NotATrace);
         }
         let version = u16::from_le_bytes([v0, v1]);
-        if version != TRACE_VERSION {
+        if !(OLDEST_VERSION..=TRACE_VERSION).contains(&version) {
             return Err(TraceError::Version(version));
         }
         let len = u32::from_le_bytes([l0, l1, l2, l3]) as usize;

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::Levels;
 
 /// The beginning of a trace.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Header {
     /// Digest of the image's manifest.
     pub image: String,
@@ -15,12 +15,33 @@ pub struct Header {
     pub kernel: String,
     /// Machine architecture, as `uname -m` gives it.
     pub machine: String,
-    /// When recording began: seconds since 1970.
+    /// When the start began: seconds since 1970.
     pub began_at: u64,
-    /// When recording began on the clock of the records, nanoseconds of `CLOCK_MONOTONIC`.
+    /// When the start began, on the clock of the records, in nanoseconds.
     pub began_ns: u64,
     /// What was seen, and by what.
     pub levels: Levels,
+    /// The image as it was asked for; empty: not known.
+    #[serde(default)]
+    pub reference: String,
+    /// Layers, in the order in which they are applied; records speak of them by number.
+    #[serde(default)]
+    pub layers: Vec<TracedLayer>,
+    /// What the container is called on its node; empty: not known.
+    #[serde(default)]
+    pub container: String,
+    /// Version of the agent.
+    #[serde(default)]
+    pub agent: String,
+}
+
+/// A layer of a trace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TracedLayer {
+    /// Digest of the blob.
+    pub digest: String,
+    /// Bytes of its local file: the contents of its files, whole blocks.
+    pub bytes: u64,
 }
 
 /// The end of a trace.

@@ -16,9 +16,9 @@ mod sample;
 mod varint;
 
 pub use file::{TRACE_VERSION, TraceError, TraceReader, TraceWriter};
-pub use header::{Footer, Header, entry_class};
+pub use header::{Footer, Header, TracedLayer, entry_class};
 pub use level::{Capability, Level, Levels};
 pub use profile::{MAX_SAMPLES, PROFILE_VERSION, Planned, Profile, ProfileError, ProfileKey};
-pub use record::{AccessKind, FailedCall, Process, Record, What};
+pub use record::{AccessKind, FailedCall, FetchLane, Origin, Phase, Process, Record, What};
 pub use sample::{ContentKey, FileFacts, Resolve, Sample, SampleRange};
 pub use sluice_events::Call;

@@ -38,6 +38,119 @@ impl AccessKind {
     }
 }
 
+/// Where the bytes of a read were when it came.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+#[non_exhaustive]
+pub enum Origin {
+    /// It was not recorded.
+    #[default]
+    Unknown = 0,
+    /// In the page cache.
+    Memory = 1,
+    /// In the layer store since before the start, or for the fill or another read.
+    Disk = 2,
+    /// In the layer store, from the start pack.
+    StartPack = 3,
+    /// In the layer store, fetched ahead by the profile.
+    Prefetch = 4,
+    /// In the registry: the reader waited for the network.
+    Registry = 5,
+}
+
+impl Origin {
+    /// All of them, by number.
+    pub const ALL: [Self; 6] =
+        [Self::Unknown, Self::Memory, Self::Disk, Self::StartPack, Self::Prefetch, Self::Registry];
+
+    /// As exports name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Memory => "memory",
+            Self::Disk => "disk",
+            Self::StartPack => "start pack",
+            Self::Prefetch => "prefetch",
+            Self::Registry => "registry",
+        }
+    }
+
+    pub(crate) fn from_number(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|one| *one as u8 == number)
+    }
+}
+
+/// For whom bytes are fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+#[non_exhaustive]
+pub enum FetchLane {
+    /// A process is blocked.
+    Demand = 0,
+    /// The profile says that one will be.
+    Prefetch = 1,
+    /// The rest of the image.
+    Fill = 2,
+    /// The start pack.
+    StartPack = 3,
+}
+
+impl FetchLane {
+    /// All of them, by number.
+    pub const ALL: [Self; 4] = [Self::Demand, Self::Prefetch, Self::Fill, Self::StartPack];
+
+    /// As exports name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Demand => "demand",
+            Self::Prefetch => "prefetch",
+            Self::Fill => "fill",
+            Self::StartPack => "start pack",
+        }
+    }
+
+    pub(crate) fn from_number(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|one| *one as u8 == number)
+    }
+}
+
+/// A step on the way from the request for an image to a container that is ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+#[non_exhaustive]
+pub enum Phase {
+    /// From the request to a root file system: the steps below are in it.
+    Pull = 0,
+    /// What the reference names is asked of the registry.
+    Resolve = 1,
+    /// Tables of contents are brought, or made by a first pull, and merged.
+    Index = 2,
+    /// The image is mounted.
+    Mount = 3,
+    /// What is known of the start is looked for: its profile and its start pack. Beside the others.
+    Profile = 4,
+}
+
+impl Phase {
+    /// All of them, by number.
+    pub const ALL: [Self; 5] = [Self::Pull, Self::Resolve, Self::Index, Self::Mount, Self::Profile];
+
+    /// As exports name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pull => "pull",
+            Self::Resolve => "resolve",
+            Self::Index => "index",
+            Self::Mount => "mount",
+            Self::Profile => "profile",
+        }
+    }
+
+    pub(crate) fn from_number(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|one| *one as u8 == number)
+    }
+}
+
 /// A call that changes a name or attributes failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FailedCall {
@@ -116,11 +229,61 @@ pub enum What {
         offset: u64,
         /// Bytes.
         len: u64,
-        /// Nanoseconds from the request to the answer.
+        /// Nanoseconds from the request, which is the record's time, to the answer.
         service_ns: u64,
+        /// Where they were.
+        from: Origin,
     },
     /// The container is ready, as its owner defines it.
     Ready,
+    /// A step before the container's start. The record's time is that of its beginning.
+    Phase {
+        /// Which.
+        phase: Phase,
+        /// Nanoseconds.
+        took_ns: u64,
+    },
+    /// One request for bytes of a layer's blob or of a start pack. The record's time is that of the request.
+    Fetch {
+        /// For whom.
+        lane: FetchLane,
+        /// Number of the layer; `None` for a start pack.
+        layer: Option<u32>,
+        /// First byte of the blob.
+        offset: u64,
+        /// Bytes that came.
+        len: u64,
+        /// Nanoseconds until the first of them came.
+        first_byte_ns: u64,
+        /// Nanoseconds until the last of them came.
+        took_ns: u64,
+        /// Whether all came that was asked for.
+        whole: bool,
+    },
+    /// Bytes of a layer's local file arrived and were verified.
+    Brought {
+        /// For whom they were fetched.
+        lane: FetchLane,
+        /// Number of the layer.
+        layer: u32,
+        /// First byte in the layer's local file.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// A file that other records speak of, by its inode number or by its place in a layer. Stands before them.
+    File {
+        /// Inode number in the image; 0: not known.
+        inode: u64,
+        /// Number of the layer.
+        layer: u32,
+        /// First byte in the layer's local file.
+        offset: u64,
+        /// Bytes.
+        size: u64,
+        /// Path relative to the image's root.
+        path: Vec<u8>,
+    },
 }
 
 /// One thing that a container did.

@@ -263,7 +263,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Level, Process};
+    use crate::{Level, Origin, Process};
 
     /// Inode n is a file of 100 pages and 1 byte; inode 0 is none.
     struct Image;
@@ -332,7 +332,7 @@ mod tests {
         let fills = sample(&records, &[Capability::Fill]);
         assert!(fills.files.contains(&facts(3)));
         // Where nothing is seen, what was served counts.
-        let served = What::Served { layer: 5, offset: 0, len: PAGE, service_ns: 1 };
+        let served = What::Served { layer: 5, offset: 0, len: PAGE, service_ns: 1, from: Origin::Registry };
         let record = Record { time_ns: 0, process: Process::default(), what: served };
         assert_eq!(sample(&[record], &[]).files, [facts(5)]);
     }

@@ -2,8 +2,8 @@
 
 use proptest::prelude::*;
 use sluice_trace::{
-    AccessKind, Call, Capability, FailedCall, Footer, Header, Level, Levels, Process, Record, TraceError,
-    TraceReader, TraceWriter, What,
+    AccessKind, Call, Capability, FailedCall, FetchLane, Footer, Header, Level, Levels, Origin, Phase,
+    Process, Record, TraceError, TraceReader, TraceWriter, TracedLayer, What,
 };
 
 fn header() -> Header {
@@ -17,6 +17,10 @@ fn header() -> Header {
         began_at: 1_700_000_000,
         began_ns: 5_000_000_000,
         levels: Levels { reached, refused },
+        reference: "registry.example/app:1".to_owned(),
+        layers: vec![TracedLayer { digest: "sha256:abcd".to_owned(), bytes: 8192 }],
+        container: "process 77".to_owned(),
+        agent: "0.1.0".to_owned(),
     }
 }
 
@@ -62,14 +66,29 @@ fn any_what() -> impl Strategy<Value = What> {
             len
         }),
         any::<[u64; 3]>().prop_map(|[inode, offset, blocked_ns]| What::Blocked { inode, offset, blocked_ns }),
-        (any::<u32>(), any::<[u64; 3]>()).prop_map(|(layer, [offset, len, service_ns])| What::Served {
-            layer,
-            offset,
-            len,
-            service_ns
-        }),
+        (any::<u32>(), any::<[u64; 3]>(), 0..Origin::ALL.len()).prop_map(
+            |(layer, [offset, len, service_ns], from)| {
+                let from = Origin::ALL[from];
+                What::Served { layer, offset, len, service_ns, from }
+            }
+        ),
         failed_call(),
         Just(What::Ready),
+        (0..Phase::ALL.len(), any::<u64>())
+            .prop_map(|(phase, took_ns)| What::Phase { phase: Phase::ALL[phase], took_ns }),
+        (0..FetchLane::ALL.len(), any::<Option<u32>>(), any::<[u64; 4]>(), any::<bool>()).prop_map(
+            |(lane, layer, [offset, len, first_byte_ns, took_ns], whole)| {
+                let lane = FetchLane::ALL[lane];
+                What::Fetch { lane, layer, offset, len, first_byte_ns, took_ns, whole }
+            }
+        ),
+        (0..FetchLane::ALL.len(), any::<u32>(), any::<[u64; 2]>()).prop_map(
+            |(lane, layer, [offset, len])| {
+                What::Brought { lane: FetchLane::ALL[lane], layer, offset, len }
+            }
+        ),
+        (any::<u32>(), any::<[u64; 3]>(), proptest::collection::vec(any::<u8>(), 0..300))
+            .prop_map(|(layer, [inode, offset, size], path)| What::File { inode, layer, offset, size, path }),
     ]
 }
 
@@ -138,12 +157,14 @@ fn a_trace_that_was_cut_off_gives_what_is_whole() {
 
 #[test]
 fn foreign_and_newer_bytes_are_refused() {
-    let bytes = write(&accesses(3));
+    let bytes = write(&accesses(1000));
     assert!(matches!(read(b"short"), Err(TraceError::NotATrace)));
     assert!(matches!(read(&[0; 100]), Err(TraceError::NotATrace)));
     let mut newer = bytes.clone();
-    newer[8] = 2;
-    assert!(matches!(read(&newer), Err(TraceError::Version(2))));
+    newer[8] = 3;
+    assert!(matches!(read(&newer), Err(TraceError::Version(3))));
+    newer[8] = 0;
+    assert!(matches!(read(&newer), Err(TraceError::Version(0))));
     let mut long = bytes.clone();
     long[12..16].copy_from_slice(&u32::MAX.to_le_bytes());
     assert!(matches!(read(&long), Err(TraceError::Damaged { .. })));
@@ -154,9 +175,8 @@ fn foreign_and_newer_bytes_are_refused() {
     assert!(read(&flipped).is_err());
 }
 
-#[test]
-fn the_golden_trace_is_read() {
-    let mut expected = accesses(3);
+/// One record of each kind that version 1 has.
+fn of_version_1(from: Origin) -> Vec<Record> {
     let call = FailedCall {
         call: Call::Renameat2,
         errno: 6,
@@ -170,20 +190,68 @@ fn the_golden_trace_is_read() {
         mode: Some(0o120_777),
     };
     let exec = What::Exec { inode: 4, path: b"/usr/bin/python3".to_vec() };
-    let served = What::Served { layer: 2, offset: 1 << 40, len: 131_072, service_ns: 900_000 };
+    let served = What::Served { layer: 2, offset: 1 << 40, len: 131_072, service_ns: 900_000, from };
     let blocked = What::Blocked { inode: 4, offset: 8192, blocked_ns: 2_000_000 };
-    for (number, what) in [What::Open { inode: 4 }, exec, blocked, What::Failed(call), served, What::Ready]
-        .into_iter()
-        .enumerate()
-    {
-        // Records of several processors are not in strict order.
-        expected.push(Record { time_ns: 2000 - number as u64, process: process(number as u32), what });
+    out_of_order([What::Open { inode: 4 }, exec, blocked, What::Failed(call), served, What::Ready])
+}
+
+/// Records of several processors are not in strict order.
+fn out_of_order(whats: impl IntoIterator<Item = What>) -> Vec<Record> {
+    let mut records = accesses(3);
+    for (number, what) in whats.into_iter().enumerate() {
+        records.push(Record { time_ns: 2000 - number as u64, process: process(number as u32), what });
     }
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/trace-v1.bin");
+    records
+}
+
+#[test]
+fn the_golden_trace_is_read() {
+    let fetch = What::Fetch {
+        lane: FetchLane::Demand,
+        layer: Some(0),
+        offset: 77,
+        len: 1 << 21,
+        first_byte_ns: 2_000_000,
+        took_ns: 19_000_000,
+        whole: true,
+    };
+    let pack = What::Fetch {
+        lane: FetchLane::StartPack,
+        layer: None,
+        offset: 0,
+        len: 500,
+        first_byte_ns: 1,
+        took_ns: 2,
+        whole: false,
+    };
+    let mut expected = of_version_1(Origin::StartPack);
+    expected.extend(out_of_order([
+        What::Phase { phase: Phase::Mount, took_ns: 24_000_000 },
+        What::File { inode: 4, layer: 0, offset: 4096, size: 5000, path: b"usr/bin/python3".to_vec() },
+        fetch,
+        pack,
+        What::Brought { lane: FetchLane::Prefetch, layer: 0, offset: 4096, len: 262_144 },
+    ]));
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/trace-v2.bin");
     if std::env::var_os("SLUICE_WRITE_GOLDEN").is_some() {
         std::fs::write(path, write(&expected)).expect("written");
     }
     let bytes = std::fs::read(path).expect("read");
     assert_eq!(TraceReader::new(bytes.as_slice()).expect("read").header(), &header());
     assert_eq!(read(&bytes).expect("read"), expected);
+}
+
+#[test]
+fn a_trace_of_the_first_version_is_read() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/trace-v1.bin");
+    let bytes = std::fs::read(path).expect("read");
+    let expected = Header {
+        reference: String::new(),
+        layers: Vec::new(),
+        container: String::new(),
+        agent: String::new(),
+        ..header()
+    };
+    assert_eq!(TraceReader::new(bytes.as_slice()).expect("read").header(), &expected);
+    assert_eq!(read(&bytes).expect("read"), of_version_1(Origin::Unknown));
 }
