@@ -97,6 +97,12 @@ pub(crate) enum Command {
     Gc,
     /// Check the layer store: every verified chunk is read and compared with its digest
     Fsck,
+    /// Tell what this node can do, capability by capability; the exit code is 1 if nothing can be streamed
+    Doctor {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Pull an image into containerd with the labels that its snapshotter needs to stream it
     CtrPull(CtrPullArgs),
     /// Show what happened to images on this node

@@ -139,6 +139,7 @@ fn start_daemon(config: &Config, global: &Global) -> Result<()> {
     let mut command = Command::new(std::env::current_exe().context("cannot find the sluice binary")?);
     command.arg("daemon").arg("--announce").arg("--root").arg(&config.root).arg("--state").arg(&config.state);
     if let Some(path) = &global.config {
+        let path = std::path::absolute(path).context("cannot tell where the configuration is")?;
         command.arg("--config").arg(path);
     }
     for host in &global.plain_http {

@@ -33,6 +33,7 @@ struct RawConfig {
     images: RawImages,
     containerd: RawContainerd,
     prefetch: RawPrefetch,
+    probes: RawProbes,
     trust: RawTrust,
 }
 
@@ -52,6 +53,12 @@ struct RawPrefetch {
     window_s: Option<u64>,
     in_flight: Option<usize>,
     rate_mbit: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawProbes {
+    enabled: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -178,6 +185,8 @@ pub(crate) struct Config {
     pub(crate) prefetch: bool,
     /// Record containers' starts.
     pub(crate) record: bool,
+    /// Watch containers with eBPF probes.
+    pub(crate) probes: bool,
     /// How long a start is recorded, if nothing says earlier that it is over.
     pub(crate) record_window: Duration,
     /// Prefetches of a start under way at once.
@@ -238,6 +247,7 @@ impl Config {
             deny: raw.images.deny,
             prefetch: raw.prefetch.enabled.unwrap_or(true),
             record: raw.prefetch.record.unwrap_or(true),
+            probes: raw.probes.enabled.unwrap_or(true),
             record_window: Duration::from_secs(raw.prefetch.window_s.unwrap_or(30)),
             prefetch_in_flight: raw.prefetch.in_flight.unwrap_or(3).max(1),
             prefetch_bytes_per_second: raw.prefetch.rate_mbit.map(|rate| rate.saturating_mul(125_000)),

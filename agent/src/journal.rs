@@ -28,13 +28,15 @@ pub(crate) enum Reason {
     ImageLocal,
     /// It is pulled the ordinary way.
     StreamingFellBack,
+    /// A call on a symbolic link failed as kernels with a known fault let it fail.
+    RenameFault,
     /// A stream index said what is not so, and is not used any more.
     IndexQuarantined,
 }
 
 impl Reason {
     fn is_warning(self) -> bool {
-        matches!(self, Self::StreamingFellBack | Self::IndexQuarantined)
+        matches!(self, Self::StreamingFellBack | Self::RenameFault | Self::IndexQuarantined)
     }
 }
 

@@ -6,6 +6,7 @@ mod client;
 mod commands;
 mod config;
 mod daemon;
+mod doctor;
 mod journal;
 mod node;
 

@@ -9,7 +9,9 @@ mod demo;
 mod ebpf;
 mod fuzz;
 mod image_maker;
+mod images;
 mod install;
+mod kernel_tests;
 mod measure;
 mod oracle;
 mod packages;
@@ -52,6 +54,10 @@ enum Command {
     Ebpf,
     /// Compare `sluice mount` with `umoci unpack`, path by path
     Oracle,
+    /// Fetch the kernels that test guests boot
+    Images(images::Args),
+    /// Test what is promised on every kernel of vm-images, in guests
+    KernelTests(kernel_tests::Args),
     /// Install Sluice on this node: program, configuration, units, containerd's proxy plugin
     Install(install::Args),
     /// Undo what `install` did
@@ -78,6 +84,8 @@ fn main() -> Result<()> {
         Command::Soak(args) => soak::soak(&args),
         Command::Ebpf => ebpf::build().map(|object| println!("{}", object.display())),
         Command::Oracle => oracle::oracle(),
+        Command::Images(args) => images::images(&args),
+        Command::KernelTests(args) => kernel_tests::kernel_tests(&args),
         Command::Install(args) => install::install(&args),
         Command::Uninstall(args) => install::uninstall(&args),
         Command::Tidy => tidy::tidy(),

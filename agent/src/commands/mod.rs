@@ -11,6 +11,7 @@ macro_rules! say {
 mod check;
 mod ctr_pull;
 mod daemon;
+mod doctor;
 mod events;
 mod images;
 mod index;
@@ -78,15 +79,16 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
         Command::Pull { image } => images::pull(&config, &global, image).await?,
         Command::Status { image, watch, json } => status::status(&config, image, watch, json).await?,
         Command::Rm { image } => images::remove(&config, &global, image).await?,
+        Command::Doctor { json } => return doctor::doctor(config, json).await,
         Command::Gc => images::gc(&config, &global).await?,
         Command::Fsck => return images::fsck(&config, &global).await,
         Command::CtrPull(args) => ctr_pull::pull(&config, args).await?,
         Command::Events { follow, json } => events::events(&config, follow, json).await?,
+        Command::Node { action } => node::node(&config, &global, action).await?,
         Command::Key { action: KeyAction::Generate { name } } => {
             crate::node::generate_key(&name)?;
             say!("{}\n{}", name.with_extension("key").display(), name.with_extension("pub").display());
         }
-        Command::Node { action } => node::node(&config, &global, action).await?,
         Command::Daemon { announce } => daemon::serve(config, announce).await?,
         Command::Stop => daemon::stop(&config).await?,
         Command::BlockServer => daemon::serve_blocks(&config)?,

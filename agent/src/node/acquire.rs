@@ -10,6 +10,7 @@ use sluice_kernel::process::{pidfd_open, wait_for_end};
 use sluice_registry::{Client, ResolvedImage};
 use sluice_store::ImageRecord;
 
+use super::starts::Started;
 use super::{Image, Node};
 use crate::api::{AcquireRequest, Acquired, Holder, Served};
 use crate::daemon::EventSender;
@@ -35,7 +36,7 @@ impl Node {
             self.announce(&pull, &made)?;
             self.lock(&self.images).insert(digest.clone(), made);
         }
-        let (acquired, layers) = {
+        let (acquired, started) = {
             let mut images = self.lock(&self.images);
             let found = images.get_mut(&digest).context("the image was released meanwhile; try again")?;
             found.holders.push(request.holder.clone());
@@ -47,10 +48,10 @@ impl Node {
                 served: found.served,
                 fell_back: found.fell_back.clone(),
             };
-            (acquired, found.layers.clone())
+            (acquired, Started::new(found, &request.holder, fresh))
         };
-        if let Some(lookup) = lookup.filter(|_| acquired.served == Served::Streamed) {
-            self.begin_start(lookup, layers, fresh, &request.holder);
+        if let (Some(lookup), Some(started)) = (lookup, started) {
+            self.begin_start(lookup, started).await;
         }
         self.keep();
         self.watch_holder(&request.holder)?;

@@ -1,15 +1,20 @@
 //! The node: images in use, their layers, and everything the crates do for them, wired together.
 
 mod acquire;
+mod ahead;
 mod block_server;
 mod embedded;
+mod faults;
 mod files;
 mod kept;
 mod keys;
+mod known;
 mod layers;
 mod metadata;
 mod one_device;
+mod pack;
 mod prepare;
+mod probing;
 mod profiles;
 mod quarantine;
 mod reads;
@@ -40,6 +45,7 @@ use sluice_stream::Scheduler;
 use crate::api::{FsckReport, GcReport, Holder, PullReport, Served};
 use crate::config::Config;
 use crate::daemon::EventSender;
+use crate::doctor::{self, links::Links};
 use crate::journal::Journal;
 pub(crate) use block_server::socket as block_socket;
 pub(crate) use embedded::embedded_index;
@@ -94,6 +100,8 @@ pub(crate) struct Node {
     /// Reads of starts that are being recorded.
     reads: Arc<reads::ReadLog>,
     windows: Mutex<Vec<(Holder, starts::Window)>>,
+    probing: probing::Probing,
+    faults: faults::Reported,
 }
 
 /// An image in use.
@@ -145,6 +153,8 @@ impl Node {
         }
         let registry = registry_client(&config)?;
         let abilities = Abilities::probe();
+        let probed = Arc::clone(&config);
+        let unsafe_links = tokio::task::spawn_blocking(move || unsafe_links(&probed)).await?;
         let node = Arc::new(Self {
             store: Store::open_with(&config.root, config.store_limits)?,
             artifacts: artifact_store(&config, None, &registry)?,
@@ -157,7 +167,7 @@ impl Node {
             whole_images: Mutex::default(),
             preparing: Mutex::default(),
             keeping: Mutex::default(),
-            cannot_stream: cannot_stream(&abilities),
+            cannot_stream: cannot_stream(&abilities).or(unsafe_links),
             form: if config.one_device || !abilities.erofs_devices.available {
                 Form::OneDevice
             } else {
@@ -168,8 +178,17 @@ impl Node {
             profiles: profiles::Profiles::new(config.root.join("profiles")),
             reads: Arc::default(),
             windows: Mutex::default(),
+            probing: probing::Probing::default(),
+            faults: faults::Reported::default(),
             config,
         });
+        if node.config.probes {
+            let watched = Arc::downgrade(&node);
+            std::thread::Builder::new()
+                .name("probes".to_owned())
+                .spawn(move || probing::watch(&watched))
+                .context("cannot start a thread")?;
+        }
         let starting = Arc::clone(&node);
         let runtime = tokio::runtime::Handle::current();
         tokio::task::spawn_blocking(move || starting.recover(runtime)).await??;
@@ -362,6 +381,29 @@ fn raise_descriptor_limit() {
     if let Err(error) = raised {
         tracing::warn!(%error, "the limit of open files stays; many images may exceed it");
     }
+}
+
+/// Why containers on streamed images are not safe with this kernel, if so: operations on symbolic links that fail on our mounts.
+fn unsafe_links(config: &Config) -> Option<String> {
+    let links = Links::probe(&doctor::rooms(config));
+    let broken = links.broken_on_ours();
+    match links.has_fault() {
+        Some(true) => tracing::warn!(
+            noatime = ?links.on_noatime,
+            ours_broken = !broken.is_empty(),
+            "this kernel fails operations on symbolic links of FUSE and NFS lower directories, mended in {}",
+            doctor::fault::FIXED_TEXT
+        ),
+        found => {
+            tracing::info!(fault = ?found, erofs = ?links.on_erofs.is_ok(), "operations on symbolic links were tried")
+        }
+    }
+    let first = broken.first()?;
+    let failure = first.failure.as_deref().unwrap_or_default();
+    Some(format!(
+        "this kernel fails {} on symbolic links of EROFS lower directories: {failure}",
+        first.operation
+    ))
 }
 
 /// What this kernel lacks for streaming.

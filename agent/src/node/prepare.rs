@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use futures::{FutureExt, StreamExt, TryStreamExt};
 use sluice_image::index::LayerIndex;
 use sluice_registry::artifact::{ArtifactBlob, ArtifactReader};
@@ -38,7 +38,7 @@ impl Node {
         {
             return self.record(image, known.layer_blocks);
         }
-        let published = match self.trust.find(&self.artifacts, image).await {
+        let found = match self.trust.find(&self.artifacts, image).await {
             Ok(found) => found,
             Err(error) => {
                 tracing::warn!(image = image.reference.to_string(), %error, "cannot look for a stream index");
@@ -58,10 +58,10 @@ impl Node {
                 distinct.push(layer);
             }
         }
-        let at_once = if published.indexes.is_empty() { LAYERS_AT_ONCE } else { image.layers.len().max(1) };
+        let at_once = if found.indexes.is_empty() { LAYERS_AT_ONCE } else { image.layers.len().max(1) };
         let mut preparations = Vec::new();
         for layer in distinct {
-            preparations.push(self.prepare_layer(image, layer, &published, events, &progress).boxed());
+            preparations.push(self.prepare_layer(image, layer, &found, events, &progress).boxed());
         }
         let mut work = futures::stream::iter(preparations).buffer_unordered(at_once);
         while let Some(done) = work.try_next().await? {
@@ -81,7 +81,7 @@ impl Node {
         &self,
         image: &ResolvedImage,
         layer: &Layer,
-        published: &Found,
+        found: &Found,
         events: &EventSender,
         progress: &(impl Fn(u64) + Sync),
     ) -> Result<Option<(String, LayerIndex)>> {
@@ -92,7 +92,7 @@ impl Node {
         if let Some(reason) = unsupported(&layer.media_type) {
             bail!("layer {}: {reason}", layer.digest);
         }
-        if let Some(index) = self.find_index(image, layer, published, events).await {
+        if let Some(index) = self.find_index(image, layer, found, events).await {
             if !index.random_access() {
                 tracing::info!(layer = layer.digest, "no random access: the layer is streamed in order");
             }
@@ -120,20 +120,20 @@ impl Node {
         &self,
         image: &ResolvedImage,
         layer: &Layer,
-        published: &Found,
+        found: &Found,
         events: &EventSender,
     ) -> Option<LayerIndex> {
         let refuse = |what: &str, error: &anyhow::Error| {
             events.note(format!("{what} of layer {} is not used: {error:#}", layer.digest));
             tracing::warn!(layer = layer.digest, error = format!("{error:#}"), "{what} refused");
         };
-        if let Some(reason) = published.refused.get(&layer.digest) {
-            events.note(format!("the published index of layer {} is not used: {reason}", layer.digest));
+        if let Some(reason) = found.refused.get(&layer.digest) {
+            refuse("the published index", &anyhow!("{reason}"));
         }
-        if let Some((blob, reader)) = published.indexes.get(&layer.digest) {
+        if let Some((blob, reader)) = found.indexes.get(&layer.digest) {
             match read_index(layer, blob, reader).await {
                 Ok(index) if self.trust.condemned(&header_digest(&index)) => {
-                    tracing::warn!(layer = layer.digest, "an index that lied before is not used");
+                    refuse("the index", &anyhow!("it lied before"));
                 }
                 Ok(index) => return Some(index),
                 Err(error) => refuse("the index", &error),

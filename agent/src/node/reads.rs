@@ -24,6 +24,8 @@ pub(super) struct Recording {
     /// Digests, in the order in which layers are applied.
     layers: Vec<String>,
     began: Instant,
+    /// The same on the clock of the records.
+    began_ns: u64,
     reads: Mutex<Reads>,
 }
 
@@ -33,17 +35,29 @@ struct Reads {
     lost: u64,
 }
 
+impl Recording {
+    /// When it began, `CLOCK_MONOTONIC` in nanoseconds.
+    pub(super) fn began_ns(&self) -> u64 {
+        self.began_ns
+    }
+}
+
 impl ReadLog {
     /// Records reads of these layers from now on.
     pub(super) fn begin(&self, layers: Vec<String>) -> Arc<Recording> {
-        let recording = Arc::new(Recording { layers, began: Instant::now(), reads: Mutex::default() });
+        let recording = Arc::new(Recording {
+            layers,
+            began: Instant::now(),
+            began_ns: sluice_kernel::process::monotonic_ns(),
+            reads: Mutex::default(),
+        });
         let mut recordings = lock(&self.recordings);
         recordings.push(Arc::clone(&recording));
         self.active.store(recordings.len(), Ordering::Release);
         recording
     }
 
-    /// Ends a recording: its reads by time, counted from its beginning, and how many were lost.
+    /// Ends a recording: its reads by time, and how many were lost.
     pub(super) fn end(&self, recording: &Arc<Recording>) -> (Vec<Record>, u64) {
         let mut recordings = lock(&self.recordings);
         recordings.retain(|one| !Arc::ptr_eq(one, recording));
@@ -67,7 +81,8 @@ impl ReadLog {
                 continue;
             }
             reads.records.push(Record {
-                time_ns: asked.saturating_duration_since(recording.began).as_nanos() as u64,
+                time_ns: recording.began_ns
+                    + asked.saturating_duration_since(recording.began).as_nanos() as u64,
                 process: Process::default(),
                 what: What::Served {
                     layer: number as u32,

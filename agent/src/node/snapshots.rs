@@ -13,8 +13,9 @@ use sluice_image::erofs::Form;
 use sluice_registry::{Client, ResolvedImage};
 use tokio::sync::mpsc;
 
+use super::starts::Started;
 use super::{Image, Node};
-use crate::api::{Holder, Served};
+use crate::api::{Holder, Served, StartRequest};
 use crate::daemon::EventSender;
 use crate::journal::{Pull, Reason};
 
@@ -140,8 +141,12 @@ impl Node {
         let events = silent();
         let holder = Holder::Snapshot(holder.to_owned());
         let part = part_of(self.resolve_layer(layer, &events).await?, layer)?;
+        // Asked again for a container that was begun before: no start.
+        let known = self.holds(&part.key, &holder);
+        let lookup = (!known).then(|| self.look_up(&part.image, &StartRequest::default()));
         let _turn = self.turn(&part.key).await;
-        if !self.hold(&part.key, &holder)? {
+        let fresh = !self.hold(&part.key, &holder)?;
+        if fresh {
             let made = match self.make_part(&part, &events).await {
                 Ok(made) => made,
                 Err(error) => {
@@ -152,9 +157,19 @@ impl Node {
             };
             self.put(&part.key, made, &holder);
         }
-        let images = self.lock(&self.images);
-        let image = images.get(&part.key).context("the image was released meanwhile; try again")?;
-        Ok(image.lower_dirs.clone())
+        let (lower_dirs, started) = {
+            let images = self.lock(&self.images);
+            let image = images.get(&part.key).context("the image was released meanwhile; try again")?;
+            (image.lower_dirs.clone(), Started::new(image, &holder, fresh))
+        };
+        if let (Some(lookup), Some(started)) = (lookup, started) {
+            self.begin_start(lookup, started).await;
+        }
+        Ok(lower_dirs)
+    }
+
+    fn holds(&self, key: &str, holder: &Holder) -> bool {
+        self.lock(&self.images).get(key).is_some_and(|image| image.holders.contains(holder))
     }
 
     async fn make_part(self: &Arc<Self>, part: &Part, events: &EventSender) -> Result<Image> {

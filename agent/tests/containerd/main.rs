@@ -26,3 +26,4 @@ mod proto {
 mod pull;
 mod rig;
 mod runtime_client;
+mod starts;

@@ -36,7 +36,7 @@ fn a_mounted_image_shows_its_files_and_goes_away() {
 #[test]
 fn the_daemon_does_not_grow_with_the_number_of_files() {
     const FILES: usize = 250_000;
-    let node = Node::new("");
+    let node = Node::new("[probes]\nenabled = false\n");
     let crowd = node.crowd(FILES);
     let dir = node.room("mount");
     let name = dir.to_string_lossy().into_owned();

@@ -1,4 +1,4 @@
-//! Processes: descriptors for them, orphans, dying with the parent, and the heap of this one.
+//! Processes: descriptors for them, orphans, dying with the parent, and the heap and the clock of this one.
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
@@ -47,6 +47,15 @@ pub fn become_subreaper() -> Result<(), Errno> {
 /// This process gets `signal` when the thread that made it ends. May be called between fork and exec.
 pub fn die_with_parent(signal: Signal) -> Result<(), Errno> {
     nix::sys::prctl::set_pdeathsig(Some(signal))
+}
+
+/// `CLOCK_MONOTONIC` in nanoseconds: what `Instant` counts, and what eBPF programs stamp their records with.
+pub fn monotonic_ns() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes to the structure, which is ours. It cannot fail with this clock.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    let (seconds, nanoseconds) = (u64::try_from(now.tv_sec), u64::try_from(now.tv_nsec));
+    seconds.unwrap_or(0).saturating_mul(1_000_000_000).saturating_add(nanoseconds.unwrap_or(0))
 }
 
 /// Keeps freed memory from staying with the process: few arenas, and blocks from 128 KiB on given back at once (mallopt(3)).

@@ -27,6 +27,14 @@ impl Store {
         let mut report = FsckReport::default();
         for digest in self.layers()? {
             report.layers += 1;
+            let dir = self.layer_dir(&digest)?;
+            if ["data", "index", "chunks", "extents"].iter().any(|name| !dir.join(name).exists()) {
+                report.problems.push(format!("layer {digest}: files of it are gone; it is fetched again"));
+                // Whoever asks for it next begins it anew.
+                self.lock_open().remove(&digest);
+                report.damaged.push(digest);
+                continue;
+            }
             let checked = match self.layer(&digest) {
                 Ok(Some(layer)) => self.check_layer(&layer, &mut report),
                 Ok(None) => Ok(()),
@@ -57,13 +65,6 @@ impl Store {
     }
 
     fn check_layer(&self, layer: &Layer, report: &mut FsckReport) -> Result<(), StoreError> {
-        if ["data", "index", "chunks", "extents"].iter().any(|name| !layer.dir().join(name).exists()) {
-            report.problems.push(format!("layer {}: files of it are gone", layer.digest()));
-            report.damaged.push(layer.digest().to_owned());
-            // Whoever asks for it next begins it anew.
-            self.lock_open().remove(layer.digest());
-            return Ok(());
-        }
         let path = layer.index_path();
         let index = LayerIndex::from_blob(fs::read(&path).on("read", &path)?);
         let index = match index {

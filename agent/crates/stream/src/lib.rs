@@ -15,10 +15,12 @@ mod run;
 mod scheduler;
 mod source;
 mod spans;
+mod windows;
 
+pub use ahead::Expected;
 pub use first_pull::{FirstPull, first_pull};
 pub use layer::{LayerParts, StreamedLayer};
-pub use scheduler::{Counters, Lane, Scheduler};
+pub use scheduler::{Counters, Lane, Prefetching, Scheduler};
 pub use source::{BlobSource, MemorySource, SourceError};
 
 use sluice_image::index::IndexError;
