@@ -74,8 +74,16 @@ pub(crate) fn of_trees(work: &Path, trees: &[&Path]) -> Result<PathBuf> {
     let layout = work.join("layout");
     fs::create_dir_all(layout.join("blobs/sha256"))?;
     let layers: Vec<Layer> = trees.iter().map(|tree| pack(tree, work)).collect::<Result<_>>()?;
-    write_layout(&layout, Recipe { name: "trees", layers: &[], command: &["sh"] }, &layers)?;
+    write_layout(&layout, &["sh"], &layers)?;
     Ok(layout)
+}
+
+/// The same as the image `name` among the layouts in `root`.
+pub(crate) fn named(root: &Path, name: &str, trees: &[&Path]) -> Result<()> {
+    let work = root.join(format!(".{name}"));
+    let layout = of_trees(&work, trees)?;
+    fs::rename(layout, root.join(name)).context("cannot move the image")?;
+    clean_dir(&work)
 }
 
 fn make_in(work: &Path, recipe: Recipe, progress: &ProgressBar) -> Result<()> {
@@ -283,16 +291,6 @@ fn clean_dir(dir: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
-}
-
-/// An image of directories as they are, lowest first: the layout `name` in `root`.
-pub(crate) fn from_trees(root: &Path, name: &str, trees: &[PathBuf]) -> Result<()> {
-    let work = root.join(format!(".{name}"));
-    fs::create_dir_all(work.join("layout/blobs/sha256"))?;
-    let layers = trees.iter().map(|tree| pack(tree, &work)).collect::<Result<Vec<_>>>()?;
-    write_layout(&work.join("layout"), &["sh"], &layers)?;
-    fs::rename(work.join("layout"), root.join(name)).context("cannot move the image")?;
-    clean_dir(&work)
 }
 
 /// Copies an image of any registry; the directory of layouts, and its name there. It keeps its layers as they are.

@@ -79,6 +79,11 @@ impl Node {
         error: StreamError,
     ) -> Result<()> {
         let digest = layer.layer().digest().to_owned();
+        // One judgement at a time, and what it led to is there for the next.
+        let _turn = self.turn(&digest).await;
+        if self.store.layer(&digest)?.is_some_and(|layer| layer.is_complete()) {
+            return Ok(());
+        }
         if matches!(error, StreamError::DiffId { .. }) {
             let (store, on_disk) = (self.store.clone(), Arc::clone(streamed.layer()));
             let report = tokio::task::spawn_blocking(move || store.check(&on_disk)).await??;

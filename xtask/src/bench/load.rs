@@ -90,7 +90,7 @@ fn make_images(work: &Path, args: &Args) -> Result<Vec<String>> {
             let seed = format!("{name}/{file}");
             fs::write(tree.join("data").join(file.to_string()), noise(&seed, len))?;
         }
-        image_maker::from_trees(&layouts, name, &[base.clone(), tree])
+        image_maker::named(&layouts, name, &[&base, &tree])
     };
     let mut names = Vec::new();
     for number in 0..args.images {

@@ -68,9 +68,9 @@ impl World {
                 .into_iter()
                 .filter_map(|layer| layers.get(usize::try_from(layer).unwrap_or_default()))
                 .collect();
-            let paths: Vec<PathBuf> = own.iter().map(|(path, _)| path.clone()).collect();
+            let paths: Vec<&Path> = own.iter().map(|(path, _)| path.as_path()).collect();
             let name = format!("soak{number}");
-            image_maker::from_trees(&layouts, &name, &paths)?;
+            image_maker::named(&layouts, &name, &paths)?;
             let file = |path: &Path, name: &String| (name.clone(), path.join(name));
             let files = own.iter().flat_map(|(path, names)| names.iter().map(|name| file(path, name)));
             images.push(Image { reference: String::new(), files: files.collect(), name });
