@@ -8,6 +8,7 @@ mod containerd;
 mod demo;
 mod dist;
 mod ebpf;
+mod fuzz;
 mod image_maker;
 mod images;
 mod install;
@@ -17,6 +18,7 @@ mod oracle;
 mod packages;
 mod run;
 mod sluice;
+mod soak;
 mod suites;
 mod test;
 mod tidy;
@@ -46,6 +48,10 @@ enum Command {
         #[command(subcommand)]
         bench: Bench,
     },
+    /// Fuzz the parsers of outside bytes
+    Fuzz(fuzz::Args),
+    /// A node under faults of all kinds: no wrong byte, no failed read, no deadlock, and all is complete in the end
+    Soak(soak::Args),
     /// Build the eBPF programs, and install what that needs
     Ebpf,
     /// Compare `sluice mount` with `umoci unpack`, path by path
@@ -79,6 +85,8 @@ enum Dist {
 enum Bench {
     /// Time to ready: containerd's full pull, sluice's first pull, sluice streamed
     Start(bench::Args),
+    /// Many containers, a storm of starts, ten thousand blocked reads, fairness between containers
+    Load(bench::load::Args),
     /// From CRI PullImage to the command's end: overlayfs, sluice, stargz
     Cri(bench::cri::Args),
 }
@@ -88,6 +96,9 @@ fn main() -> Result<()> {
         Command::Demo(args) => demo::demo(&args),
         Command::Test { filter } => test::test(filter.as_deref()),
         Command::Bench { bench: Bench::Start(args) } => bench::start(&args),
+        Command::Bench { bench: Bench::Load(args) } => bench::load::load(&args),
+        Command::Fuzz(args) => fuzz::fuzz(&args),
+        Command::Soak(args) => soak::soak(&args),
         Command::Bench { bench: Bench::Cri(args) } => bench::cri::run(&args),
         Command::Ebpf => ebpf::build().map(|object| println!("{}", object.display())),
         Command::Oracle => oracle::oracle(),
