@@ -85,6 +85,8 @@ enum Dist {
 enum Bench {
     /// Time to ready: containerd's full pull, sluice's first pull, sluice streamed
     Start(bench::Args),
+    /// Many containers, a storm of starts, ten thousand blocked reads, fairness between containers
+    Load(bench::load::Args),
     /// From CRI PullImage to the command's end: overlayfs, sluice, stargz
     Cri(bench::cri::Args),
     /// Many containers, a storm of starts, ten thousand blocked reads, fairness between containers
@@ -96,6 +98,9 @@ fn main() -> Result<()> {
         Command::Demo(args) => demo::demo(&args),
         Command::Test { filter } => test::test(filter.as_deref()),
         Command::Bench { bench: Bench::Start(args) } => bench::start(&args),
+        Command::Bench { bench: Bench::Load(args) } => bench::load::load(&args),
+        Command::Fuzz(args) => fuzz::fuzz(&args),
+        Command::Soak(args) => soak::soak(&args),
         Command::Bench { bench: Bench::Cri(args) } => bench::cri::run(&args),
         Command::Bench { bench: Bench::Load(args) } => bench::load::load(&args),
         Command::Fuzz(args) => fuzz::fuzz(&args),

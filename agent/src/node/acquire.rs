@@ -61,6 +61,13 @@ impl Node {
         Ok(acquired)
     }
 
+    /// The mount point of a holder may not be one yet.
+    pub(super) fn may_mount(&self, holder: &Holder) {
+        if let Holder::MountPoint(dir) = holder {
+            self.lock(&self.mounting).insert(dir.clone(), std::time::Instant::now());
+        }
+    }
+
     /// Releases what a process holds when it ends, however it ends.
     pub(super) fn watch_holder(self: &Arc<Self>, holder: &Holder) -> Result<()> {
         let Holder::Process(pid) = holder else { return Ok(()) };

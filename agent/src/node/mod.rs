@@ -62,6 +62,9 @@ pub(crate) use trust::{HEADER_ANNOTATION, Mode, SIGNATURES_ANNOTATION, Trust, he
 /// Background fetches under way on a node at once.
 const BACKGROUND_FETCHES: usize = 3;
 
+/// `sluice mount` mounts what it was given within this time, or is gone.
+const MOUNTED_WITHIN: std::time::Duration = std::time::Duration::from_secs(60);
+
 /// Stream indexes as artifacts.
 pub(crate) const INDEX_KIND: Kind = Kind {
     artifact_type: sluice_image::index::ARTIFACT_TYPE,
@@ -106,6 +109,8 @@ pub(crate) struct Node {
     /// Reads of starts that are being recorded.
     reads: Arc<reads::ReadLog>,
     windows: Mutex<Vec<(Holder, starts::Window)>>,
+    /// Mount points whose image was asked for lately, or taken over: they may not be mounted yet.
+    mounting: Mutex<HashMap<PathBuf, std::time::Instant>>,
     probing: probing::Probing,
     faults: faults::Reported,
 }
@@ -188,6 +193,7 @@ impl Node {
             profiles: profiles::Profiles::new(config.root.join("profiles")),
             reads: Arc::default(),
             windows: Mutex::default(),
+            mounting: Mutex::default(),
             probing: probing::Probing::default(),
             faults: faults::Reported::default(),
             config,
@@ -291,9 +297,11 @@ impl Node {
         Ok(GcReport { layers_removed: freed.layers, bytes_freed: freed.bytes })
     }
 
-    /// Mount points that were unmounted by others than `sluice umount`.
+    /// Mount points that were unmounted by others than `sluice umount`; not those that may be about to be mounted.
     fn unmounted_holders(&self) -> Vec<Holder> {
-        let unmounted = |holder: &&Holder| matches!(holder, Holder::MountPoint(dir) if !sluice_kernel::mount::is_mount_point(dir).unwrap_or(true));
+        let mut mounting = self.lock(&self.mounting);
+        mounting.retain(|_, asked| asked.elapsed() < MOUNTED_WITHIN);
+        let unmounted = |holder: &&Holder| matches!(holder, Holder::MountPoint(dir) if !mounting.contains_key(dir) && !sluice_kernel::mount::is_mount_point(dir).unwrap_or(true));
         self.lock(&self.images).values().flat_map(|image| &image.holders).filter(unmounted).cloned().collect()
     }
 
