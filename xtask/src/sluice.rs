@@ -44,7 +44,13 @@ impl Sluice {
         Ok(this)
     }
 
-    fn command(&self) -> Command {
+    /// A file beside its store and its state.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// The binary on this node.
+    pub(crate) fn command(&self) -> Command {
         let mut command = Command::new(&self.binary);
         command
             .arg("--root")

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 
 use crate::run::{cargo, show};
-use crate::{ebpf, kernel_tests, oracle, packages, tidy};
+use crate::{ebpf, kernel_tests, kill, oracle, packages, tidy};
 
 /// Installs what tests need and runs them; root, FUSE and loop devices are needed.
 pub(crate) fn test(filter: Option<&str>) -> Result<()> {
@@ -25,5 +25,6 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
         return Ok(());
     }
     oracle::oracle()?;
+    kill::kill(&kill::Args { kills: 10, release: false })?;
     kernel_tests::quick()
 }
