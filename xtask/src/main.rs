@@ -8,6 +8,7 @@ mod containerd;
 mod demo;
 mod dist;
 mod ebpf;
+mod fuzz;
 mod image_maker;
 mod images;
 mod install;
@@ -18,6 +19,7 @@ mod oracle;
 mod packages;
 mod run;
 mod sluice;
+mod soak;
 mod suites;
 mod test;
 mod tidy;
@@ -47,6 +49,10 @@ enum Command {
         #[command(subcommand)]
         bench: Bench,
     },
+    /// Fuzz the parsers of outside bytes
+    Fuzz(fuzz::Args),
+    /// A node under faults of all kinds: no wrong byte, no failed read, no deadlock, and all is complete in the end
+    Soak(soak::Args),
     /// Build the eBPF programs, and install what that needs
     Ebpf,
     /// Kill the daemon at random times while containers use a streamed image
@@ -88,6 +94,8 @@ enum Bench {
     Memory(bench::memory::Args),
     /// From CRI PullImage to the command's end: overlayfs, sluice, stargz
     Cri(bench::cri::Args),
+    /// Many containers, a storm of starts, ten thousand blocked reads, fairness between containers
+    Load(bench::load::Args),
 }
 
 fn main() -> Result<()> {
@@ -98,6 +106,9 @@ fn main() -> Result<()> {
         Command::Bench { bench: Bench::Memory(args) } => bench::memory::memory(&args),
         Command::Bench { bench: Bench::Read(args) } => bench::read::read(&args),
         Command::Bench { bench: Bench::Cri(args) } => bench::cri::run(&args),
+        Command::Bench { bench: Bench::Load(args) } => bench::load::load(&args),
+        Command::Fuzz(args) => fuzz::fuzz(&args),
+        Command::Soak(args) => soak::soak(&args),
         Command::Ebpf => ebpf::build().map(|object| println!("{}", object.display())),
         Command::Kill(args) => kill::kill(&args),
         Command::Oracle => oracle::oracle(),
