@@ -2,6 +2,8 @@
 
 pub(crate) mod cri;
 pub(crate) mod load;
+pub(crate) mod memory;
+pub(crate) mod read;
 
 use std::path::PathBuf;
 

@@ -13,6 +13,7 @@ mod image_maker;
 mod images;
 mod install;
 mod kernel_tests;
+mod kill;
 mod measure;
 mod oracle;
 mod packages;
@@ -54,6 +55,8 @@ enum Command {
     Soak(soak::Args),
     /// Build the eBPF programs, and install what that needs
     Ebpf,
+    /// Kill the daemon at random times while containers use a streamed image
+    Kill(kill::Args),
     /// Compare `sluice mount` with `umoci unpack`, path by path
     Oracle,
     /// Fetch the kernels that test guests boot
@@ -85,8 +88,10 @@ enum Dist {
 enum Bench {
     /// Time to ready: containerd's full pull, sluice's first pull, sluice streamed
     Start(bench::Args),
-    /// Many containers, a storm of starts, ten thousand blocked reads, fairness between containers
-    Load(bench::load::Args),
+    /// Reading files: ours beside ext4, overlayfs on both, through each way
+    Read(bench::read::Args),
+    /// Resident memory with many images mounted
+    Memory(bench::memory::Args),
     /// From CRI PullImage to the command's end: overlayfs, sluice, stargz
     Cri(bench::cri::Args),
     /// Many containers, a storm of starts, ten thousand blocked reads, fairness between containers
@@ -98,14 +103,14 @@ fn main() -> Result<()> {
         Command::Demo(args) => demo::demo(&args),
         Command::Test { filter } => test::test(filter.as_deref()),
         Command::Bench { bench: Bench::Start(args) } => bench::start(&args),
-        Command::Bench { bench: Bench::Load(args) } => bench::load::load(&args),
-        Command::Fuzz(args) => fuzz::fuzz(&args),
-        Command::Soak(args) => soak::soak(&args),
+        Command::Bench { bench: Bench::Memory(args) } => bench::memory::memory(&args),
+        Command::Bench { bench: Bench::Read(args) } => bench::read::read(&args),
         Command::Bench { bench: Bench::Cri(args) } => bench::cri::run(&args),
         Command::Bench { bench: Bench::Load(args) } => bench::load::load(&args),
         Command::Fuzz(args) => fuzz::fuzz(&args),
         Command::Soak(args) => soak::soak(&args),
         Command::Ebpf => ebpf::build().map(|object| println!("{}", object.display())),
+        Command::Kill(args) => kill::kill(&args),
         Command::Oracle => oracle::oracle(),
         Command::Images(args) => images::images(&args),
         Command::KernelTests(args) => kernel_tests::kernel_tests(&args),

@@ -47,7 +47,12 @@ impl Sluice {
         Ok(this)
     }
 
-    /// The binary with its directories, for a command.
+    /// A file beside its store and its state.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// The binary on this node.
     pub(crate) fn command(&self) -> Command {
         let mut command = Command::new(&self.binary);
         command
