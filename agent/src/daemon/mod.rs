@@ -21,7 +21,7 @@ use crate::api::{
 };
 use crate::config::Config;
 use crate::journal::NodeEvent;
-use crate::node::Node;
+use crate::node::{Node, Over};
 
 mod snapshots;
 
@@ -132,7 +132,7 @@ async fn release(State(shared): State<Shared>, Json(request): Json<ReleaseReques
 }
 
 async fn ready(State(shared): State<Shared>, Json(request): Json<ReleaseRequest>) -> Response {
-    answer(move |_| async move { Ok(shared.node.end_start(&request.holder).await) })
+    answer(move |_| async move { Ok(shared.node.end_start(&request.holder, Over::Ready).await) })
 }
 
 async fn profiles(State(shared): State<Shared>, Json(request): Json<ProfileRequest>) -> Response {

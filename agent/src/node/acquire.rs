@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
@@ -17,8 +17,10 @@ use sluice_registry::artifact::{ArtifactBlob, ArtifactReader};
 use sluice_registry::{Client, Layer, ResolvedImage};
 use sluice_store::ImageRecord;
 use sluice_stream::first_pull;
+use sluice_trace::Phase;
 
 use super::embedded::embedded_index;
+use super::reads::Step;
 use super::sources::RegistryBlob;
 use super::{INDEX_KIND, Image, LAYER_ANNOTATION, Node, TOC_ANNOTATION};
 use crate::api::{AcquireRequest, Acquired, Holder, Served};
@@ -38,10 +40,12 @@ impl Node {
         request: AcquireRequest,
         events: EventSender,
     ) -> Result<Acquired> {
+        let asked = Instant::now();
         let image = self.resolve(&request.reference, &events).await?;
+        let resolved = Step::since(Phase::Resolve, asked);
         let pull = Pull::begin(&image.reference.whole());
         let digest = image.manifest_digest.clone();
-        let lookup = request.start.as_ref().map(|asked| self.look_up(&image, asked));
+        let lookup = request.start.as_ref().map(|start| self.look_up(&image, start));
         let turn = Arc::clone(self.lock(&self.preparing).entry(digest.clone()).or_default());
         let _turn = turn.lock().await;
         let fresh = !self.lock(&self.images).contains_key(&digest);
@@ -51,7 +55,7 @@ impl Node {
             self.announce(&pull, &made)?;
             self.lock(&self.images).insert(digest.clone(), made);
         }
-        let (acquired, layers) = {
+        let (acquired, layers, steps) = {
             let mut images = self.lock(&self.images);
             let found = images.get_mut(&digest).context("the image was released meanwhile; try again")?;
             found.holders.push(request.holder.clone());
@@ -63,10 +67,13 @@ impl Node {
                 served: found.served,
                 fell_back: found.fell_back.clone(),
             };
-            (acquired, found.layers.clone())
+            (acquired, found.layers.clone(), found.steps.clone())
         };
         if let Some(lookup) = lookup.filter(|_| acquired.served == Served::Streamed) {
-            self.begin_start(lookup, layers, fresh, &request.holder);
+            let mut all = vec![resolved];
+            all.extend(steps);
+            all.push(Step::since(Phase::Pull, asked));
+            self.begin_start(lookup, layers, fresh.then_some((asked, all)), &request.holder);
         }
         self.keep();
         self.watch_holder(&request.holder)?;
@@ -158,6 +165,7 @@ impl Node {
             config: String::from_utf8_lossy(&image.config).into_owned(),
             layers: image.layers.iter().map(|layer| layer.digest.clone()).collect(),
             holders: Vec::new(),
+            steps: Vec::new(),
         })
     }
 
@@ -167,8 +175,13 @@ impl Node {
         image: &ResolvedImage,
         events: &EventSender,
     ) -> Result<Image> {
+        let began = Instant::now();
         let record = self.prepare(image, events).await?;
-        self.mount_prepared(image, &image.manifest_digest, &record.layers, &record.layer_blocks).await
+        let prepared = Step::since(Phase::Index, began);
+        let mut made =
+            self.mount_prepared(image, &image.manifest_digest, &record.layers, &record.layer_blocks).await?;
+        made.steps.insert(0, prepared);
+        Ok(made)
     }
 
     /// Mounts `layers` of `image` (lowest first, with their blocks), whose merged metadata is in the store as `key`.
@@ -179,6 +192,7 @@ impl Node {
         digests: &[String],
         layer_blocks: &[u64],
     ) -> Result<Image> {
+        let began = Instant::now();
         let mut layers = Vec::new();
         for (digest, blocks) in digests.iter().zip(layer_blocks) {
             let layer =
@@ -194,6 +208,7 @@ impl Node {
             Ok(ImageMount::mount(&metadata, devices, &dir)?)
         })
         .await??;
+        let mounted = Step::since(Phase::Mount, began);
         let local = layers.iter().all(|(layer, _)| layer.layer().is_complete());
         let all: Vec<_> = layers.into_iter().map(|(layer, _)| layer).collect();
         self.fill_in_background(&all);
@@ -206,6 +221,7 @@ impl Node {
             config: String::from_utf8_lossy(&image.config).into_owned(),
             layers: digests.to_vec(),
             holders: Vec::new(),
+            steps: vec![mounted],
         })
     }
 

@@ -5,7 +5,7 @@ use sluice_image::entry::EntryKind;
 use sluice_image::index::LayerIndex;
 use sluice_prefetch::{FileAt, LayerFiles};
 use sluice_store::Store;
-use sluice_trace::{ContentKey, FileFacts, Resolve};
+use sluice_trace::{ContentKey, FetchLane, FileFacts, Process, Record, Resolve, What};
 
 /// Files by layer, in the order in which layers are applied.
 pub(super) struct ImageFiles(pub(super) Vec<LayerFiles>);
@@ -17,6 +17,41 @@ impl ImageFiles {
             .iter()
             .map(|digest| layer_files(store, digest).with_context(|| format!("the index of layer {digest}")));
         Ok(Self(read.collect::<Result<_>>()?))
+    }
+}
+
+impl ImageFiles {
+    /// Descriptions of the files that records touch or fetch ahead, for who has the trace and not the image.
+    pub(super) fn spoken_of(&self, records: &[Record]) -> Vec<Record> {
+        let mut found = std::collections::BTreeSet::new();
+        for record in records {
+            let (layer, offset, len) = match record.what {
+                What::Served { layer, offset, len, .. } => (layer, offset, len),
+                What::Brought { lane: FetchLane::Prefetch | FetchLane::StartPack, layer, offset, len } => {
+                    (layer, offset, len)
+                }
+                _ => continue,
+            };
+            let Some(files) = self.0.get(layer as usize).map(|layer| &layer.files) else { continue };
+            let first = files.partition_point(|file| file.store_offset + file.facts.size <= offset);
+            let end = files.partition_point(|file| file.store_offset < offset.saturating_add(len));
+            found.extend((first..end).map(|number| (layer, number)));
+        }
+        let describe = |(layer, number): (u32, usize)| {
+            let file = self.0.get(layer as usize)?.files.get(number)?;
+            Some(Record {
+                time_ns: 0,
+                process: Process::default(),
+                what: What::File {
+                    inode: 0,
+                    layer,
+                    offset: file.store_offset,
+                    size: file.facts.size,
+                    path: file.facts.path.clone(),
+                },
+            })
+        };
+        found.into_iter().filter_map(describe).collect()
     }
 }
 

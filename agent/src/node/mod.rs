@@ -37,6 +37,7 @@ pub(crate) use block_server::socket as block_socket;
 pub(crate) use embedded::embedded_index;
 use layers::NodeLayer;
 pub(crate) use snapshots::NodeImages;
+pub(crate) use starts::Over;
 
 /// Background fetches under way on a node at once.
 const BACKGROUND_FETCHES: usize = 3;
@@ -90,6 +91,8 @@ struct Image {
     config: String,
     layers: Vec<String>,
     holders: Vec<Holder>,
+    /// How it came to be ready.
+    steps: Vec<reads::Step>,
 }
 
 /// A registry client of this configuration.
@@ -142,6 +145,7 @@ impl Node {
         let starting = Arc::clone(&node);
         let runtime = tokio::runtime::Handle::current();
         tokio::task::spawn_blocking(move || starting.recover(runtime)).await??;
+        node.scheduler.watch(Arc::clone(&node.reads) as Arc<dyn sluice_stream::Watcher>);
         node.resume_adopted()?;
         node.keep_room();
         Ok(node)
@@ -150,7 +154,7 @@ impl Node {
     /// Gives an image back; the last holder's leave unmounts it.
     pub(crate) async fn release(self: &Arc<Self>, holder: &Holder) -> Result<()> {
         let (node, ended) = (Arc::clone(self), holder.clone());
-        tokio::spawn(async move { node.end_start(&ended).await });
+        tokio::spawn(async move { node.end_start(&ended, starts::Over::Ended).await });
         let mut unused = Vec::new();
         self.lock(&self.images).retain(|digest, image| {
             let held = image.holders.len();

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
@@ -14,9 +14,10 @@ use sluice_prefetch::{Limits, Pace, PackReader, PackWriter, fetch, wanted};
 use sluice_registry::ResolvedImage;
 use sluice_registry::artifact::ArtifactReader;
 use sluice_store::Store;
-use sluice_stream::{Lane, StreamedLayer};
+use sluice_stream::{FetchDone, Lane, StreamedLayer};
 use sluice_trace::{
-    Footer, Header, Levels, Profile, ProfileKey, Record, Sample, TraceWriter, What, entry_class,
+    Footer, Header, Levels, Phase, Profile, ProfileKey, Record, Sample, TraceWriter, TracedLayer, What,
+    entry_class,
 };
 use tokio::task::JoinHandle;
 
@@ -24,7 +25,7 @@ use super::Node;
 use super::files::ImageFiles;
 use super::layers::NodeLayer;
 use super::profiles::{self, Learned, now};
-use super::reads::Recording;
+use super::reads::{Recording, Step};
 use crate::api::{Holder, StartReport, StartRequest};
 use crate::daemon::EventSender;
 
@@ -35,6 +36,7 @@ const MAX_TRACES: usize = 64;
 #[derive(Debug)]
 pub(super) struct Window {
     key: ProfileKey,
+    reference: String,
     layers: Vec<String>,
     /// Layers that the kernel read by itself from the beginning.
     complete: usize,
@@ -45,7 +47,19 @@ pub(super) struct Window {
 pub(super) struct Lookup {
     key: ProfileKey,
     window: Duration,
-    found: JoinHandle<Option<Learned>>,
+    found: JoinHandle<(Option<Learned>, Step)>,
+    reference: String,
+}
+
+/// Why a start's window is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Over {
+    /// The container is ready.
+    Ready,
+    /// It ended: what it did was its start.
+    Ended,
+    /// Time is up, and nobody knows.
+    TimeUp,
 }
 
 /// The class of a start: what of the image's configuration applies is the runtime's rule.
@@ -72,8 +86,13 @@ impl Node {
         };
         let window = asked.window_ms.map_or(self.config.record_window, Duration::from_millis);
         let (node, image, own) = (Arc::clone(self), image.clone(), key.clone());
-        let found = tokio::spawn(async move { node.known(&image, &own).await });
-        Lookup { key, window, found }
+        let reference = image.reference.to_string();
+        let found = tokio::spawn(async move {
+            let began = Instant::now();
+            let found = node.known(&image, &own).await;
+            (found, Step::since(Phase::Profile, began))
+        });
+        Lookup { key, window, found, reference }
     }
 
     async fn known(&self, image: &ResolvedImage, key: &ProfileKey) -> Option<Learned> {
@@ -97,12 +116,12 @@ impl Node {
         })
     }
 
-    /// The image is there: what is known is fetched, and reads are recorded if they reach the agent from the first on (`fresh`).
+    /// The image is there: what is known is fetched, and reads are recorded if they reach the agent from the first on, as of a `fresh` image: when it was asked for, and its steps.
     pub(super) fn begin_start(
         self: &Arc<Self>,
         lookup: Lookup,
         layers: Vec<String>,
-        fresh: bool,
+        fresh: Option<(Instant, Vec<Step>)>,
         holder: &Holder,
     ) {
         let streamed: HashMap<String, Arc<StreamedLayer>> = {
@@ -110,26 +129,34 @@ impl Node {
             let streamed = |digest: &String| node_layers.get(digest).and_then(|layer| layer.streamed());
             layers.iter().filter_map(|digest| Some((digest.clone(), streamed(digest)?))).collect()
         };
-        let Lookup { key, window, found } = lookup;
+        let Lookup { key, window, found, reference } = lookup;
         if streamed.is_empty() {
             return;
         }
-        if fresh && self.config.record {
-            let recording = self.reads.begin(layers.clone());
+        let mut recorded = None;
+        if let Some((asked, steps)) = fresh
+            && self.config.record
+        {
+            let recording = self.reads.begin(layers.clone(), asked);
+            steps.into_iter().for_each(|step| recording.step(step));
+            recorded = Some(Arc::clone(&recording));
             let complete = self.complete_layers(&layers);
-            let started = Window { key: key.clone(), layers: layers.clone(), complete, recording };
+            let started = Window { key: key.clone(), reference, layers: layers.clone(), complete, recording };
             self.lock(&self.windows).push((holder.clone(), started));
             let (node, holder) = (Arc::clone(self), holder.clone());
             tokio::spawn(async move {
                 tokio::time::sleep(window).await;
-                node.end_start(&holder).await;
+                node.end_start(&holder, Over::TimeUp).await;
             });
         }
         let node = Arc::clone(self);
         tokio::spawn(async move {
-            let learned = found.await.ok().flatten();
+            let Ok((learned, step)) = found.await else { return };
+            if let Some(recording) = &recorded {
+                recording.step(step);
+            }
             if let Some(learned) = learned
-                && let Err(error) = node.prefetch(&key, learned, layers, streamed).await
+                && let Err(error) = node.prefetch(&key, learned, layers, streamed, recorded.as_deref()).await
             {
                 tracing::warn!(entry = key.entry, error = format!("{error:#}"), "cannot prefetch");
             }
@@ -147,10 +174,11 @@ impl Node {
         learned: Learned,
         layers: Vec<String>,
         streamed: HashMap<String, Arc<StreamedLayer>>,
+        recorded: Option<&Recording>,
     ) -> Result<()> {
         let pace = Pace::new(self.config.prefetch_bytes_per_second);
         if let Some(pack) = &learned.pack
-            && let Err(error) = self.take_pack(pack, &streamed, &pace).await
+            && let Err(error) = self.take_pack(pack, &streamed, &pace, recorded).await
         {
             let error = format!("{error:#}");
             tracing::warn!(
@@ -189,15 +217,27 @@ impl Node {
         pack: &ArtifactReader,
         layers: &HashMap<String, Arc<StreamedLayer>>,
         pace: &Pace,
+        recorded: Option<&Recording>,
     ) -> Result<()> {
         let mut reader = PackReader::default();
         let mut body = pack.read();
         let mut taken = 0_u64;
+        let mut fetch = FetchDone {
+            layer: "",
+            lane: Lane::Prefetch,
+            offset: 0,
+            len: 0,
+            began: Instant::now(),
+            first_byte: None,
+            whole: true,
+        };
         while let Some(piece) = body.next().await {
             let piece = piece?;
+            fetch.len += piece.len() as u64;
+            fetch.first_byte.get_or_insert_with(Instant::now);
             self.scheduler.counters().add_bytes(Lane::Prefetch, piece.len() as u64);
             pace.spend(piece.len() as u64);
-            let layers = layers.clone();
+            let (layers, log) = (layers.clone(), Arc::clone(&self.reads));
             // Decompression, digests and writes: not on the threads that serve reads.
             let (back, kept) = tokio::task::spawn_blocking(move || -> Result<_> {
                 let mut kept = 0;
@@ -205,6 +245,8 @@ impl Node {
                     if let Some(layer) = layers.get(&item.layer)
                         && layer.offer(item.store_offset, &item.bytes)?
                     {
+                        let end = item.store_offset + item.bytes.len() as u64;
+                        log.packed(&item.layer, item.store_offset..end);
                         kept += 1;
                     }
                 }
@@ -216,20 +258,35 @@ impl Node {
             pace.wait().await;
         }
         reader.finish()?;
+        if let Some(recording) = recorded {
+            recording.pack_fetched(&fetch);
+        }
         tracing::info!(chunks = taken, bytes = pack.size(), "the start pack is here");
         Ok(())
     }
 
     /// The start's window is over: the container is ready, or ended, or time is up. What was read is learned.
-    pub(crate) async fn end_start(self: &Arc<Self>, holder: &Holder) -> Option<StartReport> {
+    pub(crate) async fn end_start(self: &Arc<Self>, holder: &Holder, over: Over) -> Option<StartReport> {
         let window = {
             let mut windows = self.lock(&self.windows);
             let place = windows.iter().position(|(one, _)| one == holder)?;
             windows.swap_remove(place).1
         };
-        let (records, lost) = self.reads.end(&window.recording);
+        let ready = (over != Over::TimeUp).then(|| window.recording.now_ns());
+        let (mut records, lost) = self.reads.end(&window.recording);
+        records.extend(ready.map(|time_ns| Record {
+            time_ns,
+            process: sluice_trace::Process::default(),
+            what: What::Ready,
+        }));
+        let container = match holder {
+            Holder::Process(pid) => format!("process {pid}"),
+            Holder::MountPoint(dir) => dir.display().to_string(),
+            Holder::Snapshot(name) => name.clone(),
+        };
         let node = Arc::clone(self);
-        let learned = tokio::task::spawn_blocking(move || node.learn(&window, records, lost)).await;
+        let learned =
+            tokio::task::spawn_blocking(move || node.learn(&window, container, records, lost)).await;
         match learned.map_err(anyhow::Error::from).flatten() {
             Ok(report) => Some(report),
             Err(error) => {
@@ -240,25 +297,33 @@ impl Node {
     }
 
     /// Writes the trace and adds it to the profile. Blocks the thread.
-    fn learn(&self, window: &Window, mut records: Vec<Record>, lost: u64) -> Result<StartReport> {
+    fn learn(
+        &self,
+        window: &Window,
+        container: String,
+        records: Vec<Record>,
+        lost: u64,
+    ) -> Result<StartReport> {
         let key = &window.key;
         let header = Header {
             image: key.image.clone(),
             entry: key.entry.clone(),
             kernel: uname(|name| name.release()),
             machine: uname(|name| name.machine()),
-            began_at: now(),
+            began_at: now().saturating_sub(window.recording.now_ns() / 1_000_000_000),
             // Times of level 0 count from the beginning.
             began_ns: 0,
             levels: Levels::default(),
             agent: env!("CARGO_PKG_VERSION").to_owned(),
-            ..Header::default()
+            reference: window.reference.clone(),
+            layers: window.layers.iter().map(|digest| self.traced(digest)).collect::<Result<_>>()?,
+            container,
         };
-        let reads = records.len() as u64;
-        let end = records.last().map_or(0, |record| record.time_ns);
-        records.push(Record { time_ns: end, process: sluice_trace::Process::default(), what: What::Ready });
-        let path = write_trace(&self.config.root.join("traces"), &header, &records, lost)?;
+        let reads = records.iter().filter(|record| matches!(record.what, What::Served { .. })).count() as u64;
         let files = ImageFiles::read(&self.store, &window.layers)?;
+        let mut all = files.spoken_of(&records);
+        all.extend(records.iter().cloned());
+        let path = write_trace(&self.config.root.join("traces"), &header, &all, lost)?;
         let records = records.into_iter().map(Ok::<_, std::convert::Infallible>);
         let Ok(sample) =
             Sample::from_records(records, &header.levels, (header.began_at, header.began_ns), &files);
@@ -289,6 +354,11 @@ impl Node {
             "a start was recorded"
         );
         Ok(report)
+    }
+
+    fn traced(&self, digest: &str) -> Result<TracedLayer> {
+        let layer = self.store.layer(digest)?;
+        Ok(TracedLayer { digest: digest.to_owned(), bytes: layer.map_or(0, |layer| layer.size()) })
     }
 
     /// The node's profiles, of one image if one is named.

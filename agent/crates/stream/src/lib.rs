@@ -15,11 +15,13 @@ mod run;
 mod scheduler;
 mod source;
 mod spans;
+mod watch;
 
 pub use first_pull::{FirstPull, first_pull};
 pub use layer::{LayerParts, StreamedLayer};
 pub use scheduler::{Counters, Lane, Scheduler};
 pub use source::{BlobSource, MemorySource, SourceError};
+pub use watch::{FetchDone, Watcher};
 
 use sluice_image::index::IndexError;
 use sluice_image::records::ChunkRecord;
