@@ -30,7 +30,11 @@ impl<'a> Chrome<'a> {
     }
 
     fn event(&mut self, event: &Value) -> Result<(), ExportError> {
-        self.out.write_all(if self.begun { b",\n" } else { b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n" })?;
+        self.out.write_all(if self.begun {
+            b",\n"
+        } else {
+            b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n"
+        })?;
         self.begun = true;
         Ok(serde_json::to_writer(&mut *self.out, event)?)
     }
@@ -46,7 +50,9 @@ impl<'a> Chrome<'a> {
             let name = if own { row.process.unwrap_or("?").to_owned() } else { track.name() };
             self.event(&json!({ "ph": "M", "pid": pid, "tid": tid, "name": "thread_name", "args": { "name": name } }))?;
             if own && self.named.insert((pid, u64::MAX)) {
-                self.event(&json!({ "ph": "M", "pid": pid, "name": "process_name", "args": { "name": name } }))?;
+                self.event(
+                    &json!({ "ph": "M", "pid": pid, "name": "process_name", "args": { "name": name } }),
+                )?;
             }
         }
         Ok((pid, tid))

@@ -2,16 +2,14 @@
 
 use std::io::Write;
 
-use serde_json::Value;
-
-use crate::row::{Row, Start};
+use crate::row::{COLUMNS, Cell, Row, Start};
 use crate::{ExportError, Sink};
 
 pub(crate) struct Csv<'a>(&'a mut dyn Write);
 
 impl<'a> Csv<'a> {
     pub(crate) fn new(out: &'a mut dyn Write) -> Result<Self, ExportError> {
-        let names: Vec<&str> = crate::parquet::COLUMNS.iter().map(|column| column.name).collect();
+        let names: Vec<&str> = COLUMNS.iter().map(|column| column.name).collect();
         writeln!(out, "{}", names.join(","))?;
         Ok(Self(out))
     }
@@ -23,15 +21,16 @@ impl Sink for Csv<'_> {
     }
 
     fn row(&mut self, row: &Row<'_>) -> Result<(), ExportError> {
-        let Value::Object(fields) = serde_json::to_value(row)? else { return Ok(()) };
-        for (number, column) in crate::parquet::COLUMNS.iter().enumerate() {
+        for (number, cell) in row.cells().into_iter().enumerate() {
             if number > 0 {
                 self.0.write_all(b",")?;
             }
-            match fields.get(column.name) {
-                None | Some(Value::Null) => {}
-                Some(Value::String(text)) => field(self.0, text)?,
-                Some(other) => write!(self.0, "{other}")?,
+            match cell {
+                Cell::Null => {}
+                Cell::Text(text) => field(self.0, text)?,
+                Cell::Number(number) => write!(self.0, "{number}")?,
+                Cell::Small(number) => write!(self.0, "{number}")?,
+                Cell::Flag(flag) => write!(self.0, "{flag}")?,
             }
         }
         Ok(self.0.write_all(b"\n")?)

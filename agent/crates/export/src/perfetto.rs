@@ -185,7 +185,11 @@ impl<'a> Perfetto<'a> {
             let thread = TrackDescriptor { thread: Some(thread), parent_uuid, ..TrackDescriptor::default() };
             return self.line(Line::Thread(pid, tid), thread).map(Some);
         }
-        let named = |name: String, parent_uuid| TrackDescriptor { name: Some(name), parent_uuid, ..TrackDescriptor::default() };
+        let named = |name: String, parent_uuid| TrackDescriptor {
+            name: Some(name),
+            parent_uuid,
+            ..TrackDescriptor::default()
+        };
         let group = self.group();
         let parent = self.line(Line::Track(start, item.track.clone()), named(item.track.name(), group))?;
         if matches!(item.track, Track::Step(_) | Track::Start) {
@@ -223,15 +227,20 @@ impl<'a> Perfetto<'a> {
             let name = Some(format!("bandwidth: {lane}"));
             let unit_name = Some("bytes/s".to_owned());
             let counter = Some(CounterDescriptor { unit_name });
-            let descriptor = TrackDescriptor { name, counter, parent_uuid: self.group(), ..TrackDescriptor::default() };
+            let descriptor =
+                TrackDescriptor { name, counter, parent_uuid: self.group(), ..TrackDescriptor::default() };
             let uuid = self.line(Line::Bandwidth(start, lane), descriptor)?;
             let value = |bytes: u64| TrackEvent {
                 r#type: Some(Kind::Counter as i32),
                 track_uuid: Some(uuid),
-                counter_value: Some(i64::try_from(bytes.saturating_mul(1_000_000_000 / STEP_NS)).unwrap_or(i64::MAX)),
+                counter_value: Some(
+                    i64::try_from(bytes.saturating_mul(1_000_000_000 / STEP_NS)).unwrap_or(i64::MAX),
+                ),
                 ..TrackEvent::default()
             };
-            if let Some((.., before)) = open.filter(|(one, other, at)| (*one, *other) == (start, lane) && at + 1 < step) {
+            if let Some((.., before)) =
+                open.filter(|(one, other, at)| (*one, *other) == (start, lane) && at + 1 < step)
+            {
                 self.event((before + 1) * STEP_NS, value(0))?;
             }
             self.event(step * STEP_NS, value(bytes))?;
@@ -248,7 +257,10 @@ impl Sink for Perfetto<'_> {
         self.shift_ns = start.header.began_at.saturating_sub(first).saturating_mul(1_000_000_000);
         self.start = start.number;
         let name = format!("sluice: {} `{}`", start.header.reference, start.header.entry);
-        self.line(Line::Group(start.number), TrackDescriptor { name: Some(name), ..TrackDescriptor::default() })?;
+        self.line(
+            Line::Group(start.number),
+            TrackDescriptor { name: Some(name), ..TrackDescriptor::default() },
+        )?;
         Ok(())
     }
 
@@ -262,8 +274,12 @@ impl Sink for Perfetto<'_> {
         let annotation = |(name, value): (&str, Argument<'_>)| {
             let name = Some(name.to_owned());
             match value {
-                Argument::Number(number) => DebugAnnotation { name, uint_value: Some(number), string_value: None },
-                Argument::Text(text) => DebugAnnotation { name, string_value: Some(text.to_owned()), uint_value: None },
+                Argument::Number(number) => {
+                    DebugAnnotation { name, uint_value: Some(number), string_value: None }
+                }
+                Argument::Text(text) => {
+                    DebugAnnotation { name, string_value: Some(text.to_owned()), uint_value: None }
+                }
             }
         };
         let kind = if duration.is_some() { Kind::SliceBegin } else { Kind::Instant };
@@ -281,7 +297,11 @@ impl Sink for Perfetto<'_> {
         };
         self.event(item.begin_ns, begin)?;
         if let Some(duration) = duration {
-            let end = TrackEvent { r#type: Some(Kind::SliceEnd as i32), track_uuid: track, ..TrackEvent::default() };
+            let end = TrackEvent {
+                r#type: Some(Kind::SliceEnd as i32),
+                track_uuid: track,
+                ..TrackEvent::default()
+            };
             self.event(item.begin_ns.saturating_add(duration), end)?;
         }
         Ok(())

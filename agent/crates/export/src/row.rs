@@ -49,6 +49,108 @@ pub(crate) struct Row<'a> {
     pub(crate) whole: Option<bool>,
 }
 
+/// What a column holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Type {
+    Text,
+    Number,
+    Small,
+    Flag,
+}
+
+/// A column.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Column {
+    pub(crate) name: &'static str,
+    pub(crate) kind: Type,
+    /// Not every row has it.
+    pub(crate) optional: bool,
+}
+
+/// What a row has in a column.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Cell<'a> {
+    Null,
+    Text(&'a str),
+    Number(u64),
+    Small(u32),
+    Flag(bool),
+}
+
+const fn column(name: &'static str, kind: Type, optional: bool) -> Column {
+    Column { name, kind, optional }
+}
+
+/// The columns, in the order of [`Row`]'s fields.
+pub(crate) const COLUMNS: [Column; 29] = [
+    column("start", Type::Text, false),
+    column("image", Type::Text, false),
+    column("manifest_digest", Type::Text, false),
+    column("entry", Type::Text, false),
+    column("kernel", Type::Text, false),
+    column("container", Type::Text, false),
+    column("began_at", Type::Number, false),
+    column("record", Type::Text, false),
+    column("kind", Type::Text, false),
+    column("time_ns", Type::Number, false),
+    column("duration_ns", Type::Number, true),
+    column("level", Type::Text, true),
+    column("lane", Type::Text, true),
+    column("layer", Type::Small, true),
+    column("layer_digest", Type::Text, true),
+    column("layer_offset", Type::Number, true),
+    column("path", Type::Text, true),
+    column("offset", Type::Number, true),
+    column("length", Type::Number, true),
+    column("inode", Type::Number, true),
+    column("pid", Type::Small, true),
+    column("tid", Type::Small, true),
+    column("process", Type::Text, true),
+    column("cgroup", Type::Number, true),
+    column("errno", Type::Small, true),
+    column("file_type", Type::Text, true),
+    column("new_path", Type::Text, true),
+    column("first_byte_ns", Type::Number, true),
+    column("whole", Type::Flag, true),
+];
+
+impl Row<'_> {
+    /// What the row has in each of [`COLUMNS`].
+    pub(crate) fn cells(&self) -> [Cell<'_>; 29] {
+        [
+            Cell::Text(self.start),
+            Cell::Text(self.image),
+            Cell::Text(self.manifest_digest),
+            Cell::Text(self.entry),
+            Cell::Text(self.kernel),
+            Cell::Text(self.container),
+            Cell::Number(self.began_at),
+            Cell::Text(self.record),
+            Cell::Text(self.kind),
+            Cell::Number(self.time_ns),
+            self.duration_ns.map_or(Cell::Null, Cell::Number),
+            self.level.map_or(Cell::Null, Cell::Text),
+            self.lane.map_or(Cell::Null, Cell::Text),
+            self.layer.map_or(Cell::Null, Cell::Small),
+            self.layer_digest.map_or(Cell::Null, Cell::Text),
+            self.layer_offset.map_or(Cell::Null, Cell::Number),
+            self.path.as_deref().map_or(Cell::Null, Cell::Text),
+            self.offset.map_or(Cell::Null, Cell::Number),
+            self.length.map_or(Cell::Null, Cell::Number),
+            self.inode.map_or(Cell::Null, Cell::Number),
+            self.pid.map_or(Cell::Null, Cell::Small),
+            self.tid.map_or(Cell::Null, Cell::Small),
+            self.process.map_or(Cell::Null, Cell::Text),
+            self.cgroup.map_or(Cell::Null, Cell::Number),
+            self.errno.map_or(Cell::Null, Cell::Small),
+            self.file_type.as_deref().map_or(Cell::Null, Cell::Text),
+            self.new_path.as_deref().map_or(Cell::Null, Cell::Text),
+            self.first_byte_ns.map_or(Cell::Null, Cell::Number),
+            self.whole.map_or(Cell::Null, Cell::Flag),
+        ]
+    }
+}
+
 /// Makes rows of one start's records.
 #[derive(Debug)]
 pub(crate) struct Rows {
@@ -84,20 +186,18 @@ impl Rows {
         let who = &record.process;
         if who.tgid != 0 {
             (row.pid, row.tid) = (Some(who.tgid), Some(who.pid));
-            (row.process, row.cgroup) = (Some(&who.comm), Some(who.cgroup));
+            (row.process, row.cgroup) = (Some(who.comm.as_str()), Some(who.cgroup));
         }
         fill(&mut row, &record.what)?;
         if let Some((place, offset)) = self.places.of(&record.what) {
-            let begins = place.offset + offset;
+            let begins = place.offset.saturating_add(offset);
             row.layer = row.layer.or(Some(place.layer));
             row.layer_offset = row.layer_offset.or(Some(begins));
             row.offset = row.offset.or(Some(offset));
             row.path = Some(text(&place.path));
         }
-        row.layer_digest = row
-            .layer
-            .and_then(|layer| header.layers.get(layer as usize))
-            .map(|layer| layer.digest.as_str());
+        row.layer_digest =
+            row.layer.and_then(|layer| header.layers.get(layer as usize)).map(|layer| layer.digest.as_str());
         Some(row)
     }
 }
@@ -188,4 +288,21 @@ pub(crate) fn start_id(header: &Header) -> String {
     hasher.update(&header.began_at.to_le_bytes());
     hasher.update(&header.began_ns.to_le_bytes());
     hasher.finalize().to_hex().chars().take(32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_and_columns_are_the_same_schema() {
+        let text = serde_json::to_string(&Row::default()).expect("JSON");
+        let mut at = 0;
+        for column in COLUMNS {
+            let found = text.find(&format!("\"{}\":", column.name)).expect(column.name);
+            assert!(found >= at, "{} stands elsewhere", column.name);
+            at = found;
+        }
+        assert_eq!(text.matches("\":").count(), COLUMNS.len());
+    }
 }

@@ -20,6 +20,13 @@ pub struct Place {
     pub path: Vec<u8>,
 }
 
+impl Place {
+    /// Byte behind its last block in the layer's local file.
+    pub fn end(&self) -> u64 {
+        self.offset.saturating_add(self.size.checked_next_multiple_of(4096).unwrap_or(u64::MAX))
+    }
+}
+
 /// The files that a trace has spoken of so far.
 #[derive(Debug, Default)]
 pub struct Places {
@@ -52,9 +59,8 @@ impl Places {
     pub fn at(&self, layer: u32, offset: u64) -> Option<&Place> {
         let before = self.offsets.range((layer, 0)..=(layer, offset)).next_back()?;
         // Behind its end is the rest of its last block.
-        self.files
-            .get(*before.1)
-            .filter(|file| offset < file.offset + file.size.next_multiple_of(4096).max(1))
+        let file = self.files.get(*before.1)?;
+        (offset - file.offset < file.end().saturating_sub(file.offset).max(1)).then_some(file)
     }
 
     /// The first file with a byte among these, and those behind it.

@@ -230,8 +230,7 @@ impl Summarizer {
 
     fn accessed(&mut self, at: u64, inode: u64, offset: u64, len: u64) {
         let Some(place) = self.places.inode(inode) else { return };
-        let (start, end) =
-            (place.offset.saturating_add(offset), place.offset + place.size.next_multiple_of(4096));
+        let (start, end) = (place.offset.saturating_add(offset), place.end());
         let (layer, path) = (place.layer, text(&place.path));
         if self.sees_accesses {
             self.touched.entry(layer).or_default().add(start..start.saturating_add(len).min(end));
