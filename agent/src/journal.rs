@@ -28,11 +28,13 @@ pub(crate) enum Reason {
     ImageLocal,
     /// It is pulled the ordinary way.
     StreamingFellBack,
+    /// Starts of it became worse.
+    StartRegressed,
 }
 
 impl Reason {
     fn is_warning(self) -> bool {
-        matches!(self, Self::StreamingFellBack)
+        matches!(self, Self::StreamingFellBack | Self::StartRegressed)
     }
 }
 

@@ -7,6 +7,7 @@ mod commands;
 mod config;
 mod daemon;
 mod journal;
+mod metrics;
 mod node;
 
 use std::process::ExitCode;

@@ -7,6 +7,7 @@ mod bench;
 mod containerd;
 mod demo;
 mod ebpf;
+mod foreign;
 mod image_maker;
 mod install;
 mod measure;

@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use crate::run::{show, top};
-use crate::{ebpf, oracle, packages, tidy};
+use crate::{ebpf, foreign, oracle, packages, tidy};
 
 /// Installs what tests need and runs them; root, FUSE and loop devices are needed.
 pub(crate) fn test(filter: Option<&str>) -> Result<()> {
@@ -15,6 +15,7 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
     }
     packages::install(&packages::RUNTIME)?;
     packages::install(&packages::TESTS)?;
+    foreign::install()?;
     tidy::tidy()?;
     ebpf::build()?;
     let mut command = Command::new("cargo");

@@ -23,6 +23,7 @@ use crate::config::Config;
 use crate::journal::NodeEvent;
 use crate::node::{Node, Over};
 
+mod local;
 mod snapshots;
 
 /// Events that may wait for a slow reader before the work is held up.
@@ -102,11 +103,15 @@ pub(crate) async fn start(config: Arc<Config>) -> Result<Running> {
             })
             .into_future(),
     );
+    if let Some(address) = config.local {
+        local::start(address, Arc::clone(&node), stop.subscribe()).await?;
+    }
     let snapshots = snapshots::start(&config, &node, stop.subscribe()).await?;
     Ok(Running { node, stop, server, snapshots })
 }
 
 fn routes(shared: Shared) -> axum::Router {
+    let metrics = local::metrics_route().with_state(Arc::clone(&shared.node));
     axum::Router::new()
         .route("/v1/acquire", post(acquire))
         .route("/v1/release", post(release))
@@ -121,6 +126,7 @@ fn routes(shared: Shared) -> axum::Router {
         .route("/v1/node", post(node))
         .route("/v1/stop", post(stop))
         .with_state(shared)
+        .merge(metrics)
 }
 
 async fn acquire(State(shared): State<Shared>, Json(request): Json<AcquireRequest>) -> Response {

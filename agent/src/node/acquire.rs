@@ -69,6 +69,7 @@ impl Node {
             };
             (acquired, found.layers.clone(), found.steps.clone())
         };
+        self.count_steps(acquired.served, fresh.then_some(steps.as_slice()), asked);
         if let Some(lookup) = lookup.filter(|_| acquired.served == Served::Streamed) {
             let mut all = vec![resolved];
             all.extend(steps);
@@ -81,6 +82,13 @@ impl Node {
             self.release(&request.holder).await?;
         }
         Ok(acquired)
+    }
+
+    fn count_steps(&self, served: Served, steps: Option<&[Step]>, asked: Instant) {
+        let metrics = &self.reads.metrics;
+        metrics.pulled(served, asked.elapsed());
+        let mounted = steps.into_iter().flatten().find(|step| step.phase == Phase::Mount);
+        mounted.into_iter().for_each(|step| metrics.mount.observe(step.took));
     }
 
     /// Releases what a process holds when it ends, however it ends.
@@ -150,6 +158,7 @@ impl Node {
             },
         };
         if let Some(reason) = &why_not {
+            crate::metrics::count(&self.reads.metrics.fell_back);
             events
                 .note(format!("{} is not streamed: {reason}; pulling it the ordinary way", image.reference));
             self.journal.emit(Reason::StreamingFellBack, &image.reference.whole(), reason.clone());

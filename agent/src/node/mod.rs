@@ -1,6 +1,7 @@
 //! The node: images in use, their layers, and everything the crates do for them, wired together.
 
 mod acquire;
+mod baseline;
 mod block_server;
 mod embedded;
 mod files;
@@ -78,6 +79,7 @@ pub(crate) struct Node {
     /// Reads of starts that are being recorded.
     reads: Arc<reads::ReadLog>,
     windows: Mutex<Vec<(Holder, starts::Window)>>,
+    baselines: baseline::Baselines,
 }
 
 /// An image in use.
@@ -140,6 +142,7 @@ impl Node {
             profiles: profiles::Profiles::new(config.root.join("profiles")),
             reads: Arc::default(),
             windows: Mutex::default(),
+            baselines: baseline::Baselines::new(config.root.join("baselines")),
             config,
         });
         let starting = Arc::clone(&node);

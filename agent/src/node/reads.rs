@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use sluice_stream::{FetchDone, Lane, Watcher};
 use sluice_trace::{FetchLane, Origin, Phase, Process, Record, What};
 
+use crate::metrics::{Metrics, count};
+
 /// Records kept of one start; more are no start's working set.
 const MAX_RECORDS: usize = 200_000;
 
@@ -20,6 +22,8 @@ const MAX_RECORDS: usize = 200_000;
 pub(super) struct ReadLog {
     active: AtomicUsize,
     recordings: Mutex<Vec<Arc<Recording>>>,
+    /// What is counted, recorded or not.
+    pub(super) metrics: Metrics,
 }
 
 /// What happens to one start's layers.
@@ -42,9 +46,9 @@ struct Log {
 /// A step on the way to a start.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Step {
-    phase: Phase,
+    pub(super) phase: Phase,
     began: Instant,
-    took: Duration,
+    pub(super) took: Duration,
 }
 
 impl Step {
@@ -78,6 +82,9 @@ impl ReadLog {
     /// A read that came at `asked` was answered, with bytes that were there (`Disk`) or had to be waited for.
     pub(super) fn served(&self, layer: &str, offset: u64, len: usize, asked: Instant, from: Origin) {
         let took = asked.elapsed();
+        if from == Origin::Registry {
+            self.metrics.read_wait.observe(took);
+        }
         self.each(layer, |recording, layer| {
             recording.push(asked, |log| What::Served {
                 layer,
@@ -87,6 +94,11 @@ impl ReadLog {
                 from: if from == Origin::Disk { log.origin(layer, offset) } else { from },
             });
         });
+    }
+
+    /// A read failed for good.
+    pub(super) fn failed(&self) {
+        count(&self.metrics.read_errors);
     }
 
     /// Chunks of a start pack are here.
@@ -131,6 +143,7 @@ impl Watcher for ReadLog {
 
     fn fetched(&self, fetch: FetchDone<'_>) {
         let (took, lane) = (fetch.began.elapsed(), fetch_lane(fetch.lane));
+        self.metrics.fetched(fetch.lane, fetch.whole);
         self.each(fetch.layer, |recording, layer| recording.fetched(lane, Some(layer), &fetch, took));
     }
 }

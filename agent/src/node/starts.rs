@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -16,8 +17,8 @@ use sluice_registry::artifact::ArtifactReader;
 use sluice_store::Store;
 use sluice_stream::{FetchDone, Lane, StreamedLayer};
 use sluice_trace::{
-    Footer, Header, Levels, Phase, Profile, ProfileKey, Record, Sample, TraceWriter, TracedLayer, What,
-    entry_class,
+    Footer, Header, Levels, Phase, Profile, ProfileKey, Record, Sample, Summarizer, Summary, TraceWriter,
+    TracedLayer, What, entry_class,
 };
 use tokio::task::JoinHandle;
 
@@ -28,6 +29,7 @@ use super::profiles::{self, Learned, now};
 use super::reads::{Recording, Step};
 use crate::api::{Holder, StartReport, StartRequest};
 use crate::daemon::EventSender;
+use crate::journal::Reason;
 
 /// Trace files that are kept.
 const MAX_TRACES: usize = 64;
@@ -258,6 +260,8 @@ impl Node {
             pace.wait().await;
         }
         reader.finish()?;
+        crate::metrics::count(&self.reads.metrics.packs);
+        self.reads.metrics.pack_bytes.fetch_add(fetch.len, Ordering::Relaxed);
         if let Some(recording) = recorded {
             recording.pack_fetched(&fetch);
         }
@@ -324,6 +328,9 @@ impl Node {
         let mut all = files.spoken_of(&records);
         all.extend(records.iter().cloned());
         let path = write_trace(&self.config.root.join("traces"), &header, &all, lost)?;
+        let mut summarizer = Summarizer::new(&header);
+        all.iter().for_each(|record| summarizer.push(record));
+        self.judge(&summarizer.finish(), lost);
         let records = records.into_iter().map(Ok::<_, std::convert::Infallible>);
         let Ok(sample) =
             Sample::from_records(records, &header.levels, (header.began_at, header.began_ns), &files);
@@ -354,6 +361,35 @@ impl Node {
             "a start was recorded"
         );
         Ok(report)
+    }
+
+    /// Counts a start, compares it with those before, and tells what became worse.
+    fn judge(&self, summary: &Summary, lost: u64) {
+        let metrics = &self.reads.metrics;
+        for (counter, by) in [
+            (&metrics.records_lost, lost),
+            (&metrics.ahead_bytes, summary.ahead_bytes),
+            (&metrics.ahead_used_bytes, summary.ahead_used_bytes),
+        ] {
+            counter.fetch_add(by, Ordering::Relaxed);
+        }
+        let Some(ready_ns) = summary.ready_ns else { return };
+        metrics.ready.observe(Duration::from_nanos(ready_ns));
+        let Some(limits) = &self.config.regressions else { return };
+        match self.baselines.add(sluice_regress::Start::from(summary), limits, now()) {
+            Err(error) => tracing::warn!(error = format!("{error:#}"), "a start is not compared"),
+            Ok(found) => {
+                for (against, finding) in found {
+                    metrics.regressed(finding.kind);
+                    let entry = &summary.header.entry;
+                    let message = format!(
+                        "Start of `{entry}`, against {against}: {}. {}",
+                        finding.what, finding.advice
+                    );
+                    self.journal.emit(Reason::StartRegressed, &summary.header.reference, message);
+                }
+            }
+        }
     }
 
     fn traced(&self, digest: &str) -> Result<TracedLayer> {

@@ -48,6 +48,12 @@ impl Node {
         })
     }
 
+    /// What is counted, for Prometheus.
+    pub(crate) async fn metrics_text(self: &Arc<Self>) -> Result<String> {
+        let status = self.status(None).await?;
+        Ok(self.reads.metrics.text(&status, &sluice_trace::Levels::default()))
+    }
+
     fn image_status(&self, record: ImageRecord) -> Result<ImageStatus> {
         let unpacked = record.layer_blocks.is_empty();
         let mut layers = Vec::new();

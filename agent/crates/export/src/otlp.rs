@@ -16,6 +16,20 @@ pub struct Request {
     pub resource_spans: Vec<ResourceSpans>,
 }
 
+impl Request {
+    /// As it goes over the wire.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        self.encode_to_vec()
+    }
+}
+
+impl Response {
+    /// From the wire; `None`: it is no such message.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        Self::decode(bytes).ok()
+    }
+}
+
 /// `ExportTraceServiceResponse`; what it says of spans that were refused.
 #[derive(Clone, PartialEq, Message)]
 pub struct Response {

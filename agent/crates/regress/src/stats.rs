@@ -2,7 +2,7 @@
 //! for sets as small as those of starts, also where values are equal.
 
 /// Values of each set that are looked at: the latest.
-pub const MOST: usize = 30;
+pub const MOST: usize = 20;
 
 /// The middle value; that between the two in the middle if there are two. `None`: there are no values.
 pub fn median(values: &[f64]) -> Option<f64> {
@@ -48,11 +48,13 @@ pub fn p_larger(base: &[f64], new: &[f64]) -> f64 {
     if let Some(first) = ways.first_mut().and_then(|none| none.first_mut()) {
         *first = 1.0;
     }
+    let mut reach = 0;
     for rank in ranks {
+        reach += rank;
         for count in (1..=new.len()).rev() {
             let (fewer, rest) = ways.split_at_mut(count);
             let (Some(fewer), Some(these)) = (fewer.last(), rest.first_mut()) else { continue };
-            for (sum, before) in these.iter_mut().skip(rank).zip(fewer) {
+            for (sum, before) in these.iter_mut().take(reach + 1).skip(rank).zip(fewer) {
                 *sum += before;
             }
         }
