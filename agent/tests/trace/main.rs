@@ -12,6 +12,7 @@ mod browser;
 mod commands;
 mod metrics;
 mod otlp;
+mod perfetto;
 mod regress;
 mod report;
 #[path = "../node/rig.rs"]
