@@ -51,10 +51,21 @@ pub(crate) struct StartReport {
     pub(crate) trace: PathBuf,
     /// Class of the entry point.
     pub(crate) entry: String,
+    /// By what accesses were seen.
+    pub(crate) level: String,
+    /// Reads that the agent answered.
     pub(crate) reads: u64,
+    /// Records of the probes.
+    pub(crate) probed: u64,
     pub(crate) ranges: usize,
     /// Bytes of the ranges, whole pages.
     pub(crate) bytes: u64,
+    /// Microseconds that threads slept for bytes of the image.
+    pub(crate) blocked_us: u64,
+    /// How much of that the agent took to answer.
+    pub(crate) served_us: u64,
+    /// Records that were lost.
+    pub(crate) lost: u64,
     /// Whether it is in the profile now.
     pub(crate) learned: bool,
 }
@@ -141,6 +152,9 @@ pub(crate) struct Status {
     pub(crate) disk_bytes: u64,
     pub(crate) disk_full: bool,
     pub(crate) reads: ReadCounters,
+    /// Stream indexes that lied, since the daemon started.
+    #[serde(default)]
+    pub(crate) indexes_quarantined: u64,
     pub(crate) images: Vec<ImageStatus>,
 }
 

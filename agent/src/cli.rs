@@ -97,6 +97,12 @@ pub(crate) enum Command {
     Gc,
     /// Check the layer store: every verified chunk is read and compared with its digest
     Fsck,
+    /// Tell what this node can do, capability by capability; the exit code is 1 if nothing can be streamed
+    Doctor {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Pull an image into containerd with the labels that its snapshotter needs to stream it
     CtrPull(CtrPullArgs),
     /// Show what happened to images on this node
@@ -120,6 +126,11 @@ pub(crate) enum Command {
         #[command(subcommand)]
         action: ProfileAction,
     },
+    /// Keys that sign stream indexes
+    Key {
+        #[command(subcommand)]
+        action: KeyAction,
+    },
     /// Switch streaming of new images on or off, or end all that is streamed
     Node {
         #[command(subcommand)]
@@ -136,6 +147,9 @@ pub(crate) enum Command {
     /// Serve block files, whichever daemon comes and goes
     #[command(hide = true)]
     BlockServer,
+    /// Merge the layers of an image, for the daemon
+    #[command(hide = true)]
+    WriteMetadata,
     /// Serve a directory of OCI layouts as a registry
     Registry(RegistryArgs),
     /// Write the man pages into a directory
@@ -228,6 +242,19 @@ pub(crate) struct IndexArgs {
     /// Build and measure, publish nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
+    /// Sign it with this private key (PEM, Ed25519) [default: sign_key of the configuration]
+    #[arg(long, value_name = "KEY")]
+    pub(crate) sign: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeyAction {
+    /// Make NAME.key, which signs stream indexes, and NAME.pub, which nodes trust
+    Generate {
+        /// Path without extension
+        #[arg(default_value = "sluice")]
+        name: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]

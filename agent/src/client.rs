@@ -66,11 +66,13 @@ impl Client {
     ) -> Result<A> {
         let request = || self.http.post(format!("http://sluice/v1/{path}")).json(body).send();
         let mut response = request().await;
-        if let (Err(error), Some((config, global))) = (&response, &self.starter)
+        if let Err(error) = &response
             && error.is_request()
         {
-            // It died before it answered: the next one is asked.
-            if !Self::alive(config).await {
+            // It went before it answered: the next one is asked.
+            if let Some((config, global)) = &self.starter
+                && !Self::alive(config).await
+            {
                 start_daemon(config, global)?;
             }
             response = request().await;
@@ -139,6 +141,7 @@ fn start_daemon(config: &Config, global: &Global) -> Result<()> {
     let mut command = Command::new(std::env::current_exe().context("cannot find the sluice binary")?);
     command.arg("daemon").arg("--announce").arg("--root").arg(&config.root).arg("--state").arg(&config.state);
     if let Some(path) = &global.config {
+        let path = std::path::absolute(path).context("cannot tell where the configuration is")?;
         command.arg("--config").arg(path);
     }
     for host in &global.plain_http {

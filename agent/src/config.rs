@@ -5,12 +5,13 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use sluice_blockfs::{Choice, Options, Way};
 use sluice_store::StoreLimits;
 
 use crate::cli::Global;
+use crate::node::Mode;
 
 const DEFAULT_CONFIG: &str = "/etc/sluice/config.toml";
 const DEFAULT_ROOT: &str = "/var/lib/sluice";
@@ -31,9 +32,12 @@ struct RawConfig {
     blocks: RawBlocks,
     images: RawImages,
     containerd: RawContainerd,
+    credentials: RawCredentials,
     prefetch: RawPrefetch,
     local: RawLocal,
     regressions: RawRegressions,
+    probes: RawProbes,
+    trust: RawTrust,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -52,12 +56,26 @@ struct RawRegressions {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+struct RawTrust {
+    mode: Option<Mode>,
+    keys: Option<Vec<PathBuf>>,
+    sign_key: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 struct RawPrefetch {
     enabled: Option<bool>,
     record: Option<bool>,
     window_s: Option<u64>,
     in_flight: Option<usize>,
     rate_mbit: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawProbes {
+    enabled: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -71,6 +89,16 @@ struct RawImages {
 #[serde(default, deny_unknown_fields)]
 struct RawContainerd {
     address: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawCredentials {
+    cri_proxy: Option<bool>,
+    provider_config: Option<PathBuf>,
+    provider_bin_dir: Option<PathBuf>,
+    pull_secrets: Option<PathBuf>,
+    access_check_s: Option<u64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -105,6 +133,7 @@ struct RawStore {
 struct RawBlocks {
     way: RawWay,
     queue_depth: Option<u16>,
+    one_device: bool,
     patience_s: Option<u64>,
 }
 
@@ -178,6 +207,8 @@ pub(crate) struct Config {
     pub(crate) store_limits: StoreLimits,
     /// How block files are served.
     pub(crate) blocks: Options,
+    /// Attach an image as one block device, as kernels before 5.16 need it.
+    pub(crate) one_device: bool,
     /// The file that all this comes from.
     pub(crate) file: Option<PathBuf>,
     /// Stream new images at all.
@@ -188,10 +219,20 @@ pub(crate) struct Config {
     pub(crate) deny: Vec<String>,
     /// containerd's socket.
     pub(crate) containerd: PathBuf,
+    /// Serve a CRI image service that learns the credentials of pulls.
+    pub(crate) cri_proxy: bool,
+    /// kubelet's `CredentialProviderConfig`, and the directory of the plugins.
+    pub(crate) credential_providers: Option<(PathBuf, PathBuf)>,
+    /// Directory of pull secrets.
+    pub(crate) pull_secrets: Option<PathBuf>,
+    /// How long a registry's word that a repository has a layer is believed.
+    pub(crate) access_check: Duration,
     /// Fetch what profiles and start packs say.
     pub(crate) prefetch: bool,
     /// Record containers' starts.
     pub(crate) record: bool,
+    /// Watch containers with eBPF probes.
+    pub(crate) probes: bool,
     /// How long a start is recorded, if nothing says earlier that it is over.
     pub(crate) record_window: Duration,
     /// Prefetches of a start under way at once.
@@ -202,6 +243,12 @@ pub(crate) struct Config {
     pub(crate) local: Option<std::net::SocketAddr>,
     /// When starts count as worse than those before; none: nobody looks.
     pub(crate) regressions: Option<sluice_regress::Limits>,
+    /// Whose stream indexes are believed.
+    pub(crate) trust: Mode,
+    /// Public keys of those who may sign them.
+    pub(crate) keys: Vec<PathBuf>,
+    /// Signs what this node publishes.
+    pub(crate) sign_key: Option<PathBuf>,
 }
 
 impl Config {
@@ -212,6 +259,9 @@ impl Config {
             None if Path::new(DEFAULT_CONFIG).exists() => RawConfig::read(Path::new(DEFAULT_CONFIG))?,
             None => RawConfig::default(),
         };
+        if raw.trust.mode == Some(Mode::Signed) && raw.trust.keys.as_ref().is_none_or(Vec::is_empty) {
+            bail!("the trust mode is `signed`, but [trust] keys names no public key: no index would be used");
+        }
         let mut plain_http = raw.registry.plain_http;
         plain_http.extend(global.plain_http.iter().cloned());
         let home = std::env::var_os("HOME").map(PathBuf::from);
@@ -240,17 +290,26 @@ impl Config {
                 reserve_bytes: raw.store.reserve_mib.unwrap_or(64) << 20,
             },
             blocks: raw.blocks.resolve(),
+            one_device: raw.blocks.one_device,
             file: global.config.clone(),
             streaming_enabled: raw.stream.enabled.unwrap_or(true),
             allow: raw.images.allow.unwrap_or_else(|| vec!["*".to_owned()]),
             deny: raw.images.deny,
+            cri_proxy: raw.credentials.cri_proxy.unwrap_or(false),
+            credential_providers: providers(&raw.credentials)?,
+            pull_secrets: raw.credentials.pull_secrets,
+            access_check: Duration::from_secs(raw.credentials.access_check_s.unwrap_or(600)),
             prefetch: raw.prefetch.enabled.unwrap_or(true),
             record: raw.prefetch.record.unwrap_or(true),
+            probes: raw.probes.enabled.unwrap_or(true),
             record_window: Duration::from_secs(raw.prefetch.window_s.unwrap_or(30)),
             prefetch_in_flight: raw.prefetch.in_flight.unwrap_or(3).max(1),
             prefetch_bytes_per_second: raw.prefetch.rate_mbit.map(|rate| rate.saturating_mul(125_000)),
             local: raw.local.listen,
             regressions: raw.regressions.resolve(),
+            trust: raw.trust.mode.unwrap_or_default(),
+            keys: raw.trust.keys.unwrap_or_default(),
+            sign_key: raw.trust.sign_key,
             containerd: raw.containerd.address.unwrap_or_else(|| DEFAULT_CONTAINERD.into()),
         })
     }
@@ -264,6 +323,11 @@ impl Config {
     pub(crate) fn snapshotter_socket(&self) -> PathBuf {
         self.state.join("snapshotter.sock")
     }
+
+    /// The CRI image service that learns credentials.
+    pub(crate) fn cri_socket(&self) -> PathBuf {
+        self.state.join("cri.sock")
+    }
 }
 
 impl RawConfig {
@@ -271,6 +335,15 @@ impl RawConfig {
         let text =
             std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         toml::from_str(&text).with_context(|| format!("{} is not a valid configuration", path.display()))
+    }
+}
+
+/// As kubelet's two flags: one makes no sense without the other.
+fn providers(raw: &RawCredentials) -> Result<Option<(PathBuf, PathBuf)>> {
+    match (raw.provider_config.clone(), raw.provider_bin_dir.clone()) {
+        (Some(file), Some(programs)) => Ok(Some((file, programs))),
+        (None, None) => Ok(None),
+        _ => anyhow::bail!("[credentials] provider_config and provider_bin_dir go together"),
     }
 }
 

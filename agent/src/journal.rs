@@ -30,11 +30,18 @@ pub(crate) enum Reason {
     StreamingFellBack,
     /// Starts of it became worse.
     StartRegressed,
+    /// A call on a symbolic link failed as kernels with a known fault let it fail.
+    RenameFault,
+    /// A stream index said what is not so, and is not used any more.
+    IndexQuarantined,
 }
 
 impl Reason {
     fn is_warning(self) -> bool {
-        matches!(self, Self::StreamingFellBack | Self::StartRegressed)
+        matches!(
+            self,
+            Self::StreamingFellBack | Self::StartRegressed | Self::RenameFault | Self::IndexQuarantined
+        )
     }
 }
 

@@ -1,5 +1,7 @@
 //! `cargo xtask bench start`: time to ready, images × links × ways, alternating; medians, ratios and targets.
 
+pub(crate) mod cri;
+
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};

@@ -185,7 +185,7 @@ impl Compiler {
 }
 
 /// The archive that this machine gets Debian's packages from.
-fn debian_mirror() -> Result<String> {
+pub(crate) fn debian_mirror() -> Result<String> {
     let format = "$(REPO_URI) $(ORIGIN) $(LABEL)";
     let text =
         output(Command::new("apt-get").args(["indextargets", "--format", format, "Created-By: Packages"]))?;

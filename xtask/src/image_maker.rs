@@ -69,6 +69,15 @@ pub(crate) fn make(recipe: Recipe) -> Result<PathBuf> {
     Ok(root)
 }
 
+/// An image of these trees, a layer each, lowest first: a layout in `work`.
+pub(crate) fn of_trees(work: &Path, trees: &[&Path]) -> Result<PathBuf> {
+    let layout = work.join("layout");
+    fs::create_dir_all(layout.join("blobs/sha256"))?;
+    let layers: Vec<Layer> = trees.iter().map(|tree| pack(tree, work)).collect::<Result<_>>()?;
+    write_layout(&layout, Recipe { name: "trees", layers: &[], command: &["sh"] }, &layers)?;
+    Ok(layout)
+}
+
 fn make_in(work: &Path, recipe: Recipe, progress: &ProgressBar) -> Result<()> {
     fs::create_dir_all(work.join("layout/blobs/sha256"))?;
     let base = base(progress)?;
@@ -153,6 +162,7 @@ fn pack(tree: &Path, work: &Path) -> Result<Layer> {
                 "--format=pax",
                 "--xattrs",
                 "--xattrs-include=security.capability",
+                "--xattrs-include=user.*",
                 "--numeric-owner",
                 "--sort=name",
             ])

@@ -6,15 +6,19 @@
 mod bench;
 mod containerd;
 mod demo;
+mod dist;
 mod ebpf;
 mod foreign;
 mod image_maker;
+mod images;
 mod install;
+mod kernel_tests;
 mod measure;
 mod oracle;
 mod packages;
 mod run;
 mod sluice;
+mod suites;
 mod test;
 mod tidy;
 
@@ -47,18 +51,37 @@ enum Command {
     Ebpf,
     /// Compare `sluice mount` with `umoci unpack`, path by path
     Oracle,
+    /// Fetch the kernels that test guests boot
+    Images(images::Args),
+    /// Test what is promised on every kernel of vm-images, in guests
+    KernelTests(kernel_tests::Args),
     /// Install Sluice on this node: program, configuration, units, containerd's proxy plugin
     Install(install::Args),
     /// Undo what `install` did
     Uninstall(install::Args),
+    /// Run the tests with a real containerd of another Debian suite
+    TestContainerd(suites::Args),
+    /// Make packages
+    Dist {
+        #[command(subcommand)]
+        dist: Dist,
+    },
     /// Check dependency directions, file headers and other house rules
     Tidy,
+}
+
+#[derive(Debug, Subcommand)]
+enum Dist {
+    /// A Debian package
+    Deb(dist::Args),
 }
 
 #[derive(Debug, Subcommand)]
 enum Bench {
     /// Time to ready: containerd's full pull, sluice's first pull, sluice streamed
     Start(bench::Args),
+    /// From CRI PullImage to the command's end: overlayfs, sluice, stargz
+    Cri(bench::cri::Args),
 }
 
 fn main() -> Result<()> {
@@ -66,10 +89,15 @@ fn main() -> Result<()> {
         Command::Demo(args) => demo::demo(&args),
         Command::Test { filter } => test::test(filter.as_deref()),
         Command::Bench { bench: Bench::Start(args) } => bench::start(&args),
+        Command::Bench { bench: Bench::Cri(args) } => bench::cri::run(&args),
         Command::Ebpf => ebpf::build().map(|object| println!("{}", object.display())),
         Command::Oracle => oracle::oracle(),
+        Command::Images(args) => images::images(&args),
+        Command::KernelTests(args) => kernel_tests::kernel_tests(&args),
         Command::Install(args) => install::install(&args),
         Command::Uninstall(args) => install::uninstall(&args),
+        Command::TestContainerd(args) => suites::test(&args),
+        Command::Dist { dist: Dist::Deb(args) } => dist::deb(&args),
         Command::Tidy => tidy::tidy(),
     }
 }

@@ -1,11 +1,9 @@
 //! `cargo xtask test`: everything that passes without hardware of its own.
 
-use std::process::Command;
-
 use anyhow::{Result, bail};
 
-use crate::run::{show, top};
-use crate::{ebpf, foreign, oracle, packages, tidy};
+use crate::run::{cargo, show};
+use crate::{ebpf, foreign, kernel_tests, oracle, packages, tidy};
 
 /// Installs what tests need and runs them; root, FUSE and loop devices are needed.
 pub(crate) fn test(filter: Option<&str>) -> Result<()> {
@@ -18,11 +16,15 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
     foreign::install()?;
     tidy::tidy()?;
     ebpf::build()?;
-    let mut command = Command::new("cargo");
-    command.args(["test", "--workspace", "--no-fail-fast"]).current_dir(top());
+    let mut command = cargo();
+    command.args(["test", "--workspace", "--no-fail-fast"]);
     if let Some(filter) = filter {
         command.arg(filter);
     }
     show(&mut command)?;
-    if filter.is_none() { oracle::oracle() } else { Ok(()) }
+    if filter.is_some() {
+        return Ok(());
+    }
+    oracle::oracle()?;
+    kernel_tests::quick()
 }

@@ -5,31 +5,34 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use sluice_image::decode::Compression;
+use sluice_kernel::Abilities;
 use sluice_registry::Client;
 
 use super::status::size;
 use crate::config::Config;
 use crate::node::{
-    INDEX_KIND, LAYER_ANNOTATION, artifact_store, cannot_stream, embedded_index, read_index, registry_client,
+    artifact_store, cannot_stream, embedded_index, header_digest, read_index, registry_client, trust,
     unsupported,
 };
 
 /// Exit code 0: every layer can be streamed at random; 1: not so.
 pub(crate) async fn check(config: &Arc<Config>, name: &str, store: Option<String>) -> Result<ExitCode> {
-    let registry = registry_client(config)?;
+    let registry = registry_client(config, None)?;
     let image = registry.resolve(&Client::parse(name)?).await?;
     say!("{} {}", image.reference, image.manifest_digest);
-    if let Some(reason) = cannot_stream() {
+    if let Some(reason) = cannot_stream(&Abilities::probe()) {
         say!("node: {reason}; images are pulled the ordinary way");
     }
+    let trust = trust(config, store.as_deref())?;
     let store = artifact_store(config, store.as_deref(), &registry)?;
-    let blobs = store.find(&image, INDEX_KIND).await?.unwrap_or_default();
+    let found = trust.find(&store, &image).await?;
     let mut all = true;
     for layer in &image.layers {
-        let found =
-            blobs.iter().find(|(blob, _)| blob.annotations.get(LAYER_ANNOTATION) == Some(&layer.digest));
-        let (streams, verdict) = match found {
+        let (streams, verdict) = match found.indexes.get(&layer.digest) {
             Some((blob, reader)) => match read_index(layer, blob, reader).await {
+                Ok(index) if trust.condemned(&header_digest(&index)) => {
+                    (false, "its stream index lied before and is in quarantine: streamed in order".to_owned())
+                }
                 Ok(index) if index.random_access() => {
                     (true, "stream index found: streamed at random".to_owned())
                 }
@@ -61,6 +64,9 @@ pub(crate) async fn check(config: &Arc<Config>, name: &str, store: Option<String
         };
         all &= streams;
         say!("{} {:>10}  {verdict}", layer.digest.get(..19).unwrap_or(&layer.digest), size(layer.size));
+        if let Some(reason) = found.refused.get(&layer.digest) {
+            say!("  the published stream index is not trusted: {reason}");
+        }
     }
     say!("{}", if all { "streamable" } else { "not streamable yet; `sluice index` makes it so" });
     Ok(ExitCode::from(u8::from(!all)))

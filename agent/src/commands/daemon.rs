@@ -5,10 +5,14 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::unistd::Pid;
+use sluice_kernel::process::{pidfd_open, wait_for_end};
 
 use crate::api::StopRequest;
+use crate::cli::Global;
 use crate::client::Client;
 use crate::config::Config;
 use crate::daemon::{self, Stop};
@@ -54,11 +58,41 @@ fn notify_systemd() -> Result<()> {
     sent.map(|_| ()).with_context(|| format!("cannot tell systemd at {}", socket.display()))
 }
 
-/// Asks the daemon to stop. Images in use are left to the next one, or unmounted with `drain`.
-pub(crate) async fn stop(config: &Config, drain: bool) -> Result<()> {
-    let Some(client) = Client::connect_running(config).await? else {
-        say!("no daemon runs on {}", config.socket().display());
+/// Longer than a full disk cache takes to reach a slow disk.
+const LONGEST_STOP: Duration = Duration::from_secs(60);
+
+/// Asks the daemon to stop. Images in use are left to the next one.
+pub(crate) async fn stop(config: &Config) -> Result<()> {
+    match Client::connect_running(config).await? {
+        Some(client) => ask_to_stop(config, &client, false).await,
+        None => nothing_runs(config),
+    }
+}
+
+/// Has everything unmounted, also what a daemon left that was killed.
+pub(crate) async fn drain(config: &Arc<Config>, global: &Global) -> Result<()> {
+    if Client::connect_running(config).await?.is_none() && !crate::node::block_socket(config).exists() {
+        return nothing_runs(config);
+    }
+    super::with_client(config, global, async |client| ask_to_stop(config, client, true).await).await
+}
+
+/// Returns when the daemon is gone: what follows may start the next one.
+async fn ask_to_stop(config: &Config, client: &Client, drain: bool) -> Result<()> {
+    let peer = tokio::net::UnixStream::connect(config.socket()).await.and_then(|stream| stream.peer_cred());
+    let pid =
+        peer.context("cannot ask whose socket it is")?.pid().context("the daemon has no number here")?;
+    let pidfd = pidfd_open(Pid::from_raw(pid)).context("the daemon is gone already")?;
+    client.ask::<()>("stop", &StopRequest { drain }).await?;
+    if pid.cast_unsigned() == std::process::id() {
         return Ok(());
-    };
-    client.ask("stop", &StopRequest { drain }).await
+    }
+    let ended = tokio::task::spawn_blocking(move || wait_for_end(&pidfd, Some(LONGEST_STOP))).await??;
+    anyhow::ensure!(ended, "the daemon (process {pid}) still writes what it has; see its log");
+    Ok(())
+}
+
+fn nothing_runs(config: &Config) -> Result<()> {
+    say!("no daemon runs on {}", config.socket().display());
+    Ok(())
 }

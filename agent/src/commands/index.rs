@@ -16,7 +16,8 @@ use crate::api::Event;
 use crate::cli::IndexArgs;
 use crate::config::Config;
 use crate::node::{
-    INDEX_KIND, LAYER_ANNOTATION, TOC_ANNOTATION, artifact_store, read_index, registry_client, unsupported,
+    HEADER_ANNOTATION, INDEX_KIND, LAYER_ANNOTATION, SIGNATURES_ANNOTATION, SigningKey, TOC_ANNOTATION,
+    artifact_store, header_digest, read_index, registry_client, sign, trust, unsupported,
 };
 
 /// Layers indexed at once: each has two threads of work.
@@ -25,9 +26,11 @@ const LAYERS_AT_ONCE: usize = 2;
 /// Makes and publishes.
 pub(crate) async fn build(config: &Arc<Config>, args: IndexArgs) -> Result<()> {
     let name = args.image.context("no image is given")?;
-    let registry = registry_client(config)?;
+    let registry = registry_client(config, None)?;
     let image = registry.resolve(&Client::parse(&name)?).await?;
     let store = artifact_store(config, args.store.as_deref(), &registry)?;
+    // Before the work, so that a key that cannot be used is told at once.
+    let key = args.sign.as_deref().or(config.sign_key.as_deref()).map(SigningKey::read).transpose()?;
     let total: u64 = image.layers.iter().map(|layer| layer.size).sum();
     let progress = Progress::new(&name);
     let done = std::sync::atomic::AtomicU64::new(0);
@@ -64,19 +67,34 @@ pub(crate) async fn build(config: &Arc<Config>, args: IndexArgs) -> Result<()> {
         say!("dry run: nothing published");
         return Ok(());
     }
-    let blobs = indexes.iter().map(|(digest, index)| index_blob(digest, index)).collect();
+    let blobs = indexes.iter().map(|(digest, index)| index_blob(digest, index, key.as_ref())).collect();
     let digest = store.publish(&image, INDEX_KIND, blobs).await?;
-    say!("published {digest} for {}", image.manifest_digest);
+    say!("published {digest} for {}{}", image.manifest_digest, if key.is_some() { ", signed" } else { "" });
+    let trust = trust(config, args.store.as_deref())?;
+    if let Err(error) = indexes.iter().try_for_each(|(_, index)| trust.remember(index)) {
+        // As in a pipeline, where there is no node.
+        tracing::info!(error = format!("{error:#}"), "this node does not remember that it made the index");
+    }
     Ok(())
 }
 
 /// What is published of a layer's index.
-pub(crate) fn index_blob(layer: &str, index: &LayerIndex) -> (HashMap<String, String>, Bytes) {
-    let annotations = HashMap::from([
+pub(crate) fn index_blob(
+    layer: &str,
+    index: &LayerIndex,
+    key: Option<&SigningKey>,
+) -> (HashMap<String, String>, Bytes) {
+    let mut annotations = HashMap::from([
         (LAYER_ANNOTATION.to_owned(), layer.to_owned()),
         (TOC_ANNOTATION.to_owned(), index.header().toc_len().to_string()),
+        (HEADER_ANNOTATION.to_owned(), header_digest(index)),
     ]);
-    (annotations, Bytes::copy_from_slice(index.blob()))
+    let bytes = Bytes::copy_from_slice(index.blob());
+    if let Some(key) = key {
+        let signature = sign(key, layer, &sluice_registry::artifact::digest(&bytes), index);
+        annotations.insert(SIGNATURES_ANNOTATION.to_owned(), signature);
+    }
+    (annotations, bytes)
 }
 
 async fn index_layer(
@@ -123,7 +141,7 @@ async fn index_layer(
 
 /// Shows what is published.
 pub(crate) async fn show(config: &Arc<Config>, name: &str, store: Option<String>) -> Result<()> {
-    let registry = registry_client(config)?;
+    let registry = registry_client(config, None)?;
     let image = registry.resolve(&Client::parse(name)?).await?;
     let store = artifact_store(config, store.as_deref(), &registry)?;
     let Some(blobs) = store.find(&image, INDEX_KIND).await? else {

@@ -11,6 +11,7 @@ macro_rules! say {
 mod check;
 mod ctr_pull;
 mod daemon;
+mod doctor;
 mod events;
 mod images;
 mod index;
@@ -36,7 +37,7 @@ use tokio::signal::unix::{SignalKind, signal};
 pub(crate) use index::index_blob;
 pub(crate) use status::size;
 
-use crate::cli::{Cli, Command, IndexAction, TraceAction};
+use crate::cli::{Cli, Command, IndexAction, KeyAction, TraceAction};
 use crate::client::Client;
 use crate::config::Config;
 
@@ -82,14 +83,20 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
         Command::Pull { image } => images::pull(&config, &global, image).await?,
         Command::Status { image, watch, json } => status::status(&config, image, watch, json).await?,
         Command::Rm { image } => images::remove(&config, &global, image).await?,
+        Command::Doctor { json } => return doctor::doctor(config, json).await,
         Command::Gc => images::gc(&config, &global).await?,
         Command::Fsck => return images::fsck(&config, &global).await,
         Command::CtrPull(args) => ctr_pull::pull(&config, args).await?,
         Command::Events { follow, json } => events::events(&config, follow, json).await?,
-        Command::Node { action } => node::node(&config, action).await?,
+        Command::Node { action } => node::node(&config, &global, action).await?,
+        Command::Key { action: KeyAction::Generate { name } } => {
+            crate::node::generate_key(&name)?;
+            say!("{}\n{}", name.with_extension("key").display(), name.with_extension("pub").display());
+        }
         Command::Daemon { announce } => daemon::serve(config, announce).await?,
-        Command::Stop => daemon::stop(&config, false).await?,
+        Command::Stop => daemon::stop(&config).await?,
         Command::BlockServer => daemon::serve_blocks(&config)?,
+        Command::WriteMetadata => crate::node::merge_for_agent()?,
         Command::Registry(args) => registry::serve(args).await?,
         Command::Man { dir } => shell::man(&dir)?,
         Command::Completions { shell } => shell::completions(shell),

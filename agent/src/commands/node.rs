@@ -1,16 +1,18 @@
 //! `sluice node`: the switch for new images, and the end of all.
 
+use std::sync::Arc;
+
 use anyhow::{Result, bail};
 
 use crate::api::{NodeRequest, NodeStatus};
-use crate::cli::NodeAction;
+use crate::cli::{Global, NodeAction};
 use crate::client::Client;
 use crate::config::Config;
 
 /// Asks the daemon, and prints what is so now.
-pub(crate) async fn node(config: &Config, action: NodeAction) -> Result<()> {
+pub(crate) async fn node(config: &Arc<Config>, global: &Global, action: NodeAction) -> Result<()> {
     if action == NodeAction::Drain {
-        return super::daemon::stop(config, true).await;
+        return super::daemon::drain(config, global).await;
     }
     let Some(client) = Client::connect_running(config).await? else {
         bail!("no daemon runs on {}; `sluice daemon` starts one", config.socket().display());

@@ -76,11 +76,16 @@ pub(crate) async fn run(
 fn say_recorded(report: Option<&StartReport>) {
     match report {
         Some(report) => eprintln!(
-            "sluice: recorded {} reads of `{}`: {} ranges, {} bytes{}; trace: {}",
+            "sluice: recorded {} reads and {} records of `{}` (by {}, {} lost): {} ranges, {} bytes, {} ms blocked, of these {} ms for us{}; trace: {}",
             report.reads,
+            report.probed,
             report.entry,
+            report.level,
+            report.lost,
             report.ranges,
             report.bytes,
+            report.blocked_us / 1000,
+            report.served_us / 1000,
             if report.learned { ", learned" } else { "; the profile stays as it was" },
             report.trace.display()
         ),

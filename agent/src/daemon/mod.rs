@@ -4,6 +4,7 @@
 
 use std::future::Future;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
@@ -25,6 +26,7 @@ use crate::node::{Node, Over};
 
 mod local;
 mod snapshots;
+mod sockets;
 
 /// Events that may wait for a slow reader before the work is held up.
 const EVENTS_WAITING: usize = 64;
@@ -76,22 +78,13 @@ struct Shared {
 
 /// Opens the node's state and its socket.
 pub(crate) async fn start(config: Arc<Config>) -> Result<Running> {
+    let inherited = sockets::Inherited::take()?;
     let socket = config.socket();
     let node = Node::start(Arc::clone(&config)).await?;
-    if tokio::net::UnixStream::connect(&socket).await.is_ok() {
-        bail!("a daemon already listens on {}", socket.display());
-    }
-    match std::fs::remove_file(&socket) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(error)
-                .with_context(|| format!("cannot remove the stale socket {}", socket.display()));
-        }
-        _ => {}
-    }
-    let listener = tokio::net::UnixListener::bind(&socket)
-        .with_context(|| format!("cannot listen on {}", socket.display()))?;
-    std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
-        .with_context(|| format!("cannot protect {}", socket.display()))?;
+    let listener = match inherited.get(&socket)? {
+        Some(listener) => tokio::net::UnixListener::from_std(listener)?,
+        None => bind(&socket).await?,
+    };
     let (stop, mut stopped) = watch::channel(Stop::No);
     let shared = Shared { node: Arc::clone(&node), stop: stop.clone() };
     let server = tokio::spawn(
@@ -106,8 +99,27 @@ pub(crate) async fn start(config: Arc<Config>) -> Result<Running> {
     if let Some(address) = config.local {
         local::start(address, Arc::clone(&node), stop.subscribe()).await?;
     }
-    let snapshots = snapshots::start(&config, &node, stop.subscribe()).await?;
+    let snapshots = snapshots::start(&config, &node, &inherited, stop.subscribe()).await?;
     Ok(Running { node, stop, server, snapshots })
+}
+
+/// Listens in the place of a daemon that is gone.
+async fn bind(socket: &Path) -> Result<tokio::net::UnixListener> {
+    if tokio::net::UnixStream::connect(socket).await.is_ok() {
+        bail!("a daemon already listens on {}", socket.display());
+    }
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error)
+                .with_context(|| format!("cannot remove the stale socket {}", socket.display()));
+        }
+        _ => {}
+    }
+    let listener = tokio::net::UnixListener::bind(socket)
+        .with_context(|| format!("cannot listen on {}", socket.display()))?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("cannot protect {}", socket.display()))?;
+    Ok(listener)
 }
 
 fn routes(shared: Shared) -> axum::Router {

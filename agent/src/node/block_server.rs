@@ -19,10 +19,10 @@ pub(crate) fn socket(config: &Config) -> PathBuf {
     config.state.join("blocks.sock")
 }
 
-/// Connects to the server that there is, mounted on `dir`, or starts one. Blocks the thread.
-pub(super) fn connect(config: &Config, dir: &Path, runtime: Handle) -> Result<BlockFs> {
+/// Connects to the server that there is, mounted on `dir`, or starts one and says so. Blocks the thread.
+pub(super) fn connect(config: &Config, dir: &Path, runtime: Handle) -> Result<(BlockFs, bool)> {
     match BlockFs::connect(dir, &socket(config), runtime.clone()) {
-        Ok(blockfs) => return Ok(blockfs),
+        Ok(blockfs) => return Ok((blockfs, false)),
         Err(BlockFsError::Server { source, .. })
             if matches!(
                 source.kind(),
@@ -35,7 +35,7 @@ pub(super) fn connect(config: &Config, dir: &Path, runtime: Handle) -> Result<Bl
     std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     private(dir)?;
     start(config)?;
-    Ok(BlockFs::connect(dir, &socket(config), runtime)?)
+    Ok((BlockFs::connect(dir, &socket(config), runtime)?, true))
 }
 
 /// Starts a server and waits until it is ready.

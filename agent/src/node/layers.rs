@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use sluice_blockfs::Device;
 use sluice_registry::ResolvedImage;
 use sluice_store::Layer;
-use sluice_stream::{BlobSource, LayerParts, MemorySource, StreamError, StreamedLayer};
+use sluice_stream::{BlobSource, LayerParts, MemorySource, StreamedLayer};
 
 use super::Node;
 use super::sources::{IndexBlob, LayerBlocks, RegistryBlob};
@@ -17,6 +17,8 @@ use crate::daemon::EventSender;
 #[derive(Debug)]
 pub(super) struct NodeLayer {
     layer: Arc<Layer>,
+    /// An image that has it.
+    image: ResolvedImage,
     /// None for a layer that is complete from the start.
     streamed: Option<Arc<StreamedLayer>>,
     /// The FUSE file, until the layer is complete.
@@ -34,6 +36,10 @@ impl NodeLayer {
     /// Where its bytes come from, if it was not complete from the start.
     pub(super) fn source(&self) -> Option<&Arc<StreamedLayer>> {
         self.streamed.as_ref()
+    }
+
+    pub(super) fn image(&self) -> &ResolvedImage {
+        &self.image
     }
 
     pub(super) fn layer(&self) -> &Layer {
@@ -83,7 +89,7 @@ impl NodeLayer {
     }
 
     /// Brings everything that is missing, and waits for it.
-    pub(super) async fn fill(&self, events: &EventSender) -> Result<()> {
+    pub(super) async fn fill(self: &Arc<Self>, node: &Arc<Node>, events: &EventSender) -> Result<()> {
         let Some(streamed) = &self.streamed else { return Ok(()) };
         let mut completion = streamed.completion();
         let progress = async {
@@ -93,7 +99,7 @@ impl NodeLayer {
             }
         };
         tokio::select! {
-            filled = streamed.fill() => Ok(filled?),
+            filled = node.complete(self) => filled,
             done = completion.wait_for(|complete| *complete) => done.map(|_| ()).context("the layer was dropped"),
             () = progress => Ok(()),
         }
@@ -110,8 +116,8 @@ impl NodeLayer {
         }
     }
 
-    fn fail(&self, error: &StreamError) {
-        *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+    pub(super) fn fail(&self, why: Option<String>) {
+        *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = why;
     }
 }
 
@@ -144,6 +150,7 @@ impl Node {
         };
         let node_layer = Arc::new(NodeLayer {
             layer,
+            image: image.clone(),
             streamed,
             fuse_path,
             device: Mutex::default(),
@@ -165,6 +172,8 @@ impl Node {
         let index_blob: Arc<dyn BlobSource> = if index.has_own_tar() {
             Arc::new(IndexBlob {
                 artifacts: self.artifacts.clone(),
+                trust: Arc::clone(&self.trust),
+                header: super::header_digest(&index),
                 image: image.clone(),
                 layer: digest.to_owned(),
                 found: Arc::default(),
@@ -207,10 +216,8 @@ impl Node {
         let Some(fuse_path) = &layer.fuse_path else { return Ok(()) };
         // Held while devices are switched, so that no new one appears on the FUSE file.
         let _device = layer.device.lock().unwrap_or_else(PoisonError::into_inner);
-        for found in
-            sluice_kernel::loop_device::list()?.iter().filter(|found| found.backing_file == *fuse_path)
-        {
-            Device::adopt(found.number)?.hand_over(&layer.layer.data_path())?;
+        for device in Device::all_on(fuse_path)? {
+            device.hand_over(&layer.layer.data_path())?;
         }
         if let Some(blockfs) = self.lock(&self.blockfs).as_ref() {
             blockfs.remove(fuse_path)?;
@@ -226,26 +233,22 @@ impl Node {
         }
         let mut before = None;
         for layer in layers {
-            let Some(streamed) = layer.streamed.clone().filter(|_| !layer.layer.is_complete()) else {
+            if layer.streamed.is_none() || layer.layer.is_complete() {
                 continue;
-            };
+            }
             let mut slot = layer.fill.lock().unwrap_or_else(PoisonError::into_inner);
             if slot.as_ref().is_some_and(|fill| !fill.is_finished()) {
                 continue;
             }
-            let (this, previous) = (Arc::clone(layer), before.take());
-            let (done, wait) = tokio::sync::oneshot::channel::<()>();
+            let (node, this, previous) = (Arc::clone(self), Arc::clone(layer), before.take());
+            let (tried, wait) = tokio::sync::oneshot::channel::<()>();
             before = Some(wait);
             *slot = Some(tokio::spawn(async move {
                 if let Some(previous) = previous {
                     // Its end, not its result, is what matters.
                     drop(previous.await);
                 }
-                if let Err(error) = streamed.fill().await {
-                    tracing::error!(layer = this.layer.digest(), %error, "the layer cannot be completed");
-                    this.fail(&error);
-                }
-                drop(done);
+                node.complete_in_time(this, tried).await;
             }));
         }
     }

@@ -1,13 +1,24 @@
 //! The node: images in use, their layers, and everything the crates do for them, wired together.
 
+mod access;
 mod acquire;
+mod ahead;
 mod baseline;
 mod block_server;
 mod embedded;
+mod faults;
 mod files;
 mod kept;
+mod keys;
+mod known;
 mod layers;
+mod metadata;
+mod one_device;
+mod pack;
+mod prepare;
+mod probing;
 mod profiles;
+mod quarantine;
 mod reads;
 mod recover;
 mod room;
@@ -16,6 +27,8 @@ mod sources;
 mod starts;
 mod status;
 mod switch;
+mod trust;
+mod unpack;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -23,7 +36,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use sluice_blockfs::{BlockFs, ImageMount};
+use sluice_image::erofs::Form;
 use sluice_kernel::Abilities;
+use sluice_kernel::mount::UnmountOptions;
 use sluice_registry::artifact::{ArtifactStore, Kind};
 use sluice_registry::{Client, Limits, RegistryConfig};
 use sluice_store::Store;
@@ -31,14 +46,20 @@ use sluice_stream::Scheduler;
 
 use crate::api::{FsckReport, GcReport, Holder, PullReport, Served};
 use crate::config::Config;
+use crate::credentials::{self, Learned};
 use crate::daemon::EventSender;
+use crate::doctor::{self, links::Links};
 use crate::journal::Journal;
-pub(crate) use acquire::{read_index, unsupported};
 pub(crate) use block_server::socket as block_socket;
 pub(crate) use embedded::embedded_index;
+pub(crate) use keys::{SigningKey, generate as generate_key};
 use layers::NodeLayer;
+pub(crate) use metadata::merge_for_agent;
+pub(crate) use prepare::{read_index, unsupported};
 pub(crate) use snapshots::NodeImages;
 pub(crate) use starts::Over;
+pub(crate) use switch::fits;
+pub(crate) use trust::{HEADER_ANNOTATION, Mode, SIGNATURES_ANNOTATION, Trust, header_digest, sign};
 
 /// Background fetches under way on a node at once.
 const BACKGROUND_FETCHES: usize = 3;
@@ -60,13 +81,21 @@ pub(crate) struct Node {
     config: Arc<Config>,
     /// Why images cannot be streamed here, if so.
     cannot_stream: Option<String>,
+    /// How images are attached on this kernel.
+    form: Form,
     store: Store,
     registry: Client,
+    /// Credentials that the CRI handed over.
+    learned: Arc<Learned>,
+    granted: Mutex<access::Granted>,
     artifacts: ArtifactStore,
+    trust: Arc<Trust>,
     scheduler: Scheduler,
     blockfs: Mutex<Option<BlockFs>>,
     layers: Mutex<HashMap<String, Arc<NodeLayer>>>,
     images: Mutex<HashMap<String, Image>>,
+    /// Block files of whole images, by the images' keys: see `one_device`.
+    whole_images: Mutex<HashMap<String, PathBuf>>,
     /// One preparation of an image at a time.
     preparing: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// One writer of what is kept for the next agent.
@@ -80,6 +109,8 @@ pub(crate) struct Node {
     reads: Arc<reads::ReadLog>,
     windows: Mutex<Vec<(Holder, starts::Window)>>,
     baselines: baseline::Baselines,
+    probing: probing::Probing,
+    faults: faults::Reported,
 }
 
 /// An image in use.
@@ -97,14 +128,15 @@ struct Image {
     steps: Vec<reads::Step>,
 }
 
-/// A registry client of this configuration.
-pub(crate) fn registry_client(config: &Config) -> Result<Client> {
+/// A registry client of this configuration; `learned` is the daemon's own.
+pub(crate) fn registry_client(config: &Config, learned: Option<Arc<Learned>>) -> Result<Client> {
     let limits = Limits { longest_retry_after: config.longest_retry_after, ..Limits::default() };
     let config = RegistryConfig {
         hosts_dir: config.hosts_dir.clone(),
         plain_http: config.plain_http.clone(),
         docker_config: config.docker_config.clone(),
         extra_ca: config.extra_ca.clone(),
+        credentials: credentials::source(config, learned)?,
         connections_per_host: config.connections_per_host,
     };
     Ok(Client::with_limits(config, limits)?)
@@ -118,6 +150,12 @@ pub(crate) fn artifact_store(config: &Config, url: Option<&str>, registry: &Clie
     }
 }
 
+/// Whose indexes are believed; those at `url` are the caller's own.
+pub(crate) fn trust(config: &Config, url: Option<&str>) -> Result<Trust> {
+    let own_store = url.or(config.index_store.as_deref()).is_some();
+    Trust::open(config.trust, &config.keys, own_store, &config.root)
+}
+
 impl Node {
     /// Opens the store, mounts FUSE, and takes over or cleans what an earlier agent left.
     pub(crate) async fn start(config: Arc<Config>) -> Result<Arc<Self>> {
@@ -125,26 +163,48 @@ impl Node {
         for dir in [&config.root, &config.state] {
             std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         }
-        let registry = registry_client(&config)?;
+        let learned = Arc::new(Learned::open(&config.state));
+        let registry = registry_client(&config, Some(Arc::clone(&learned)))?;
+        let abilities = Abilities::probe();
+        let probed = Arc::clone(&config);
+        let unsafe_links = tokio::task::spawn_blocking(move || unsafe_links(&probed)).await?;
         let node = Arc::new(Self {
             store: Store::open_with(&config.root, config.store_limits)?,
             artifacts: artifact_store(&config, None, &registry)?,
+            trust: Arc::new(trust(&config, None)?),
             registry,
+            learned,
+            granted: Mutex::default(),
             scheduler: Scheduler::new(BACKGROUND_FETCHES),
             blockfs: Mutex::new(None),
             layers: Mutex::default(),
             images: Mutex::default(),
+            whole_images: Mutex::default(),
             preparing: Mutex::default(),
             keeping: Mutex::default(),
-            cannot_stream: cannot_stream(),
+            cannot_stream: cannot_stream(&abilities).or(unsafe_links),
+            form: if config.one_device || !abilities.erofs_devices.available {
+                Form::OneDevice
+            } else {
+                Form::Devices
+            },
             journal: Journal::default(),
             switch: switch::Switch::open(&config)?,
             profiles: profiles::Profiles::new(config.root.join("profiles")),
             reads: Arc::default(),
             windows: Mutex::default(),
             baselines: baseline::Baselines::new(config.root.join("baselines")),
+            probing: probing::Probing::default(),
+            faults: faults::Reported::default(),
             config,
         });
+        if node.config.probes {
+            let watched = Arc::downgrade(&node);
+            std::thread::Builder::new()
+                .name("probes".to_owned())
+                .spawn(move || probing::watch(&watched))
+                .context("cannot start a thread")?;
+        }
         let starting = Arc::clone(&node);
         let runtime = tokio::runtime::Handle::current();
         tokio::task::spawn_blocking(move || starting.recover(runtime)).await??;
@@ -152,6 +212,11 @@ impl Node {
         node.resume_adopted()?;
         node.keep_room();
         Ok(node)
+    }
+
+    /// Credentials that the CRI handed over.
+    pub(crate) fn learned(&self) -> &Arc<Learned> {
+        &self.learned
     }
 
     /// Gives an image back; the last holder's leave unmounts it.
@@ -174,11 +239,13 @@ impl Node {
             true
         });
         self.keep();
+        let node = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
             for (digest, mount) in unused {
                 if let Err(error) = mount.unmount() {
                     tracing::warn!(%digest, %error, "cannot unmount");
                 }
+                node.stop_serving_whole(&digest);
             }
         })
         .await
@@ -192,7 +259,7 @@ impl Node {
         let mut total = 0;
         for digest in &record.layers {
             if let Some(layer) = self.node_layer(&image, digest)? {
-                layer.fill(&events).await?;
+                layer.fill(self, &events).await?;
                 total += layer.size();
             }
         }
@@ -219,7 +286,7 @@ impl Node {
         for holder in self.unmounted_holders() {
             self.release(&holder).await?;
         }
-        let in_use = self.in_use()?;
+        let in_use = self.in_use_when_settled().await?;
         let recorded: Vec<String> = self.store.images()?.into_iter().flat_map(|image| image.layers).collect();
         self.forget_layers(|digest| {
             in_use.layers.contains(digest) || recorded.iter().any(|one| one == digest)
@@ -265,8 +332,9 @@ impl Node {
         self.keep();
         let blockfs = self.lock(&self.blockfs).take();
         tokio::task::spawn_blocking(move || {
-            for mount in images.into_iter().filter_map(|image| image.mount) {
-                if let Err(error) = mount.unmount() {
+            for image in images {
+                image.holders.iter().for_each(unmount_holder);
+                if let Some(Err(error)) = image.mount.map(ImageMount::unmount) {
                     tracing::warn!(%error, "cannot unmount");
                 }
             }
@@ -314,6 +382,16 @@ impl Node {
     }
 }
 
+/// Takes a mount of `sluice mount` out of the tree.
+fn unmount_holder(holder: &Holder) {
+    let Holder::MountPoint(dir) = holder else { return };
+    let options = UnmountOptions { lazy: true, force: false };
+    match sluice_kernel::unmount(dir, options) {
+        Ok(()) => tracing::info!(dir = %dir.display(), "unmounted"),
+        Err(error) => tracing::debug!(%error, dir = %dir.display(), "nothing was mounted any more"),
+    }
+}
+
 /// Each layer in use takes descriptors: 500 images took 1542.
 fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -324,15 +402,33 @@ fn raise_descriptor_limit() {
     }
 }
 
+/// Why containers on streamed images are not safe with this kernel, if so: operations on symbolic links that fail on our mounts.
+fn unsafe_links(config: &Config) -> Option<String> {
+    let links = Links::probe(&doctor::rooms(config));
+    let broken = links.broken_on_ours();
+    match links.has_fault() {
+        Some(true) => tracing::warn!(
+            noatime = ?links.on_noatime,
+            ours_broken = !broken.is_empty(),
+            "this kernel fails operations on symbolic links of FUSE and NFS lower directories, mended in {}",
+            doctor::fault::FIXED_TEXT
+        ),
+        found => {
+            tracing::info!(fault = ?found, erofs = ?links.on_erofs.is_ok(), "operations on symbolic links were tried")
+        }
+    }
+    let first = broken.first()?;
+    let failure = first.failure.as_deref().unwrap_or_default();
+    Some(format!(
+        "this kernel fails {} on symbolic links of EROFS lower directories: {failure}",
+        first.operation
+    ))
+}
+
 /// What this kernel lacks for streaming.
-pub(crate) fn cannot_stream() -> Option<String> {
-    let abilities = Abilities::probe();
-    [
-        ("FUSE", &abilities.fuse),
-        ("loop devices", &abilities.loop_control),
-        ("EROFS with several devices", &abilities.erofs_devices),
-    ]
-    .into_iter()
-    .find(|(_, ability)| !ability.available)
-    .map(|(name, ability)| format!("this node has no {name}: {}", ability.reason))
+pub(crate) fn cannot_stream(abilities: &Abilities) -> Option<String> {
+    [("FUSE", &abilities.fuse), ("loop devices", &abilities.loop_control), ("EROFS", &abilities.erofs)]
+        .into_iter()
+        .find(|(_, ability)| !ability.available)
+        .map(|(name, ability)| format!("this node has no {name}: {}", ability.reason))
 }

@@ -65,7 +65,9 @@ impl Profiles {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             read => {
                 let bytes = read.with_context(|| format!("cannot read {}", path.display()))?;
-                Profile::decode(&bytes).map(Some).with_context(|| format!("cannot use {}", path.display()))
+                let profile =
+                    Profile::decode(&bytes).with_context(|| format!("cannot use {}", path.display()))?;
+                Ok(Some(profile).filter(|profile| !profile.is_expired(now(), UNUSED)))
             }
         }
     }

@@ -32,6 +32,8 @@ pub(super) struct Recording {
     /// Digests, in the order in which layers are applied.
     layers: Vec<String>,
     began: Instant,
+    /// The same on the clock of the records.
+    began_ns: u64,
     log: Mutex<Log>,
 }
 
@@ -59,9 +61,11 @@ impl Step {
 }
 
 impl ReadLog {
-    /// Records what happens to these layers from now on; times count from `began`.
+    /// Records what happens to these layers from now on; the start began at `began`.
     pub(super) fn begin(&self, layers: Vec<String>, began: Instant) -> Arc<Recording> {
-        let recording = Arc::new(Recording { layers, began, log: Mutex::default() });
+        let now_ns = sluice_kernel::process::monotonic_ns();
+        let began_ns = now_ns.saturating_sub(began.elapsed().as_nanos() as u64);
+        let recording = Arc::new(Recording { layers, began, began_ns, log: Mutex::default() });
         let mut recordings = lock(&self.recordings);
         recordings.push(Arc::clone(&recording));
         self.active.store(recordings.len(), Ordering::Release);
@@ -172,9 +176,14 @@ impl Recording {
         });
     }
 
-    /// Nanoseconds from the start's beginning to now.
-    pub(super) fn now_ns(&self) -> u64 {
-        self.began.elapsed().as_nanos() as u64
+    /// When the start began, `CLOCK_MONOTONIC` in nanoseconds.
+    pub(super) fn began_ns(&self) -> u64 {
+        self.began_ns
+    }
+
+    /// How long it has taken so far.
+    pub(super) fn elapsed(&self) -> Duration {
+        self.began.elapsed()
     }
 
     fn push(&self, at: Instant, what: impl FnOnce(&mut Log) -> What) {
@@ -184,7 +193,7 @@ impl Recording {
             return;
         }
         let what = what(&mut log);
-        let time_ns = at.saturating_duration_since(self.began).as_nanos() as u64;
+        let time_ns = self.began_ns + at.saturating_duration_since(self.began).as_nanos() as u64;
         log.records.push(Record { time_ns, process: Process::default(), what });
     }
 }

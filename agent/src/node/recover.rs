@@ -2,7 +2,8 @@
 //!
 //! The server of block files outlives agents, so an image in use notices nothing: its files are added again under their old
 //! names, its mount and its holders are taken over from what was kept. If the server died as well, reads fail until a new one is
-//! mounted and the devices in use are moved to its files (or to the local file of a layer that is complete).
+//! mounted and the devices in use are moved to its files (or to the local file of a layer that is complete). They are looked for
+//! before the dead mount goes: afterwards their paths no longer tell our files from those of another node's agent.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -10,6 +11,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use sluice_blockfs::{Device, ImageMount};
+use sluice_kernel::loop_device::LoopListing;
 use sluice_kernel::mount::UnmountOptions;
 use sluice_registry::{Client, ResolvedImage};
 
@@ -28,14 +30,15 @@ impl Node {
         }
         let _runtime = runtime.enter();
         let blocks = self.config.state.join("blocks");
-        let blockfs = block_server::connect(&self.config, &blocks, runtime.clone())?;
+        let found = sluice_kernel::loop_device::list()?;
+        let (blockfs, started) = block_server::connect(&self.config, &blocks, runtime.clone())?;
         let left = blockfs.left();
         *self.lock(&self.blockfs) = Some(blockfs);
         for name in left {
             // Whoever waits for a byte of it goes on now.
             self.add_again(&format!("sha256:{name}"));
         }
-        let devices = self.move_devices(&blocks)?;
+        let devices = self.take_devices(&blocks, found, started);
         let adopted = self.adopt_images(&devices);
         unmount_below(&images, &adopted)
     }
@@ -53,56 +56,63 @@ impl Node {
         Ok(())
     }
 
+    /// Serves the block file of a layer, or of a whole image, again.
     fn add_again(self: &Arc<Self>, digest: &str) {
-        let added = self.image_with(digest).and_then(|image| match image {
-            Some(image) => self.node_layer(&image, digest),
-            None => Ok(None),
-        });
-        match added {
+        match self.block_file(digest) {
             Ok(Some(_)) => {}
-            Ok(None) => tracing::debug!(layer = digest, "no image has this layer any more"),
+            Ok(None) => tracing::debug!(digest, "no image has this any more"),
             Err(error) => {
-                tracing::error!(
-                    layer = digest,
-                    error = format!("{error:#}"),
-                    "reads of this layer wait in vain"
-                );
+                tracing::error!(digest, error = format!("{error:#}"), "reads of this wait in vain");
             }
         }
     }
 
-    /// Sees to it that every device in use is on a file that is there; devices by their file.
-    fn move_devices(self: &Arc<Self>, blocks: &Path) -> Result<HashMap<PathBuf, u32>> {
+    /// The file that a device for a layer, or for a whole image, belongs on; `None`: it is known no more.
+    fn block_file(self: &Arc<Self>, digest: &str) -> Result<Option<PathBuf>> {
+        if let Some(image) = self.image_with(digest)? {
+            let layer = self.node_layer(&image, digest)?;
+            return Ok(layer.and_then(|layer| layer.paths().into_iter().next()));
+        }
+        let Some(record) = self.store.image(digest)? else { return Ok(None) };
+        let image = resolved_by_last_name(&record)?;
+        let layer = |digest| self.node_layer(&image, digest)?.context("the store lacks one of its layers");
+        let layers = record.layers.iter().map(|digest| layer(digest)).collect::<Result<Vec<_>>>()?;
+        self.serve_whole(digest, &layers).map(Some)
+    }
+
+    /// Sees to it that every device in use is on a file that is there; devices by their file. Those on block files must be
+    /// moved (`started`) if a new server took the place of theirs: its files may have the same paths.
+    fn take_devices(
+        self: &Arc<Self>,
+        blocks: &Path,
+        found: Vec<LoopListing>,
+        started: bool,
+    ) -> HashMap<PathBuf, u32> {
         let mut devices = HashMap::new();
-        for found in sluice_kernel::loop_device::list()? {
-            let Some(digest) = layer_of(blocks, &found.backing_file) else {
+        for found in found {
+            let Some(digest) = layer_of(blocks, &found.backing_file).filter(|_| started) else {
                 devices.insert(found.backing_file, found.number);
                 continue;
             };
-            match self.move_device(found.number, &found.backing_file, &digest) {
+            match self.move_device(found.number, &digest) {
                 Ok(path) => {
                     devices.insert(path, found.number);
                 }
                 Err(error) => tracing::warn!(
                     device = found.number,
-                    layer = digest,
+                    digest,
                     error = format!("{error:#}"),
                     "a device of an earlier agent is lost"
                 ),
             }
         }
-        Ok(devices)
+        devices
     }
 
-    fn move_device(self: &Arc<Self>, number: u32, now: &Path, digest: &str) -> Result<PathBuf> {
-        let image = self.image_with(digest)?.context("no image has this layer any more")?;
-        let layer =
-            self.node_layer(&image, digest)?.context("the store does not have this layer any more")?;
-        let path = layer.paths().into_iter().next().context("the layer has no file")?;
-        if path != now {
-            Device::adopt(number)?.hand_over(&path)?;
-            tracing::info!(device = number, layer = digest, path = %path.display(), "device moved");
-        }
+    fn move_device(self: &Arc<Self>, number: u32, digest: &str) -> Result<PathBuf> {
+        let path = self.block_file(digest)?.context("no image has this any more")?;
+        Device::adopt(number)?.hand_over(&path)?;
+        tracing::info!(device = number, digest, path = %path.display(), "device moved");
         Ok(path)
     }
 
@@ -213,23 +223,23 @@ fn resolved_by_last_name(record: &sluice_store::ImageRecord) -> Result<ResolvedI
 
 /// The layer behind a device whose backing file was in our FUSE mount.
 fn layer_of(blocks: &Path, backing: &Path) -> Option<String> {
-    // Once its mount is gone the kernel prints the path from the mount's root: the name alone decides then.
-    let name = backing.file_name()?.to_str()?;
+    // A mount that is gone from the tree leaves `/NAME`: it may have been anybody's, and names are the same on all nodes.
+    let name = backing.strip_prefix(blocks).ok()?.to_str()?;
     let (inode, hex) = name.split_once('-')?;
-    let ours = backing.starts_with(blocks) || backing.parent() == Some(Path::new("/"));
-    let well_formed =
-        inode.parse::<u64>().is_ok() && hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit());
-    (ours && well_formed).then(|| format!("sha256:{hex}"))
+    (inode.parse::<u64>().is_ok() && is_hex(hex)).then(|| format!("sha256:{hex}"))
 }
 
-/// The layer behind a device on a block file of ours, or on a layer's local file.
+/// The layer behind a device on a block file that is served, or on a layer's local file.
 pub(super) fn layer_behind(blocks: &Path, layers: &Path, backing: &Path) -> Option<String> {
     let local = || {
         let hex = backing.strip_prefix(layers).ok()?.parent()?.to_str()?;
-        let well_formed = hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit());
-        well_formed.then(|| format!("sha256:{hex}"))
+        is_hex(hex).then(|| format!("sha256:{hex}"))
     };
     layer_of(blocks, backing).or_else(local)
+}
+
+fn is_hex(name: &str) -> bool {
+    name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// Takes everything mounted at or below `dir` out of the tree, but for `kept`.
@@ -263,13 +273,15 @@ mod tests {
         let blocks = Path::new("/run/sluice/blocks");
         let name = format!("7-{hex}");
         assert_eq!(layer_of(blocks, &blocks.join(&name)), Some(format!("sha256:{hex}")));
-        assert_eq!(layer_of(blocks, &Path::new("/").join(&name)), Some(format!("sha256:{hex}")));
+        assert_eq!(layer_of(blocks, &Path::new("/").join(&name)), None);
         assert_eq!(layer_of(blocks, &Path::new("/elsewhere").join(&name)), None);
         assert_eq!(layer_of(blocks, Path::new("/run/sluice/blocks/x-y")), None);
         let layers = Path::new("/var/lib/sluice/layers");
         for (backing, known) in [
             (layers.join(&hex).join("data"), true),
             (blocks.join(&name), true),
+            // Of a mount that is gone, which may have been another node's.
+            (Path::new("/").join(&name), false),
             (layers.join("elsewhere").join("data"), false),
             (Path::new("/var/lib/images").join(&hex), false),
         ] {

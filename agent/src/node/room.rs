@@ -2,9 +2,10 @@
 
 use std::collections::HashSet;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use sluice_kernel::loop_device::LoopListing;
 use sluice_store::InUse;
 
 use super::{Node, recover};
@@ -13,10 +14,12 @@ use super::{Node, recover};
 const INTERVAL: Duration = Duration::from_secs(2);
 /// What is made free at once, so that not every chunk needs an eviction.
 const ROOM_BYTES: u64 = 64 << 20;
+/// How long devices that nobody's image needs are waited for.
+const SETTLE: Duration = Duration::from_secs(1);
 
 impl Node {
-    /// What must stay: images and layers that somebody holds, is about to, or reads through a device.
-    pub(super) fn in_use(&self) -> Result<InUse> {
+    /// What must stay: images and layers that somebody holds, or is about to.
+    fn in_use(&self) -> Result<InUse> {
         let mut in_use = InUse::default();
         for (digest, image) in self.lock(&self.images).iter() {
             in_use.images.insert(digest.clone());
@@ -42,12 +45,36 @@ impl Node {
             // The layers of an image that is not recorded yet are those that no other names.
             in_use.layers.extend(self.store.layers()?.into_iter().filter(|digest| !named.contains(digest)));
         }
-        // A container that outlived its holder may still read a layer through its device.
-        let (blocks, layers) = (self.config.state.join("blocks"), self.config.root.join("layers"));
-        for device in sluice_kernel::loop_device::list()? {
-            in_use.layers.extend(recover::layer_behind(&blocks, &layers, &device.backing_file));
-        }
         Ok(in_use)
+    }
+
+    /// What is in use, and what containers that outlived their holders may still read through devices. Those of a container
+    /// that just ended go a moment after it, with its mount namespace: they are waited for.
+    pub(super) async fn in_use_when_settled(&self) -> Result<InUse> {
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            let mut in_use = self.in_use()?;
+            let held = in_use.layers.len();
+            in_use.layers.extend(self.layers_behind_devices()?);
+            if in_use.layers.len() == held {
+                return Ok(in_use);
+            }
+            if Instant::now() > deadline {
+                tracing::info!(
+                    layers = in_use.layers.len() - held,
+                    "layers that nobody holds stay: their devices are in use"
+                );
+                return Ok(in_use);
+            }
+            tokio::time::sleep(SETTLE / 50).await;
+        }
+    }
+
+    fn layers_behind_devices(&self) -> Result<Vec<String>> {
+        let (blocks, layers) = (self.config.state.join("blocks"), self.config.root.join("layers"));
+        let devices = sluice_kernel::loop_device::list()?;
+        let behind = |device: &LoopListing| recover::layer_behind(&blocks, &layers, &device.backing_file);
+        Ok(devices.iter().filter_map(behind).collect())
     }
 
     /// Drops layers that are not to be kept, and stops what fills them.
@@ -90,7 +117,7 @@ impl Node {
     }
 
     async fn make_room(self: &Arc<Self>) -> Result<()> {
-        let in_use = self.in_use()?;
+        let in_use = self.in_use_when_settled().await?;
         self.forget_layers(|digest| in_use.layers.contains(digest)).await;
         let store = self.store.clone();
         let freed = tokio::task::spawn_blocking(move || store.make_room(ROOM_BYTES, &in_use)).await??;

@@ -9,11 +9,13 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail};
 use oci_spec::image::ImageConfiguration;
 use sluice_containerd::{ImageMounts, Refusal, RemoteLayer, Usage, chain_ids};
+use sluice_image::erofs::Form;
 use sluice_registry::{Client, ResolvedImage};
 use tokio::sync::mpsc;
 
+use super::starts::Started;
 use super::{Image, Node};
-use crate::api::{Holder, Served};
+use crate::api::{Holder, Served, StartRequest};
 use crate::daemon::EventSender;
 use crate::journal::{Pull, Reason};
 
@@ -102,6 +104,8 @@ impl Node {
             let events = silent();
             let image = self.resolve_layer(layer, &events).await?;
             part_of(image.clone(), layer)?;
+            // Before anything is recorded: lazy reads go to the repository of the last pull.
+            self.check_access(&image).await?;
             let _turn = self.turn(&layer.manifest_digest).await;
             if !self.hold(&layer.manifest_digest, &holder)? {
                 self.journal.pulling(&pull);
@@ -119,7 +123,7 @@ impl Node {
         ready
     }
 
-    /// Whether the image of `layer` was offered before, by another of its layers, and has this one too.
+    /// Whether the image of `layer` was offered before, by another of its layers, has this one too, and its repository gave it.
     fn is_held_for(&self, layer: &RemoteLayer) -> Result<bool> {
         let holder = Holder::Snapshot(pulled(&layer.manifest_digest));
         let config = {
@@ -130,7 +134,8 @@ impl Node {
         let Some(config) = config else { return Ok(false) };
         let config = ImageConfiguration::from_reader(config.as_bytes())?;
         let chain = chain_ids(config.rootfs().diff_ids().iter().map(String::as_str));
-        Ok(chain.contains(&layer.chain_id))
+        let given = self.is_granted(&Client::parse(&layer.image)?, &layer.layer_digest);
+        Ok(given && chain.contains(&layer.chain_id))
     }
 
     /// The lower directories of the layers up to `layer`. A container is to start: what cannot be streamed any more is
@@ -139,8 +144,12 @@ impl Node {
         let events = silent();
         let holder = Holder::Snapshot(holder.to_owned());
         let part = part_of(self.resolve_layer(layer, &events).await?, layer)?;
+        // Asked again for a container that was begun before: no start.
+        let known = self.holds(&part.key, &holder);
+        let lookup = (!known).then(|| self.look_up(&part.image, &StartRequest::default()));
         let _turn = self.turn(&part.key).await;
-        if !self.hold(&part.key, &holder)? {
+        let fresh = !self.hold(&part.key, &holder)?;
+        if fresh {
             let made = match self.make_part(&part, &events).await {
                 Ok(made) => made,
                 Err(error) => {
@@ -151,9 +160,19 @@ impl Node {
             };
             self.put(&part.key, made, &holder);
         }
-        let images = self.lock(&self.images);
-        let image = images.get(&part.key).context("the image was released meanwhile; try again")?;
-        Ok(image.lower_dirs.clone())
+        let (lower_dirs, started) = {
+            let images = self.lock(&self.images);
+            let image = images.get(&part.key).context("the image was released meanwhile; try again")?;
+            (image.lower_dirs.clone(), Started::new(image, &holder, fresh))
+        };
+        if let (Some(lookup), Some(started)) = (lookup, started) {
+            self.begin_start(lookup, started).await;
+        }
+        Ok(lower_dirs)
+    }
+
+    fn holds(&self, key: &str, holder: &Holder) -> bool {
+        self.lock(&self.images).get(key).is_some_and(|image| image.holders.contains(holder))
     }
 
     async fn make_part(self: &Arc<Self>, part: &Part, events: &EventSender) -> Result<Image> {
@@ -163,9 +182,14 @@ impl Node {
         if part.key == part.image.manifest_digest {
             return self.make_mounted(&part.image, events).await;
         }
+        if self.form == Form::OneDevice {
+            bail!(
+                "parts of an image cannot be mounted on this kernel (EROFS with several devices is Linux 5.16)"
+            );
+        }
         self.prepare(&part.image, events).await?;
         let lower = part.truncated();
-        let (blocks, _dropped) = self.write_metadata(&lower).await?;
+        let blocks = self.write_metadata(&lower).await?.layer_blocks;
         let digests: Vec<String> = lower.layers.iter().map(|layer| layer.digest.clone()).collect();
         let made = self.mount_prepared(&part.image, &part.key, &digests, &blocks).await?;
         // The kernel has it open; no image's record would ever remove it.
@@ -205,7 +229,7 @@ impl Node {
         Ok(image)
     }
 
-    async fn turn(&self, key: &str) -> tokio::sync::OwnedMutexGuard<()> {
+    pub(super) async fn turn(&self, key: &str) -> tokio::sync::OwnedMutexGuard<()> {
         let turn = Arc::clone(self.lock(&self.preparing).entry(key.to_owned()).or_default());
         turn.lock_owned().await
     }

@@ -10,13 +10,13 @@ use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt};
 use sluice_blockfs::{BlockSource, ReadError};
-use sluice_registry::artifact::{ArtifactReader, ArtifactStore};
+use sluice_registry::artifact::{ArtifactBlob, ArtifactReader, ArtifactStore};
 use sluice_registry::{Blob, RegistryError, ResolvedImage};
 use sluice_stream::{BlobSource, Lane, SourceError, StreamedLayer};
 use sluice_trace::Origin;
 
 use super::reads::ReadLog;
-use super::{INDEX_KIND, LAYER_ANNOTATION};
+use super::{HEADER_ANNOTATION, Trust};
 
 fn source_error(error: &RegistryError) -> SourceError {
     SourceError { message: error.to_string(), transient: error.may_pass() }
@@ -38,11 +38,14 @@ impl BlobSource for RegistryBlob {
 }
 
 /// A layer's index blob, looked up when a window is first needed.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct IndexBlob {
     pub(super) artifacts: ArtifactStore,
+    pub(super) trust: Arc<Trust>,
     pub(super) image: ResolvedImage,
     pub(super) layer: String,
+    /// Digest of the header of the index that is in use: windows of another one would not fit.
+    pub(super) header: String,
     pub(super) found: Arc<tokio::sync::OnceCell<ArtifactReader>>,
 }
 
@@ -52,30 +55,30 @@ impl BlobSource for IndexBlob {
     }
 
     fn read(&self, range: Range<u64>, _: Lane) -> BoxStream<'static, Result<Bytes, SourceError>> {
-        let (artifacts, image, layer) = (self.artifacts.clone(), self.image.clone(), self.layer.clone());
         let found = Arc::clone(&self.found);
+        let this = self.clone();
         let read = async move {
-            let reader = found.get_or_try_init(|| find(&artifacts, &image, &layer)).await?;
+            let reader = found.get_or_try_init(|| this.find()).await?;
             reader.read_all(range).await.map_err(|error| source_error(&error))
         };
         futures::stream::once(read).boxed()
     }
 }
 
-async fn find(
-    artifacts: &ArtifactStore,
-    image: &ResolvedImage,
-    layer: &str,
-) -> Result<ArtifactReader, SourceError> {
-    let blobs = artifacts.find(image, INDEX_KIND).await.map_err(|error| source_error(&error))?;
-    let of_layer = |annotations: &std::collections::HashMap<String, String>| {
-        annotations.get(LAYER_ANNOTATION).is_some_and(|digest| digest == layer)
-    };
-    let found = blobs.into_iter().flatten().find(|(blob, _)| of_layer(&blob.annotations));
-    found.map(|(_, reader)| reader).ok_or_else(|| SourceError {
-        message: format!("the stream index of layer {layer} is not published any more; publish it again with `sluice index`"),
-        transient: true,
-    })
+impl IndexBlob {
+    async fn find(&self) -> Result<ArtifactReader, SourceError> {
+        let found = self.trust.find(&self.artifacts, &self.image).await;
+        let mut found = found.map_err(|error| source_error(&error))?;
+        let fits = |blob: &ArtifactBlob| {
+            blob.annotations.get(HEADER_ANNOTATION).is_none_or(|header| *header == self.header)
+        };
+        let found = found.indexes.remove(&self.layer).filter(|(blob, _)| fits(blob));
+        let layer = &self.layer;
+        found.map(|(_, reader)| reader).ok_or_else(|| SourceError {
+            message: format!("the stream index of layer {layer} is not published any more; publish it again with `sluice index`"),
+            transient: true,
+        })
+    }
 }
 
 /// A streamed layer as a block file.

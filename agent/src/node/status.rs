@@ -44,6 +44,7 @@ impl Node {
                 bytes_prefetch: counters.bytes(Lane::Prefetch),
                 bytes_fill: counters.bytes(Lane::Fill),
             },
+            indexes_quarantined: self.trust.lies.load(Ordering::Relaxed),
             images,
         })
     }
@@ -51,7 +52,8 @@ impl Node {
     /// What is counted, for Prometheus.
     pub(crate) async fn metrics_text(self: &Arc<Self>) -> Result<String> {
         let status = self.status(None).await?;
-        Ok(self.reads.metrics.text(&status, &sluice_trace::Levels::default()))
+        let levels = self.probing.levels().cloned().unwrap_or_default();
+        Ok(self.reads.metrics.text(&status, &levels))
     }
 
     fn image_status(&self, record: ImageRecord) -> Result<ImageStatus> {

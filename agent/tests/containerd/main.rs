@@ -8,6 +8,7 @@
     reason = "tests fail by panicking"
 )]
 
+mod credentials;
 mod cri;
 mod images;
 mod lifetime;
@@ -26,3 +27,4 @@ mod proto {
 mod pull;
 mod rig;
 mod runtime_client;
+mod starts;

@@ -81,3 +81,48 @@ fn a_fill_goes_on_where_it_was_killed() {
     assert_content(&node.path("mount/data/large"), &large());
     node.ok(&["umount", &node.path("mount").to_string_lossy()]);
 }
+
+#[test]
+fn a_killed_server_of_block_files_is_replaced() {
+    let node = Node::indexed("[stream]\nfill = false\n");
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    assert_content(&dir.join("data/many/7"), &one_of_many(7));
+    node.kill_daemon();
+    node.kill_block_server();
+    node.ok(&["gc"]);
+    assert_content(&dir.join("data/large"), &large());
+    node.ok(&["umount", &dir.to_string_lossy()]);
+}
+
+/// Layers have the same names on all nodes: what another one's dead server left is not ours to move.
+#[test]
+fn another_nodes_devices_are_left_alone() {
+    let (other, node) = (Node::indexed("[stream]\nfill = false\n"), Node::indexed(""));
+    for one in [&other, &node] {
+        one.ok(&["mount", &one.image(), &one.room("mount").to_string_lossy()]);
+    }
+    other.kill_daemon();
+    other.kill_block_server();
+    // Out of the tree: their devices' files have the names that ours have.
+    let lazy = sluice_kernel::mount::UnmountOptions { lazy: true, force: false };
+    sluice_kernel::unmount(&other.path("state/blocks"), lazy).expect("unmounted");
+    node.kill_daemon();
+    node.ok(&["gc"]);
+    node.wait_for_state("local");
+    node.ok(&["umount", &node.path("mount").to_string_lossy()]);
+    // It would still have devices otherwise.
+    drop(node);
+    let log = other.ok(&["node", "drain"]);
+    assert_eq!(log, "");
+}
+
+#[test]
+fn drain_ends_also_what_a_killed_daemon_left() {
+    let node = Node::indexed("");
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    node.kill_daemon();
+    node.ok(&["node", "drain"]);
+    crate::rig::wait_until("nothing is left", || node.leftovers().is_empty());
+}

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use crate::rig::{MANY, Node, assert_content, large, one_of_many};
 
 /// The image's files are what was put into its layers.
-fn assert_image(root: &std::path::Path) {
+pub(crate) fn assert_image(root: &std::path::Path) {
     assert_content(&root.join("data/large"), &large());
     assert_content(&root.join("data/changed"), b"after");
     assert!(!root.join("data/gone").exists());
@@ -31,6 +31,22 @@ fn a_mounted_image_shows_its_files_and_goes_away() {
     assert!(!dir.join("data").exists());
     let complaint = node.complaint(&["umount", &name]);
     assert!(complaint.contains("nothing is mounted"), "{complaint}");
+}
+
+#[test]
+fn the_daemon_does_not_grow_with_the_number_of_files() {
+    const FILES: usize = 250_000;
+    let node = Node::new("[probes]\nenabled = false\n");
+    let crowd = node.crowd(FILES);
+    let dir = node.room("mount");
+    let name = dir.to_string_lossy().into_owned();
+    node.ok(&["mount", &crowd, &name]);
+    let found =
+        std::fs::read_dir(dir.join("crowd")).unwrap().map(|dir| std::fs::read_dir(dir.unwrap().path()));
+    assert_eq!(found.map(|files| files.unwrap().count()).sum::<usize>(), FILES);
+    let peak = node.status()["resident_peak_bytes"].as_u64().unwrap();
+    assert!(peak < 64 << 20, "the daemon took {} MiB", peak >> 20);
+    node.ok(&["umount", &name]);
 }
 
 #[test]

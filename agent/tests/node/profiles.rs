@@ -154,3 +154,19 @@ fn a_start_is_over_when_the_container_is_ready() {
     let shown = node.ok(&["profile", "list"]);
     assert!(shown.contains("busybox sh -c cat"), "{shown}");
 }
+
+#[test]
+fn a_new_version_of_the_image_inherits_what_was_learned_of_the_same_files() {
+    let node = Node::indexed("[stream]\nfill = false\n");
+    record(&node);
+    node.add_version();
+    node.bytes_sent();
+    let newer = node.image().replace(":latest", ":newer");
+    node.ok(&["index", &newer]);
+    assert_eq!(node.ok(&["run", &newer, "sh", "-c", SCRIPT]), said().replace("after", "newer"));
+    let log = node.log();
+    assert!(log.contains("inherited from an earlier version"), "{log}");
+    wait_until("the prefetch is done", || node.log().contains("what the profile says is here"));
+    // An own start replaces what was inherited.
+    wait_until("both have profiles", || node.ok(&["profile", "list"]).lines().count() == 2);
+}

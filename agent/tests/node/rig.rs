@@ -29,21 +29,50 @@ impl Node {
         let dir =
             Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("node-{}-{number}", std::process::id()));
         fs::create_dir_all(dir.join("images")).expect("a directory");
-        make_image(&dir.join("images/image"));
+        make_image(&dir.join("images/image"), "latest", b"after");
         let (registry, address) = start_registry(&dir.join("images"), "127.0.0.1:0");
         fs::write(dir.join("config.toml"), config).expect("written");
         Self { dir, registry, address }
     }
 
-    /// One whose image has a published index.
+    /// One whose image has a published index, which other nodes beside the same registry use too.
     pub(crate) fn indexed(config: &str) -> Self {
-        let node = Self::new(config);
+        let node = Self::new(&format!("{config}\n[trust]\nmode = \"any\"\n"));
         node.ok(&["index", &node.image()]);
         node
     }
 
+    /// Adds an image of many empty files, `crowd:latest`, with its index; the reference.
+    pub(crate) fn crowd(&self, files: usize) -> String {
+        let mut layer = Layer::default();
+        for number in 0..files {
+            layer.file(&format!("crowd/{}/{number}", number % 1000), 0o644, b"");
+        }
+        write_layout(&self.dir.join("images/crowd"), "latest", &[layer.finish()]);
+        let reference = format!("{}/crowd:latest", self.address);
+        self.ok(&["index", &reference]);
+        reference
+    }
+
     pub(crate) fn image(&self) -> String {
         format!("{}/image:latest", self.address)
+    }
+
+    /// From now on there is `image:newer` too, of which one file differs.
+    pub(crate) fn add_version(&self) {
+        make_image(&self.path("images/image"), "newer", b"newer");
+    }
+
+    /// Digests of the image's layers.
+    pub(crate) fn layers(&self) -> Vec<String> {
+        let layout = self.dir.join("images/image");
+        let read = |name: &str| -> Value {
+            serde_json::from_slice(&fs::read(layout.join(name)).expect("readable")).expect("json")
+        };
+        let digest = |descriptor: &Value| descriptor["digest"].as_str().expect("a digest").to_owned();
+        let manifest = digest(&read("index.json")["manifests"][0]);
+        let manifest = read(&format!("blobs/{}", manifest.replace(':', "/")));
+        manifest["layers"].as_array().expect("layers").iter().map(digest).collect()
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -111,9 +140,7 @@ impl Node {
     /// Forgets all that is local: from now on this is another node beside the same registry.
     pub(crate) fn become_another(&self) {
         if self.path("state/sluice.sock").exists() {
-            let pid = nix::unistd::Pid::from_raw(self.daemon_pid());
             self.ok(&["node", "drain"]);
-            wait_until("the daemon is gone", || nix::sys::signal::kill(pid, None).is_err() || zombie(pid));
         }
         for name in ["root", "state"] {
             if self.path(name).exists() {
@@ -166,6 +193,21 @@ impl Node {
         wait_until("the daemon is gone", || nix::sys::signal::kill(pid, None).is_err() || zombie(pid));
     }
 
+    /// `kill -9` of the server of block files, which nobody expects.
+    pub(crate) fn kill_block_server(&self) {
+        let state = self.path("state");
+        let server = |pid: &i32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let words: Vec<_> = line.split(|byte| *byte == 0).collect();
+            words.contains(&&b"block-server"[..]) && words.contains(&state.as_os_str().as_encoded_bytes())
+        };
+        let pids = fs::read_dir("/proc").expect("readable").flatten();
+        let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let pid = nix::unistd::Pid::from_raw(pids.find(server).expect("it runs"));
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("killed");
+        wait_until("the server is gone", || nix::sys::signal::kill(pid, None).is_err() || zombie(pid));
+    }
+
     /// The daemon's log.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.dir.join("state/daemon.log")).unwrap_or_default()
@@ -189,9 +231,7 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        if self.path("state/sluice.sock").exists() {
-            drop(self.run(&["node", "drain"]));
-        }
+        drop(self.run(&["node", "drain"]));
         drop(self.registry.kill());
         drop(self.registry.wait());
         if std::thread::panicking() {
@@ -265,7 +305,7 @@ pub(crate) fn one_of_many(number: usize) -> Vec<u8> {
 }
 
 /// An OCI layout: busybox and its data in one layer; whiteouts, a changed file and hard links in a second; an empty third.
-fn make_image(layout: &Path) {
+fn make_image(layout: &Path, tag: &str, changed: &[u8]) {
     let busybox = fs::read("/bin/busybox").expect("busybox-static is installed");
     let mut base = Layer::default();
     for dir in ["bin", "data", "data/many", "data/gone", "etc", "proc", "dev", "sys", "tmp"] {
@@ -301,10 +341,10 @@ fn make_image(layout: &Path) {
     }
     let mut upper = Layer::default();
     upper.file("data/.wh.gone", 0o644, b"");
-    upper.file("data/changed", 0o600, b"after");
+    upper.file("data/changed", 0o600, changed);
     upper.link("data/linked", "data/changed", tar::EntryType::Link);
     let layers = [base.finish(), upper.finish(), Layer::default().finish()];
-    write_layout(layout, &layers);
+    write_layout(layout, tag, &layers);
 }
 
 #[derive(Default)]
@@ -344,7 +384,7 @@ impl Layer {
     }
 }
 
-fn write_layout(layout: &Path, tars: &[Vec<u8>]) {
+fn write_layout(layout: &Path, tag: &str, tars: &[Vec<u8>]) {
     let blobs = layout.join("blobs/sha256");
     fs::create_dir_all(&blobs).expect("a directory");
     let put = |bytes: &[u8]| {
@@ -373,10 +413,15 @@ fn write_layout(layout: &Path, tars: &[Vec<u8>]) {
         "layers": layers,
     });
     let (manifest, size) = put(manifest.to_string().as_bytes());
-    let index = json!({ "schemaVersion": 2, "manifests": [{
+    let known = fs::read(layout.join("index.json")).ok();
+    let mut index = known.map_or_else(
+        || json!({ "schemaVersion": 2, "manifests": [] }),
+        |known| serde_json::from_slice(&known).expect("json"),
+    );
+    index["manifests"].as_array_mut().expect("a list").push(json!({
         "mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": manifest, "size": size,
-        "annotations": { "org.opencontainers.image.ref.name": "latest" },
-    }] });
+        "annotations": { "org.opencontainers.image.ref.name": tag },
+    }));
     fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).expect("written");
     fs::write(layout.join("index.json"), index.to_string()).expect("written");
 }

@@ -16,7 +16,7 @@ use sluice_events::{
 
 use crate::kernel::{Pointer, current, open_file, read};
 use crate::maps::{BUDGET, PENDING, WATCHED, lost, offset};
-use crate::record::{head, now_ns, reserve, submit};
+use crate::record::{head, now_ns, reserve, submit_now};
 
 /// Failures recorded per second and processor.
 const PER_SECOND: u64 = 500;
@@ -186,7 +186,7 @@ fn failed_paths(pending: &Pending, errno: u32) -> Option<()> {
             (&raw mut (*to)[0]).write(0);
         }
     }
-    submit(entry);
+    submit_now(entry);
     Some(())
 }
 
@@ -403,7 +403,7 @@ fn failed_dentry(pending: &Pending, result: i32, level: u8) -> Option<()> {
             (&raw mut (*to)[0]).write(0);
         }
     }
-    submit(entry);
+    submit_now(entry);
     Some(())
 }
 

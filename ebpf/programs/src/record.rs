@@ -74,3 +74,9 @@ pub fn submit<T: 'static>(entry: RingBufEntry<T>) {
     let wake = EVENTS.query(QUERY_AVAILABLE) > WAKE_BYTES;
     entry.submit(if wake { FORCE_WAKEUP } else { NO_WAKEUP });
 }
+
+/// Hands over a record that somebody waits for: rare ones only.
+#[inline(always)]
+pub fn submit_now<T: 'static>(entry: RingBufEntry<T>) {
+    entry.submit(FORCE_WAKEUP);
+}

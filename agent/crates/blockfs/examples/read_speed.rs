@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
-use rig::{Mood, Room, WAYS, attach_all, forget, mount_image, runtime};
+use rig::{Mood, Room, attach_all, forget, mount_image, runtime, ways};
 use sluice_blockfs::{BlockFs, Device, ImageMount, Way};
 
 const RANDOM_READS: u64 = 3200;
@@ -51,7 +51,7 @@ fn main() {
     let runtime = runtime();
     let only: Vec<String> = std::env::args().skip(3).collect();
     let mut subjects = vec![copy_to_ext4(&room), mount_local(&room)];
-    subjects.extend(WAYS.into_iter().map(|way| mount_fuse(&room, &runtime, way)));
+    subjects.extend(ways().into_iter().map(|way| mount_fuse(&room, &runtime, way)));
     for round in 0..rounds {
         eprintln!("round {round}");
         let wanted = |subject: &&mut Subject| only.is_empty() || only.contains(&subject.name);

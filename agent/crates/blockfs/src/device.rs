@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sluice_kernel::mount::{Restrictions, UnmountOptions};
-use sluice_kernel::{ErofsMount, LoopDevice, LoopOptions, mount_erofs, unmount};
+use sluice_kernel::{ErofsMount, LoopDevice, LoopOptions, loop_device, mount_erofs, unmount};
 
 use crate::BlockFsError;
 
@@ -43,6 +43,19 @@ impl Device {
             tracing::debug!(%error, "read-ahead keeps its default");
         }
         Ok(Self { device })
+    }
+
+    /// The devices that are on the file at `path`; they stay on it while these live.
+    pub fn all_on(path: &Path) -> Result<Vec<Self>, BlockFsError> {
+        let mut found = Vec::new();
+        for listed in loop_device::list()?.iter().filter(|listed| listed.backing_file == path) {
+            let device = LoopDevice::open(listed.number)?;
+            // Before it was opened it may have been freed, and be another's by now.
+            if device.backing_file()?.as_deref() == Some(path) {
+                found.push(Self { device });
+            }
+        }
+        Ok(found)
     }
 
     /// Takes over a device that is attached already.

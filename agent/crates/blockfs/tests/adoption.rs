@@ -21,7 +21,7 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use rig::walk::{READINGS, Seen, walk};
-use rig::{Room, WAYS, options, runtime, wait_until, word};
+use rig::{Room, options, runtime, wait_until, ways, word};
 use sluice_blockfs::{BlockFs, BlockSource, Device, ImageMount, Options, ReadError, Way};
 use sluice_kernel::mount::UnmountOptions;
 use sluice_kernel::{loop_device, unmount};
@@ -43,7 +43,7 @@ fn main() {
             println!("killed_agents_are_not_noticed: test\nreads_fail_when_no_agent_comes: test")
         }
         _ => {
-            for way in WAYS {
+            for way in ways() {
                 killed_agents_are_not_noticed(way);
                 println!("test killed_agents_are_not_noticed by {way} ... ok");
                 reads_fail_when_no_agent_comes(way);
@@ -54,7 +54,7 @@ fn main() {
 }
 
 fn server(room: &Path, way: &str) {
-    let way = WAYS.into_iter().find(|known| known.to_string() == way).expect("a way");
+    let way = ways().into_iter().find(|known| known.to_string() == way).expect("a way");
     let options = Options { patience: Duration::from_secs(3), ..options(way) };
     sluice_blockfs::serve(&room.join("blocks"), &room.join("socket"), options, || Ok(())).expect("serves");
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rig::{BLOCK, Mood, Room, WAYS, attach_all, check, forget, mount_image, runtime, wait_until};
+use rig::{BLOCK, Mood, Room, attach_all, check, forget, mount_image, runtime, wait_until, ways};
 use sluice_blockfs::{BlockSource, Device, ImageMount, Way};
 
 const MIB: u64 = 1 << 20;
@@ -33,7 +33,7 @@ fn read_in_parallel(room: &Room, root: &Path) {
 
 #[test]
 fn files_are_right_whether_bytes_wait_or_not() {
-    WAYS.into_iter().for_each(files_are_right_whether_bytes_wait_or_not_by);
+    ways().into_iter().for_each(files_are_right_whether_bytes_wait_or_not_by);
 }
 
 fn files_are_right_whether_bytes_wait_or_not_by(way: Way) {
@@ -53,7 +53,7 @@ fn files_are_right_whether_bytes_wait_or_not_by(way: Way) {
 
 #[test]
 fn a_layer_is_handed_over_while_it_is_read() {
-    WAYS.into_iter().for_each(a_layer_is_handed_over_while_it_is_read_by);
+    ways().into_iter().for_each(a_layer_is_handed_over_while_it_is_read_by);
 }
 
 fn a_layer_is_handed_over_while_it_is_read_by(way: Way) {
@@ -110,7 +110,7 @@ fn a_device_takes_no_file_of_another_size() {
 
 #[test]
 fn an_error_reaches_the_reader_and_does_not_stick() {
-    WAYS.into_iter().for_each(an_error_reaches_the_reader_and_does_not_stick_by);
+    ways().into_iter().for_each(an_error_reaches_the_reader_and_does_not_stick_by);
 }
 
 fn an_error_reaches_the_reader_and_does_not_stick_by(way: Way) {
@@ -140,7 +140,7 @@ fn an_error_reaches_the_reader_and_does_not_stick_by(way: Way) {
 /// Reads that wait for the network must hold up neither those that need not, nor other layers.
 #[test]
 fn many_reads_that_wait_do_not_hold_up_others() {
-    WAYS.into_iter().for_each(many_reads_that_wait_do_not_hold_up_others_by);
+    ways().into_iter().for_each(many_reads_that_wait_do_not_hold_up_others_by);
 }
 
 fn many_reads_that_wait_do_not_hold_up_others_by(way: Way) {
@@ -187,7 +187,7 @@ fn many_reads_that_wait_do_not_hold_up_others_by(way: Way) {
 
 #[test]
 fn forty_layers_are_one_image() {
-    WAYS.into_iter().for_each(forty_layers_are_one_image_by);
+    ways().into_iter().for_each(forty_layers_are_one_image_by);
 }
 
 fn forty_layers_are_one_image_by(way: Way) {
@@ -206,7 +206,7 @@ fn forty_layers_are_one_image_by(way: Way) {
 
 #[test]
 fn images_share_a_layer_device_and_the_last_one_frees_it() {
-    WAYS.into_iter().for_each(images_share_a_layer_device_and_the_last_one_frees_it_by);
+    ways().into_iter().for_each(images_share_a_layer_device_and_the_last_one_frees_it_by);
 }
 
 fn images_share_a_layer_device_and_the_last_one_frees_it_by(way: Way) {
@@ -229,7 +229,7 @@ fn images_share_a_layer_device_and_the_last_one_frees_it_by(way: Way) {
 /// A container's use of the image outlives its place in the tree.
 #[test]
 fn an_open_file_outlives_the_unmount() {
-    WAYS.into_iter().for_each(an_open_file_outlives_the_unmount_by);
+    ways().into_iter().for_each(an_open_file_outlives_the_unmount_by);
 }
 
 fn an_open_file_outlives_the_unmount_by(way: Way) {
@@ -265,7 +265,7 @@ fn a_mount_that_fails_leaves_nothing() {
 
 #[test]
 fn the_fuse_files_are_read_only_private_and_go_when_removed() {
-    WAYS.into_iter().for_each(the_fuse_files_are_read_only_private_and_go_when_removed_by);
+    ways().into_iter().for_each(the_fuse_files_are_read_only_private_and_go_when_removed_by);
 }
 
 fn the_fuse_files_are_read_only_private_and_go_when_removed_by(way: Way) {
@@ -297,7 +297,7 @@ fn the_fuse_files_are_read_only_private_and_go_when_removed_by(way: Way) {
 /// The read in front of a commit fails: the request is finished by hand, and its entry is not lost.
 #[test]
 fn a_local_file_that_became_short_is_an_error_and_nothing_more() {
-    WAYS.into_iter().for_each(a_local_file_that_became_short_is_an_error_and_nothing_more_by);
+    ways().into_iter().for_each(a_local_file_that_became_short_is_an_error_and_nothing_more_by);
 }
 
 fn a_local_file_that_became_short_is_an_error_and_nothing_more_by(way: Way) {

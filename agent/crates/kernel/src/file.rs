@@ -14,6 +14,9 @@ const FICLONE: u32 = 0x4004_9409;
 /// `_IOW(0x94, 13, struct file_clone_range)`.
 const FICLONERANGE: u32 = 0x4020_940D;
 
+/// `linux/fs.h`.
+const FS_NOATIME_FL: libc::c_int = 0x80;
+
 /// What can go wrong with a file.
 #[derive(Debug, Error)]
 pub enum FileError {
@@ -73,6 +76,18 @@ pub fn reflink(source: BorrowedFd<'_>, destination: BorrowedFd<'_>) -> Result<bo
     // SAFETY: both descriptors are borrowed and open; the request takes a descriptor by value.
     let result = unsafe { libc::ioctl(destination.as_raw_fd(), FICLONE as _, source.as_raw_fd()) };
     shared("FICLONE", result)
+}
+
+/// Gives a directory the attribute that times of access are not kept; what is made in it later gets it too.
+pub fn set_no_atime(directory: BorrowedFd<'_>) -> Result<(), FileError> {
+    let mut flags: libc::c_int = 0;
+    // SAFETY: the descriptor is borrowed and open; the kernel writes an int, whatever the request's number says.
+    let got = unsafe { libc::ioctl(directory.as_raw_fd(), libc::FS_IOC_GETFLAGS as _, &raw mut flags) };
+    Errno::result(got).map_err(|source| FileError::Request { request: "FS_IOC_GETFLAGS", source })?;
+    flags |= FS_NOATIME_FL;
+    // SAFETY: the descriptor is borrowed and open; the kernel reads an int.
+    let set = unsafe { libc::ioctl(directory.as_raw_fd(), libc::FS_IOC_SETFLAGS as _, &raw const flags) };
+    Errno::result(set).map(drop).map_err(|source| FileError::Request { request: "FS_IOC_SETFLAGS", source })
 }
 
 /// Makes a range of `destination` share blocks with `source`; offsets and length are multiples of the file system's

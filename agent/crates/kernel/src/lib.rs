@@ -9,6 +9,7 @@ pub mod file;
 mod fsopen;
 pub mod fuse;
 pub mod fuse_ring;
+pub mod inherited;
 pub mod loop_device;
 pub mod mount;
 pub mod mountinfo;

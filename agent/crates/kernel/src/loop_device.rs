@@ -253,6 +253,11 @@ impl LoopDevice {
         self.request("LOOP_SET_DIRECT_IO", LOOP_SET_DIRECT_IO, libc::c_ulong::from(on))
     }
 
+    /// Path of the file that backs the device, as [`LoopListing`] has it; none of a free device.
+    pub fn backing_file(&self) -> Result<Option<PathBuf>, LoopError> {
+        backing_file(self.number)
+    }
+
     /// What backs the device and how. `ENXIO` when nothing does.
     pub fn status(&self) -> Result<LoopStatus, LoopError> {
         let mut info = LoopInfo64::zeroed();
@@ -362,19 +367,24 @@ pub fn list() -> Result<Vec<LoopListing>, LoopError> {
     for entry in std::fs::read_dir("/sys/block").map_err(LoopError::List)? {
         let entry = entry.map_err(LoopError::List)?;
         let Some(number) = entry.file_name().to_str().and_then(parse_name) else { continue };
-        match std::fs::read(entry.path().join("loop/backing_file")) {
-            Ok(text) => {
-                let text = text.strip_suffix(b"\n").unwrap_or(&text);
-                let backing_file = PathBuf::from(OsStr::from_bytes(text));
-                found.push(LoopListing { number, backing_file });
-            }
-            // The attribute goes with the backing file: the device is free, or was freed just now.
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound) || is_gone(&error) => {}
-            Err(error) => return Err(LoopError::List(error)),
+        if let Some(backing_file) = backing_file(number)? {
+            found.push(LoopListing { number, backing_file });
         }
     }
     found.sort_unstable_by_key(|listing| listing.number);
     Ok(found)
+}
+
+fn backing_file(number: u32) -> Result<Option<PathBuf>, LoopError> {
+    match std::fs::read(format!("/sys/block/loop{number}/loop/backing_file")) {
+        Ok(text) => {
+            let text = text.strip_suffix(b"\n").unwrap_or(&text);
+            Ok(Some(PathBuf::from(OsStr::from_bytes(text))))
+        }
+        // The attribute goes with the backing file: the device is free, or was freed just now.
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound) || is_gone(&error) => Ok(None),
+        Err(error) => Err(LoopError::List(error)),
+    }
 }
 
 fn is_gone(error: &io::Error) -> bool {

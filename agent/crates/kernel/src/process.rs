@@ -1,8 +1,10 @@
-//! Processes: descriptors for them, orphans, dying with the parent, and the heap of this one.
+//! Processes: descriptors for them, orphans, dying with the parent, and the heap and the clock of this one.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
@@ -13,6 +15,19 @@ pub fn pidfd_open(pid: Pid) -> Result<OwnedFd, Errno> {
     let fd = RawFd::try_from(Errno::result(result)?).map_err(|_range| Errno::EBADF)?;
     // SAFETY: the kernel just returned this descriptor to us and nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Blocks until the process ended, at most `timeout` (for ever if none); says whether it did.
+pub fn wait_for_end(pidfd: &OwnedFd, timeout: Option<Duration>) -> Result<bool, Errno> {
+    let deadline = timeout.map(|timeout| Instant::now() + timeout);
+    loop {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let left = left.map_or(PollTimeout::NONE, |left| left.try_into().unwrap_or(PollTimeout::MAX));
+        match poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], left) {
+            Err(Errno::EINTR) => {}
+            ended => return ended.map(|ended| ended > 0),
+        }
+    }
 }
 
 /// Sends a signal through a pidfd: cannot hit a process that took the number over.
@@ -32,6 +47,15 @@ pub fn become_subreaper() -> Result<(), Errno> {
 /// This process gets `signal` when the thread that made it ends. May be called between fork and exec.
 pub fn die_with_parent(signal: Signal) -> Result<(), Errno> {
     nix::sys::prctl::set_pdeathsig(Some(signal))
+}
+
+/// `CLOCK_MONOTONIC` in nanoseconds: what `Instant` counts, and what eBPF programs stamp their records with.
+pub fn monotonic_ns() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes to the structure, which is ours. It cannot fail with this clock.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    let (seconds, nanoseconds) = (u64::try_from(now.tv_sec), u64::try_from(now.tv_nsec));
+    seconds.unwrap_or(0).saturating_mul(1_000_000_000).saturating_add(nanoseconds.unwrap_or(0))
 }
 
 /// Keeps freed memory from staying with the process: few arenas, and blocks from 128 KiB on given back at once (mallopt(3)).

@@ -14,7 +14,10 @@
 //! and count of chunks (4), then per chunk, in order over all frames: layer number (2), zero (2), length (4), store offset (8).
 //! A frame holds about 256 KiB of chunks, one behind the other. Chunks are not trusted: who takes them compares digests.
 
-use bytes::{Buf, Bytes, BytesMut};
+use std::cmp::Ordering;
+use std::ops::Range;
+
+use bytes::{Buf, Bytes};
 
 const MAGIC: [u8; 8] = *b"SLUICEPK";
 /// Version of the format.
@@ -62,7 +65,7 @@ pub struct Item {
     pub bytes: Bytes,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Place {
     layer: u16,
     len: u32,
@@ -146,106 +149,105 @@ impl PackWriter {
     }
 }
 
-/// Reads a pack as it arrives; holds one frame. What it is given need not be trusted.
-#[derive(Debug, Default)]
-pub struct PackReader {
-    waiting: BytesMut,
-    table: Option<Table>,
-}
+/// Bytes of a pack's beginning that hold the table of most.
+pub const PACK_HEAD: u64 = 256 << 10;
 
-#[derive(Debug)]
-struct Table {
+/// What a pack holds, and where. What it is made from need not be trusted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackTable {
     layers: Vec<String>,
-    frames: std::vec::IntoIter<(u32, u32)>,
-    places: std::vec::IntoIter<Place>,
-    next: Option<(u32, u32)>,
+    frames: Vec<PackFrame>,
 }
 
-impl PackReader {
-    /// Takes the next bytes of the blob; gives the chunks that are whole now.
-    pub fn push(&mut self, bytes: &[u8]) -> Result<Vec<Item>, PackError> {
-        self.waiting.extend_from_slice(bytes);
-        if self.table.is_none() {
-            self.table = table(&mut self.waiting)?;
-        }
-        let Some(table) = &mut self.table else { return Ok(Vec::new()) };
-        let mut items = Vec::new();
-        while let Some((packed, chunks)) = table.next {
-            if self.waiting.len() < packed as usize {
-                return Ok(items);
-            }
-            let frame = self.waiting.split_to(packed as usize);
-            table.frame(&frame, chunks as usize, &mut items)?;
-            table.next = table.frames.next();
-        }
-        if self.waiting.is_empty() { Ok(items) } else { Err(PackError::Damaged("something follows its end")) }
-    }
-
-    /// Whether it came whole.
-    pub fn finish(&self) -> Result<(), PackError> {
-        match &self.table {
-            Some(table) if table.next.is_none() => Ok(()),
-            _ => Err(PackError::CutOff),
-        }
-    }
+/// Chunks that are compressed together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackFrame {
+    /// Where it stands in the blob.
+    pub bytes: Range<u64>,
+    places: Vec<Place>,
 }
 
-impl Table {
-    fn frame(&mut self, frame: &[u8], chunks: usize, items: &mut Vec<Item>) -> Result<(), PackError> {
-        let places: Vec<Place> = self.places.by_ref().take(chunks).collect();
-        let size: usize = places.iter().map(|place| place.len as usize).sum();
+/// What a pack's beginning tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Head {
+    /// So many bytes are needed.
+    Needs(u64),
+    /// All that is to be known.
+    Table(PackTable),
+}
+
+impl PackTable {
+    /// Reads the table from the beginning of a blob of `size` bytes, as far as it is there.
+    pub fn parse(beginning: &[u8], size: u64) -> Result<Head, PackError> {
+        let Some(mut fixed) = beginning.get(..FIXED) else {
+            return if size < FIXED as u64 { Err(PackError::CutOff) } else { Ok(Head::Needs(FIXED as u64)) };
+        };
+        if fixed.get(..8) != Some(&MAGIC) {
+            return Err(PackError::NotAPack);
+        }
+        fixed.advance(8);
+        let version = fixed.get_u16_le();
+        if version != PACK_VERSION {
+            return Err(PackError::Version(version));
+        }
+        fixed.advance(2);
+        let (packed, plain) = (fixed.get_u32_le() as usize, fixed.get_u32_le() as usize);
+        if packed > MAX_TABLE || plain > MAX_TABLE {
+            return Err(PackError::Damaged("its table is too long"));
+        }
+        let end = FIXED + packed;
+        if size < end as u64 {
+            return Err(PackError::CutOff);
+        }
+        let Some(frame) = beginning.get(FIXED..end) else { return Ok(Head::Needs(end as u64)) };
+        let bytes = zstd::bulk::decompress(frame, plain)
+            .map_err(|_damage| PackError::Damaged("its table does not decompress"))?;
+        let table = parse_table(&bytes, end as u64)?;
+        match table.frames.last().map_or(end as u64, |last| last.bytes.end).cmp(&size) {
+            Ordering::Equal => Ok(Head::Table(table)),
+            Ordering::Greater => Err(PackError::CutOff),
+            Ordering::Less => Err(PackError::Damaged("something follows its end")),
+        }
+    }
+
+    /// The frames, in order.
+    pub fn frames(&self) -> &[PackFrame] {
+        &self.frames
+    }
+
+    /// The chunks of a frame: layer's digest and store offset.
+    pub fn chunks<'a>(&'a self, frame: &'a PackFrame) -> impl Iterator<Item = (&'a str, u64)> {
+        let layer = |place: &Place| self.layers.get(usize::from(place.layer)).map(String::as_str);
+        frame.places.iter().filter_map(move |place| Some((layer(place)?, place.store_offset)))
+    }
+
+    /// Decompresses a frame.
+    pub fn unpack(&self, frame: &PackFrame, bytes: &[u8]) -> Result<Vec<Item>, PackError> {
+        let size: usize = frame.places.iter().map(|place| place.len as usize).sum();
         // Checked before any space is taken.
-        if places.len() != chunks || size > MAX_FRAME {
+        if size > MAX_FRAME {
             return Err(PackError::Damaged("a frame is too long"));
         }
-        let plain = zstd::bulk::decompress(frame, size)
+        let plain = zstd::bulk::decompress(bytes, size)
             .map_err(|_damage| PackError::Damaged("a frame does not decompress"))?;
         if plain.len() != size {
             return Err(PackError::Damaged("a frame has another length"));
         }
         let mut plain = Bytes::from(plain);
-        for place in places {
+        let items = frame.places.iter().map(|place| {
             let layer = self.layers.get(usize::from(place.layer)).cloned();
-            items.push(Item {
+            Ok(Item {
                 layer: layer.ok_or(PackError::Damaged("a chunk is of no layer"))?,
                 store_offset: place.store_offset,
                 bytes: plain.split_to(place.len as usize),
-            });
-        }
-        Ok(())
+            })
+        });
+        items.collect()
     }
 }
 
-/// The table, if all of it is there.
-fn table(waiting: &mut BytesMut) -> Result<Option<Table>, PackError> {
-    let mut fixed: &[u8] = match waiting.get(..FIXED) {
-        Some(fixed) => fixed,
-        None => return Ok(None),
-    };
-    if fixed.get(..8) != Some(&MAGIC) {
-        return Err(PackError::NotAPack);
-    }
-    fixed.advance(8);
-    let version = fixed.get_u16_le();
-    if version != PACK_VERSION {
-        return Err(PackError::Version(version));
-    }
-    fixed.advance(2);
-    let (packed, plain) = (fixed.get_u32_le() as usize, fixed.get_u32_le() as usize);
-    if packed > MAX_TABLE || plain > MAX_TABLE {
-        return Err(PackError::Damaged("its table is too long"));
-    }
-    if waiting.len() < FIXED + packed {
-        return Ok(None);
-    }
-    waiting.advance(FIXED);
-    let frame = waiting.split_to(packed);
-    let bytes = zstd::bulk::decompress(&frame, plain)
-        .map_err(|_damage| PackError::Damaged("its table does not decompress"))?;
-    parse_table(&bytes).map(Some)
-}
-
-fn parse_table(mut bytes: &[u8]) -> Result<Table, PackError> {
+/// `start` is where frames begin.
+fn parse_table(mut bytes: &[u8], start: u64) -> Result<PackTable, PackError> {
     let short = PackError::Damaged("its table is cut short");
     let layers =
         bytes.try_get_u32_le().map_err(|_short| PackError::Damaged("its table is cut short"))? as usize;
@@ -261,27 +263,32 @@ fn parse_table(mut bytes: &[u8]) -> Result<Table, PackError> {
     else {
         return Err(short);
     };
+    if places.len() % 16 != 0 {
+        return Err(short);
+    }
+    let mut places = places.chunks_exact(16).map(|mut record| {
+        let (layer, _zero) = (record.get_u16_le(), record.get_u16_le());
+        Place { layer, len: record.get_u32_le(), store_offset: record.get_u64_le() }
+    });
     let mut found = Vec::with_capacity(frames.len() / 8);
-    let mut chunks = 0_u64;
+    let mut at = start;
     for mut frame in frames.chunks_exact(8) {
-        let (packed, count) = (frame.get_u32_le(), frame.get_u32_le());
+        let (packed, count) = (frame.get_u32_le(), frame.get_u32_le() as usize);
         if packed as usize > zstd::zstd_safe::compress_bound(MAX_FRAME) || count == 0 {
             return Err(PackError::Damaged("a frame is too long, or empty"));
         }
-        chunks += u64::from(count);
-        found.push((packed, count));
+        let of_frame: Vec<Place> = places.by_ref().take(count).collect();
+        if of_frame.len() != count {
+            return Err(short);
+        }
+        let end = at.saturating_add(u64::from(packed));
+        found.push(PackFrame { bytes: at..end, places: of_frame });
+        at = end;
     }
-    if chunks.checked_mul(16) != Some(places.len() as u64) {
+    if places.next().is_some() {
         return Err(short);
     }
-    let place = |mut record: &[u8]| {
-        let (layer, _zero) = (record.get_u16_le(), record.get_u16_le());
-        Place { layer, len: record.get_u32_le(), store_offset: record.get_u64_le() }
-    };
-    let places: Vec<Place> = places.chunks_exact(16).map(place).collect();
-    let mut frames = found.into_iter();
-    let next = frames.next();
-    Ok(Table { layers, frames, places: places.into_iter(), next })
+    Ok(PackTable { layers, frames: found })
 }
 
 fn parse(digest: &str) -> Option<[u8; 32]> {
@@ -321,35 +328,43 @@ mod tests {
         writer.finish().expect("packed")
     }
 
-    fn read(pack: &[u8], piece: usize) -> Result<Vec<Item>, PackError> {
-        let mut reader = PackReader::default();
+    /// Reads the table from ever longer beginnings, then frame by frame.
+    fn read(pack: &[u8]) -> Result<Vec<Item>, PackError> {
+        let mut beginning = 7_usize.min(pack.len());
+        let table = loop {
+            match PackTable::parse(&pack[..beginning], pack.len() as u64)? {
+                Head::Table(table) => break table,
+                Head::Needs(bytes) => beginning = usize::try_from(bytes).expect("fits"),
+            }
+        };
         let mut items = Vec::new();
-        for piece in pack.chunks(piece.max(1)) {
-            items.extend(reader.push(piece)?);
+        for frame in table.frames() {
+            let range = frame.bytes.start as usize..frame.bytes.end as usize;
+            let of_frame = table.unpack(frame, &pack[range])?;
+            let places: Vec<_> =
+                of_frame.iter().map(|item| (item.layer.as_str(), item.store_offset)).collect();
+            assert_eq!(table.chunks(frame).collect::<Vec<_>>(), places);
+            items.extend(of_frame);
         }
-        reader.finish()?;
         Ok(items)
     }
 
     #[test]
-    fn what_goes_in_comes_out_in_order_whatever_the_pieces() {
-        let pack = pack();
-        for piece in [1, 19, 4096, pack.len()] {
-            assert_eq!(read(&pack, piece).expect("read"), chunks(), "{piece}");
-        }
+    fn what_goes_in_comes_out_in_order() {
+        assert_eq!(read(&pack()).expect("read"), chunks());
         let empty = PackWriter::default().finish().expect("packed");
-        assert_eq!(read(&empty, 7).expect("read"), []);
+        assert_eq!(read(&empty).expect("read"), []);
     }
 
     #[test]
     fn what_is_no_pack_is_refused() {
         let whole = pack();
-        assert!(matches!(read(&whole[..whole.len() - 1], 4096), Err(PackError::CutOff)));
-        assert!(matches!(read(&[whole.as_slice(), b"x"].concat(), 4096), Err(PackError::Damaged(_))));
-        assert!(matches!(read(b"SLUICEPX0123456789ab", 4096), Err(PackError::NotAPack)));
+        assert!(matches!(read(&whole[..whole.len() - 1]), Err(PackError::CutOff)));
+        assert!(matches!(read(&[whole.as_slice(), b"x"].concat()), Err(PackError::Damaged(_))));
+        assert!(matches!(read(b"SLUICEPX0123456789ab"), Err(PackError::NotAPack)));
         let mut other = whole.clone();
         other[8] = 9;
-        assert!(matches!(read(&other, 4096), Err(PackError::Version(9))));
+        assert!(matches!(read(&other), Err(PackError::Version(9))));
         assert!(PackWriter::default().push("sha256:xyz", 0, b"a").is_err());
     }
 
@@ -359,10 +374,10 @@ mod tests {
         for at in 0..whole.len().min(2000) {
             let mut damaged = whole.clone();
             damaged[at] ^= 0x55;
-            drop(read(&damaged, 4096));
+            drop(read(&damaged));
         }
         // A table that promises much.
         let table = [1_u32.to_le_bytes().as_slice(), &[7; 32], &u32::MAX.to_le_bytes()].concat();
-        assert!(matches!(parse_table(&table), Err(PackError::Damaged(_))));
+        assert!(matches!(parse_table(&table, 0), Err(PackError::Damaged(_))));
     }
 }

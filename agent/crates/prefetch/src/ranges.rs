@@ -66,13 +66,18 @@ pub fn wanted(profile: &Profile, layers: &[LayerFiles]) -> Vec<WantedRange> {
     ranges
 }
 
-/// The files that have bytes in a range of a layer's local file: each with the first byte and the number of bytes in it.
-pub fn served(layer: &LayerFiles, offset: u64, len: u64) -> Vec<(FileFacts, u64, u64)> {
+/// The files that begin, end or go on in a range of a layer's local file.
+pub fn overlapping(layer: &LayerFiles, offset: u64, len: u64) -> impl Iterator<Item = &FileAt> {
     let end = offset.saturating_add(len);
     let first = layer.files.partition_point(|file| file.store_offset + file.facts.size <= offset);
     let files = layer.files.get(first..).unwrap_or(&[]).iter();
-    files
-        .take_while(|file| file.store_offset < end)
+    files.take_while(move |file| file.store_offset < end)
+}
+
+/// The files that have bytes in a range of a layer's local file: each with the first byte and the number of bytes in it.
+pub fn served(layer: &LayerFiles, offset: u64, len: u64) -> Vec<(FileFacts, u64, u64)> {
+    let end = offset.saturating_add(len);
+    overlapping(layer, offset, len)
         .map(|file| {
             let from = offset.max(file.store_offset);
             let to = end.min(file.store_offset + file.facts.size);

@@ -19,6 +19,7 @@ mod resolve;
 pub use btf::BtfError;
 pub use decode::{Event, RecordError};
 pub use probes::{Losses, Options, ProbeError, Probes};
+pub use resolve::{mount_namespace_of, processes};
 
 /// Device number of a file system as the kernel holds it: major << 20 | minor. Not what `stat` gives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -188,6 +188,8 @@ impl Probes {
         let Device(number) = device;
         self.watched.insert(number, self.last_watch, 0).map_err(used("WATCHED"))?;
         self.active.insert(device, self.last_watch);
+        // What an earlier watch of the device left in the maps is stale now.
+        self.watches.retain(|_, watched| *watched != device);
         self.watches.insert(self.last_watch, device);
         Ok(())
     }
@@ -270,7 +272,7 @@ impl Probes {
         for bytes in keys.map_err(used("FILLED"))? {
             let Ok(key) = FillKey::read_from_bytes(&bytes) else { continue };
             let known = self.watches.get(&key.watch);
-            let stale = known.is_none_or(|_| !self.is_latest(key.watch));
+            let stale = known.is_none();
             let wanted = known == Some(&device) && mnt_ns.is_none_or(|wanted| wanted == key.mnt_ns);
             if !stale && !wanted {
                 continue;
@@ -291,12 +293,6 @@ impl Probes {
             }
         }
         Ok(())
-    }
-
-    /// Whether no later watch is of the same device.
-    fn is_latest(&self, watch: u32) -> bool {
-        let device = self.watches.get(&watch);
-        !self.watches.iter().any(|(other, one)| *other > watch && Some(one) == device)
     }
 
     /// What was lost since loading.

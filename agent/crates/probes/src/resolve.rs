@@ -18,7 +18,7 @@ pub(crate) fn complete(call: &mut FailedCall, process: &Process) {
     if call.mode.is_some() || !call.whole_path {
         return;
     }
-    let same = |pid: u32| namespace(pid) == Some(process.mnt_ns);
+    let same = |pid: u32| mount_namespace_of(pid) == Some(process.mnt_ns);
     let witness = if same(process.tgid) { Some(process.tgid) } else { processes().find(|pid| same(*pid)) };
     if let Some((inode, mode)) = witness.and_then(|pid| look(pid, call)) {
         call.inode = Some(inode);
@@ -53,13 +53,14 @@ fn look(pid: u32, call: &FailedCall) -> Option<(u64, u16)> {
 }
 
 /// Inode number of a process's mount namespace; `None` if it is gone.
-fn namespace(pid: u32) -> Option<u32> {
+pub fn mount_namespace_of(pid: u32) -> Option<u32> {
     let link = fs::read_link(format!("/proc/{pid}/ns/mnt")).ok()?;
     let text = link.to_str()?.strip_prefix("mnt:[")?.strip_suffix(']')?;
     text.parse().ok()
 }
 
-fn processes() -> impl Iterator<Item = u32> {
+/// Numbers of all processes of this process's pid namespace.
+pub fn processes() -> impl Iterator<Item = u32> {
     let entries = fs::read_dir("/proc").into_iter().flatten();
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
 }

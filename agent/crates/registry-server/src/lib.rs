@@ -3,6 +3,7 @@
 //! `root` is one OCI layout (served under every repository name) or a directory of them (repository = relative path). The
 //! protocol is the OCI distribution specification 1.1: ranges, referrers, pushes.
 
+mod access;
 mod layout;
 mod link;
 mod serve;
@@ -16,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+pub use access::{Access, Account};
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -119,6 +121,7 @@ pub(crate) struct Shared {
     pub(crate) counters: Counters,
     pub(crate) faults: RwLock<Faults>,
     pub(crate) referrers_api: bool,
+    pub(crate) gate: access::Gate,
 }
 
 impl Shared {
@@ -166,6 +169,7 @@ impl Server {
             counters: Counters::default(),
             faults: RwLock::new(config.faults),
             referrers_api: config.referrers_api,
+            gate: access::Gate::default(),
         });
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(link::accept(listener, config.link, Arc::clone(&shared), stopped));
@@ -180,6 +184,11 @@ impl Server {
     /// Changes what goes wrong.
     pub fn set_faults(&self, faults: Faults) {
         *self.shared.faults.write().unwrap_or_else(PoisonError::into_inner) = faults;
+    }
+
+    /// Demands a login from now on, or none; tokens that were given out are void.
+    pub fn set_access(&self, access: Option<Access>) {
+        self.shared.gate.set(access);
     }
 
     /// What was sent so far.

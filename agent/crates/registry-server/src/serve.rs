@@ -60,12 +60,22 @@ fn split<'a>(path: &'a str, kind: &str) -> Option<(&'a str, &'a str)> {
     Some((path.get(..at)?, path.get(at + kind.len()..)?))
 }
 
+/// The repository that a path speaks of.
+fn repository_of(path: &str) -> Option<&str> {
+    let path = path.strip_prefix("/v2/")?;
+    let kinds = ["/blobs/", "/manifests/", "/tags/", "/referrers/"];
+    kinds.iter().find_map(|kind| split(path, kind)).map(|(repository, _)| repository)
+}
+
 async fn route(
     path: &str,
     request: Request<Incoming>,
     shared: &Arc<Shared>,
     trial: &mut Trial,
 ) -> Response<Body> {
+    if let Some(refused) = shared.gate.refuses(&request, repository_of(path)) {
+        return refused;
+    }
     let Some(path) = path.strip_prefix("/v2/").or((path == "/v2").then_some("")) else {
         return error(StatusCode::NOT_FOUND, "UNSUPPORTED", "this is a registry; its API is under /v2/");
     };
@@ -326,6 +336,7 @@ async fn control(path: &str, request: Request<Incoming>, shared: &Arc<Shared>) -
         (&Method::GET, "stats") => {
             json_answer(StatusCode::OK, "application/json", &json!(shared.counters.read()))
         }
+        (&Method::GET, "token") => shared.gate.token(&request),
         (&Method::POST, "reset") => {
             shared.counters.reset();
             empty(StatusCode::NO_CONTENT)
@@ -359,7 +370,7 @@ pub(crate) fn empty(status: StatusCode) -> Response<Body> {
     with_body(status, Bytes::new())
 }
 
-fn json_answer(status: StatusCode, media_type: &str, value: &serde_json::Value) -> Response<Body> {
+pub(crate) fn json_answer(status: StatusCode, media_type: &str, value: &serde_json::Value) -> Response<Body> {
     let mut response = with_body(status, value.to_string().into());
     set(&mut response, CONTENT_TYPE.as_str(), media_type);
     response

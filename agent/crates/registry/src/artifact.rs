@@ -35,6 +35,9 @@ pub struct ArtifactBlob {
     pub size: u64,
 }
 
+/// Blobs of an artifact, with what reads them.
+pub type Blobs = Vec<(ArtifactBlob, ArtifactReader)>;
+
 /// A kind of artifact.
 #[derive(Debug, Clone, Copy)]
 pub struct Kind {
@@ -155,41 +158,38 @@ impl ArtifactStore {
     }
 
     /// The newest artifact of a kind for an image.
-    pub async fn find(
+    pub async fn find(&self, image: &ResolvedImage, kind: Kind) -> Result<Option<Blobs>, RegistryError> {
+        Ok(self.find_some(image, kind, 1).await?.into_iter().next())
+    }
+
+    /// The newest artifacts of a kind for an image, at most `limit`, newest first. An object store has one at most. One that cannot
+    /// be read hides no older one, but is an error if there is no other.
+    pub async fn find_some(
         &self,
         image: &ResolvedImage,
         kind: Kind,
-    ) -> Result<Option<Vec<(ArtifactBlob, ArtifactReader)>>, RegistryError> {
+        limit: usize,
+    ) -> Result<Vec<Blobs>, RegistryError> {
         match self {
-            Self::Referrers(client) => client.find_artifact(image, kind).await,
-            Self::Objects { store, prefix, url } => {
-                let failed = |error: object_store::Error| failed(url, &error);
-                let key = document_key(prefix, kind, &image.manifest_digest);
-                let wrong = |reason: String| RegistryError::ObjectStore {
-                    url: url.clone(),
-                    reason: format!("{key} {reason}"),
-                    transient: false,
-                };
-                let document = match store.get(&key).await {
-                    Ok(found) if found.meta.size > MAX_DOCUMENT as u64 => {
-                        return Err(wrong(format!("is larger than {MAX_DOCUMENT} bytes")));
+            Self::Referrers(client) => {
+                let mut found = Vec::new();
+                let mut failed = None;
+                for digest in client.artifacts(image, kind).await?.iter().take(limit) {
+                    match client.artifact(image, digest).await {
+                        Ok(blobs) => found.push(blobs),
+                        Err(error) => {
+                            tracing::debug!(%digest, %error, "an artifact cannot be read");
+                            failed.get_or_insert(error);
+                        }
                     }
-                    Ok(found) => found.bytes().await.map_err(failed)?,
-                    Err(object_store::Error::NotFound { .. }) => return Ok(None),
-                    Err(error) => return Err(failed(error)),
-                };
-                let blobs =
-                    blobs_of(&document).ok_or_else(|| wrong("is not an artifact manifest".to_owned()))?;
-                let with_reader = |blob: ArtifactBlob| {
-                    let reader = ArtifactReader::Object {
-                        store: Arc::clone(store),
-                        path: blob_key(prefix, kind, &blob.digest),
-                        url: url.clone(),
-                        size: blob.size,
-                    };
-                    (blob, reader)
-                };
-                Ok(Some(blobs.into_iter().map(with_reader).collect()))
+                }
+                match failed {
+                    Some(error) if found.is_empty() => Err(error),
+                    _ => Ok(found),
+                }
+            }
+            Self::Objects { store, prefix, url } => {
+                Ok(find_object(store, prefix, url, image, kind).await?.into_iter().collect())
             }
         }
     }
@@ -244,11 +244,51 @@ impl ArtifactStore {
     }
 }
 
+async fn find_object(
+    store: &Arc<dyn ObjectStore>,
+    prefix: &ObjectPath,
+    url: &str,
+    image: &ResolvedImage,
+    kind: Kind,
+) -> Result<Option<Blobs>, RegistryError> {
+    let failed = |error: object_store::Error| failed(url, &error);
+    let key = document_key(prefix, kind, &image.manifest_digest);
+    let wrong = |reason: String| RegistryError::ObjectStore {
+        url: url.to_owned(),
+        reason: format!("{key} {reason}"),
+        transient: false,
+    };
+    let document = match store.get(&key).await {
+        Ok(found) if found.meta.size > MAX_DOCUMENT as u64 => {
+            return Err(wrong(format!("is larger than {MAX_DOCUMENT} bytes")));
+        }
+        Ok(found) => found.bytes().await.map_err(failed)?,
+        Err(object_store::Error::NotFound { .. }) => return Ok(None),
+        Err(error) => return Err(failed(error)),
+    };
+    let blobs = blobs_of(&document).ok_or_else(|| wrong("is not an artifact manifest".to_owned()))?;
+    let with_reader = |blob: ArtifactBlob| {
+        let reader = ArtifactReader::Object {
+            store: Arc::clone(store),
+            path: blob_key(prefix, kind, &blob.digest),
+            url: url.to_owned(),
+            size: blob.size,
+        };
+        (blob, reader)
+    };
+    Ok(Some(blobs.into_iter().map(with_reader).collect()))
+}
+
 /// An object store's error, without the addresses that were asked, which may be signed.
 fn failed(url: &str, error: &object_store::Error) -> RegistryError {
     let transient =
         matches!(error, object_store::Error::Generic { .. } | object_store::Error::JoinError { .. });
     RegistryError::ObjectStore { url: url.to_owned(), reason: without_secrets(&error.to_string()), transient }
+}
+
+/// `sha256:…` of a blob.
+pub fn digest(bytes: &[u8]) -> String {
+    sha256(bytes)
 }
 
 /// RFC 3339, as annotations want it.

@@ -59,11 +59,18 @@ impl Tokens {
 
 /// How somebody is known to a registry.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Credentials {
+pub enum Credentials {
     /// User and password.
     Password(String, Secret),
     /// Docker's `identitytoken`: a refresh token of OAuth 2.
     Identity(Secret),
+}
+
+/// Where credentials come from besides Docker's configuration.
+pub trait CredentialSource: std::fmt::Debug + Send + Sync {
+    /// Credentials for a repository at the host that asks for them, those that are likeliest to be right first. Blocks the
+    /// thread; what cannot be had is left out, and logged.
+    fn credentials(&self, host: &str, repository: &str) -> Vec<Credentials>;
 }
 
 /// Credentials for `registry` from Docker's configuration, helpers included. Blocks on a helper. A file that is not there
@@ -153,9 +160,9 @@ impl TokenRequest<'_> {
                 (400..=403, Some(Credentials::Identity(_))) => {
                     "; the login expired or was taken back: log in again"
                 }
-                (400..=403, Some(_)) => "; check the credentials in Docker's config.json",
+                (400..=403, Some(_)) => "; check the credentials",
                 (400..=403, None) => {
-                    "; there are no credentials for it in Docker's config.json: log in first"
+                    "; there are no credentials for it: log in first, or give them to the agent"
                 }
                 _ => "",
             };

@@ -18,13 +18,22 @@ use crate::{RegistryError, ResolvedImage};
 const MAX_PAGES: usize = 64;
 
 impl Client {
-    pub(crate) async fn find_artifact(
+    /// Digests of the artifacts of a kind, newest first.
+    pub(crate) async fn artifacts(
         &self,
         image: &ResolvedImage,
         kind: Kind,
-    ) -> Result<Option<Vec<(ArtifactBlob, ArtifactReader)>>, RegistryError> {
-        let Some(entries) = self.referrers(image, kind.artifact_type).await? else { return Ok(None) };
-        let Some(digest) = newest(&entries, kind.artifact_type) else { return Ok(None) };
+    ) -> Result<Vec<String>, RegistryError> {
+        let entries = self.referrers(image, kind.artifact_type).await?.unwrap_or_default();
+        Ok(newest_first(&entries, kind.artifact_type).into_iter().map(str::to_owned).collect())
+    }
+
+    /// The blobs of an artifact.
+    pub(crate) async fn artifact(
+        &self,
+        image: &ResolvedImage,
+        digest: &str,
+    ) -> Result<Vec<(ArtifactBlob, ArtifactReader)>, RegistryError> {
         let (manifest, _) = self.manifest(&image.reference, digest).await?;
         let blobs = blobs_of(&manifest).ok_or_else(|| RegistryError::Image {
             reference: image.reference.to_string(),
@@ -34,7 +43,7 @@ impl Client {
             let reader = ArtifactReader::Registry(self.blob(&image.reference, &blob.digest, blob.size));
             (blob, reader)
         };
-        Ok(Some(blobs.into_iter().map(with_reader).collect()))
+        Ok(blobs.into_iter().map(with_reader).collect())
     }
 
     /// The referrers of an image. `None` if nobody ever said anything about it.
@@ -192,18 +201,19 @@ fn list(bytes: &[u8]) -> Option<List> {
     Some((document, entries))
 }
 
-/// The digest of the newest entry of a kind: by the date its annotations give, then by its place. The last one pushed stands
-/// last in both schemes, but registries are free in the order.
-fn newest<'a>(entries: &'a [Value], artifact_type: &str) -> Option<&'a str> {
-    let of_kind = entries
-        .iter()
-        .filter(|entry| entry.get("artifactType").and_then(Value::as_str) == Some(artifact_type));
+/// Digests of the entries of a kind, the newest first: by the date their annotations give, then by their place. The last one
+/// pushed stands last in both schemes, but registries are free in the order.
+fn newest_first<'a>(entries: &'a [Value], artifact_type: &str) -> Vec<&'a str> {
     let created = |entry: &Value| -> Option<DateTime<FixedOffset>> {
         let text = entry.get("annotations")?.get(CREATED)?.as_str()?;
         DateTime::parse_from_rfc3339(text).ok() // No date: older than any.
     };
-    // Of equal ones this gives the last.
-    of_kind.max_by_key(|entry| created(entry))?.get("digest")?.as_str()
+    let mut of_kind: Vec<&Value> = entries
+        .iter()
+        .filter(|entry| entry.get("artifactType").and_then(Value::as_str) == Some(artifact_type))
+        .collect();
+    of_kind.sort_by_key(|entry| created(entry));
+    of_kind.iter().rev().filter_map(|entry| entry.get("digest")?.as_str()).collect()
 }
 
 /// Where a list goes on (RFC 8288); the reason if that is nowhere to go.
@@ -248,9 +258,9 @@ mod tests {
             entry("undated", "x", None),
             entry("wrong", "x", Some("yesterday")),
         ];
-        assert_eq!(newest(&dated, "x"), Some("new"));
-        assert_eq!(newest(&[entry("a", "x", None), entry("b", "x", None)], "x"), Some("b"));
-        assert_eq!(newest(&dated, "z"), None);
+        assert_eq!(newest_first(&dated, "x"), ["new", "middle", "old", "wrong", "undated"]);
+        assert_eq!(newest_first(&[entry("a", "x", None), entry("b", "x", None)], "x"), ["b", "a"]);
+        assert!(newest_first(&dated, "z").is_empty());
     }
 
     #[test]

@@ -99,7 +99,7 @@
         svg.append(node); all.push({ node, text: bar.text, at: bar.at });
       }
     });
-    if (start.ready_ns !== null) { const x = left + start.ready_ns / longest * (width - left); svg.append(make("line", { class: "ready", x1: x, x2: x, y1: 12, y2: height }), make("text", { x: x - 4, y: height - 2, "text-anchor": "end" }, "ready")); }
+    if (start.ready_ns !== null) { const x = left + start.ready_ns / longest * (width - left); svg.append(make("line", { class: "ready", x1: x, x2: x, y1: 12, y2: height }), make("text", { x: x - 4, y: 24, "text-anchor": "end" }, "ready")); }
     bars(svg, all);
     return [svg, legend([["step", colour("phase")], ...["registry", "start pack", "prefetch", "disk", "memory", "blocked"].filter((l) => start.waits.some((w) => w.level === l)).map((l) => [`read: ${l}`, colour(l)])]),
       start.left_out ? make("p", {}, `The ${start.left_out} shortest are left out.`) : null,
@@ -124,7 +124,7 @@
   // --- bandwidth
   section("bandwidth", "Bandwidth", "Bytes that came per second, by whom they were fetched for; stacked.", (start, number) => {
     const width = 900, height = 150, left = 60, lanes = Object.entries(start.bandwidth.lanes), step = start.bandwidth.step;
-    const peak = Math.max(1, ...starts.map((one) => { const all = Object.values(one.bandwidth.lanes); return Math.max(0, ...(all[0] || [0]).map((_, i) => all.reduce((sum, lane) => sum + lane[i], 0) / one.bandwidth.step)); }));
+    const peak = Math.max(1e-6, ...starts.map((one) => { const all = Object.values(one.bandwidth.lanes); return Math.max(0, ...(all[0] || [0]).map((_, i) => all.reduce((sum, lane) => sum + lane[i], 0) / one.bandwidth.step)); }));
     const total = lanes.reduce((sum, [, lane]) => sum + lane.reduce((a, b) => a + b, 0), 0);
     const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Bandwidth of start ${names[number]}: ${size(total)} in ${ms(start.end_ns)}` });
     axis(svg, width, left, height, longest);

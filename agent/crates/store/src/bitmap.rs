@@ -84,7 +84,7 @@ impl Bitmap {
             let word = self.words.get((at / 64) as usize).map_or(0, |word| word.load(Ordering::Acquire));
             let ones = u64::from((word >> (at % 64)).trailing_ones());
             at += ones;
-            if ones == 0 || at % 64 != 0 {
+            if ones == 0 || !at.is_multiple_of(64) {
                 break;
             }
         }

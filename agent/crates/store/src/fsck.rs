@@ -47,6 +47,13 @@ impl Store {
         Ok(report)
     }
 
+    /// Reads all of a layer that is verified. Blocks the thread.
+    pub fn check(&self, layer: &Layer) -> Result<FsckReport, StoreError> {
+        let mut report = FsckReport { layers: 1, ..FsckReport::default() };
+        self.check_layer(layer, &mut report)?;
+        Ok(report)
+    }
+
     fn check_layer(&self, layer: &Layer, report: &mut FsckReport) -> Result<(), StoreError> {
         let path = layer.index_path();
         let index = LayerIndex::from_blob(fs::read(&path).on("read", &path)?);

@@ -103,6 +103,11 @@ impl Layer {
         self.dir.join("index")
     }
 
+    /// For the windows of the index blob, which are not needed to list files. May be missing.
+    pub fn windows_path(&self) -> PathBuf {
+        self.dir.join("windows")
+    }
+
     /// Whether every block is verified and the diffID was checked.
     pub fn is_complete(&self) -> bool {
         self.complete.load(Ordering::Acquire)

@@ -219,6 +219,11 @@ impl Store {
         self.inner.state.put_image(image)
     }
 
+    /// The image with this manifest.
+    pub fn image(&self, manifest_digest: &str) -> Result<Option<ImageRecord>, StoreError> {
+        self.inner.state.image(manifest_digest)
+    }
+
     /// All images.
     pub fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
         self.inner.state.images()

@@ -225,6 +225,14 @@ impl State {
         })
     }
 
+    pub(crate) fn image(&self, digest: &str) -> Result<Option<ImageRecord>, StoreError> {
+        self.read(|read| {
+            let table = read.open_table(IMAGES).map_err(state)?;
+            let row = table.get(digest).map_err(state)?;
+            Ok(row.map(|record| serde_json::from_slice(record.value())).transpose()?)
+        })
+    }
+
     pub(crate) fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
         self.read(|read| {
             let table = read.open_table(IMAGES).map_err(state)?;

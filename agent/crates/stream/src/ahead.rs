@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use sluice_image::records::ChunkRecord;
 
 use crate::layer::bytes_of;
 use crate::spans::Place;
@@ -12,6 +13,25 @@ use crate::{Lane, StreamError, StreamedLayer};
 /// Compressed bytes that one prefetch asks for at most, if its first span has not more. Demand waits no longer than such a run's
 /// remaining span takes.
 const PREFETCH_RUN: u64 = 4 << 20;
+
+/// See [`StreamedLayer::expect`].
+#[derive(Debug)]
+pub struct Expected {
+    layer: Arc<StreamedLayer>,
+    store_offsets: Vec<u64>,
+}
+
+impl Drop for Expected {
+    fn drop(&mut self) {
+        let mut expected = self.layer.lock(&self.layer.expected);
+        for offset in &self.store_offsets {
+            expected.remove(offset);
+        }
+        drop(expected);
+        // Whoever waited for what did not come goes on.
+        self.layer.claims.arrived.notify_waiters();
+    }
+}
 
 impl StreamedLayer {
     /// Brings what is missing of a store range, behind all demand and before the fill, in runs of whole spans. What another
@@ -71,6 +91,29 @@ impl StreamedLayer {
             spans.end += 1;
         }
         Ok(spans)
+    }
+
+    /// Whether a chunk is missing and no fetch is about to bring it.
+    pub fn wants(&self, store_offset: u64) -> std::io::Result<bool> {
+        let layer = &self.parts.layer;
+        let Some(chunk) = layer.chunk_at(store_offset)?.filter(|chunk| !layer.has(bytes_of(chunk))) else {
+            return Ok(false);
+        };
+        Ok(match self.spans.place_of(layer, &chunk)? {
+            Place::Hole => false,
+            Place::Spans(spans) => !self.claims.is_claimed(spans.start),
+        })
+    }
+
+    /// Says that chunks are on their way by another way than the layer's blob, e.g. in a start pack: until what this gives is
+    /// dropped, a blocked process waits for them instead of fetching them too.
+    pub fn expect(self: &Arc<Self>, store_offsets: Vec<u64>) -> Expected {
+        self.lock(&self.expected).extend(store_offsets.iter().copied());
+        Expected { layer: Arc::clone(self), store_offsets }
+    }
+
+    pub(crate) fn is_expected(&self, chunk: &ChunkRecord) -> bool {
+        self.lock(&self.expected).contains(&chunk.store_offset.get())
     }
 
     /// Takes a whole chunk that came another way than from the layer's blob, e.g. in a start pack, if it is what the index says.

@@ -1,5 +1,6 @@
 //! A layer whose bytes are fetched when they are read.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -16,9 +17,9 @@ use tokio::task::JoinHandle;
 use crate::claims::{Claim, Claims, RunState};
 use crate::outage::Outage;
 use crate::run::{self, Run};
-use crate::source::read_all;
 use crate::spans::{Place, Spans};
 use crate::watch::FetchDone;
+use crate::windows::Windows;
 use crate::{BlobSource, Lane, Scheduler, SourceError, StreamError};
 
 /// How often damaged bytes are fetched before the read fails: the second time elsewhere, if there is an elsewhere.
@@ -27,6 +28,9 @@ const CORRUPT_ATTEMPTS: u32 = 2;
 const RESUME_PATIENCE: Duration = Duration::from_millis(500);
 /// The file that has damaged bytes is looked up this often at most: it takes reading the index.
 const LOOK_UP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A blocked process waits so long for the next chunk that comes another way; then it fetches by itself.
+const EXPECTED_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a streamed layer is made of.
 #[derive(Debug)]
@@ -50,6 +54,7 @@ pub struct LayerParts {
 pub struct StreamedLayer {
     pub(crate) parts: LayerParts,
     pub(crate) spans: Spans,
+    windows: Arc<Windows>,
     pub(crate) claims: Arc<Claims>,
     pub(crate) algorithm: DigestAlgorithm,
     copies: OnceCell<LocalCopies>,
@@ -62,13 +67,18 @@ pub struct StreamedLayer {
     last_byte_ms: AtomicU64,
     last_failure: Mutex<Option<StreamError>>,
     looked_up: Mutex<Option<Instant>>,
+    /// Store offsets of chunks that are on their way by another way than the blob.
+    pub(crate) expected: Mutex<HashSet<u64>>,
 }
 
 impl StreamedLayer {
     /// `index` is the layer's table of contents; of it only the spans stay in memory.
     pub fn new(parts: LayerParts, index: &LayerIndex) -> Arc<Self> {
+        let section = &index.header().windows;
+        let section = section.offset.get()..section.offset.get().saturating_add(section.len.get());
         Arc::new(Self {
             spans: Spans::new(index),
+            windows: Windows::new(Arc::clone(&parts.index_blob), section, parts.layer.windows_path()),
             claims: Arc::default(),
             algorithm: index.digest_algorithm(),
             copies: OnceCell::new(),
@@ -79,6 +89,7 @@ impl StreamedLayer {
             last_byte_ms: AtomicU64::new(0),
             last_failure: Mutex::default(),
             looked_up: Mutex::default(),
+            expected: Mutex::default(),
             parts,
         })
     }
@@ -91,6 +102,16 @@ impl StreamedLayer {
     /// Becomes true when the layer is complete.
     pub fn completion(&self) -> watch::Receiver<bool> {
         self.complete.subscribe()
+    }
+
+    /// Another handle of the layer, complete and with the same contents, is in the store: to be handed over.
+    pub fn replaced(&self) {
+        self.complete.send_replace(true);
+    }
+
+    /// Forgets that the whole was not what it should be, once the cause is gone.
+    pub fn try_again(&self) {
+        *self.broken() = None;
     }
 
     /// Reads from what is here; `false` if some of it is not.
@@ -132,6 +153,7 @@ impl StreamedLayer {
         let mut own: Option<(ChunkRecord, JoinHandle<Result<(), StreamError>>)> = None;
         let mut others: Option<Arc<RunState>> = None;
         let mut since = Instant::now();
+        let mut patient = true;
         loop {
             if let Some(error) = self.broken().clone() {
                 return Err(error);
@@ -161,6 +183,10 @@ impl StreamedLayer {
             }
             if let Some(error) = others.take().and_then(|run| run.failed_for_good(&chunk).cloned()) {
                 return Err(error);
+            }
+            if patient && self.is_expected(&chunk) {
+                patient = tokio::time::timeout(EXPECTED_PATIENCE, arrived).await.is_ok();
+                continue;
             }
             match self.begin(&chunk).await? {
                 Begun::Here => {}
@@ -242,12 +268,13 @@ impl StreamedLayer {
         } else {
             self.spans.compressed(spans.clone())
         };
-        let window = match self.spans.window(&span) {
-            empty if empty.is_empty() => Vec::new(),
-            range => read_all(&*self.parts.index_blob, range, lane, elsewhere).await.map_err(|source| {
-                StreamError::Fetch { layer: digest(), start: compressed.start, end: compressed.end, source }
-            })?,
-        };
+        let window = self.windows.read(self.spans.window(&span), lane, elsewhere).await;
+        let window = window.map_err(|source| StreamError::Fetch {
+            layer: digest(),
+            start: compressed.start,
+            end: compressed.end,
+            source,
+        })?;
         let run = Run {
             tar: (spans.start..=spans.end).map(|span| self.spans.tar(span..span).start).collect(),
             first_span: spans.start,
@@ -425,7 +452,7 @@ impl StreamedLayer {
         StreamError::Store { layer: self.parts.layer.digest().to_owned(), message }
     }
 
-    fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
+    pub(crate) fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
         mutex.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -16,10 +16,12 @@ mod scheduler;
 mod source;
 mod spans;
 mod watch;
+mod windows;
 
+pub use ahead::Expected;
 pub use first_pull::{FirstPull, first_pull};
 pub use layer::{LayerParts, StreamedLayer};
-pub use scheduler::{Counters, Lane, Scheduler};
+pub use scheduler::{Counters, Lane, Prefetching, Scheduler};
 pub use source::{BlobSource, MemorySource, SourceError};
 pub use watch::{FetchDone, Watcher};
 

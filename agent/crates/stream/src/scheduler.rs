@@ -87,9 +87,9 @@ pub(crate) struct Demand {
     inner: Arc<Inner>,
 }
 
-/// Held while something is prefetched: the fill waits meanwhile.
+/// Held while something is prefetched, or about to be: the fill waits meanwhile.
 #[derive(Debug)]
-pub(crate) struct Prefetching {
+pub struct Prefetching {
     inner: Arc<Inner>,
 }
 
@@ -146,7 +146,8 @@ impl Scheduler {
         Demand { inner: Arc::clone(&self.inner) }
     }
 
-    pub(crate) fn prefetching(&self) -> Prefetching {
+    /// The fill waits until what this gives is dropped.
+    pub fn prefetching(&self) -> Prefetching {
         self.inner.prefetch.fetch_add(1, Ordering::AcqRel);
         Prefetching { inner: Arc::clone(&self.inner) }
     }
@@ -162,6 +163,23 @@ impl Scheduler {
         let permit = Arc::clone(&self.inner.background).acquire_owned().await.ok();
         self.pausing(Lane::Fill).wait(|| false).await;
         permit
+    }
+
+    /// A turn for something that is prefetched another way than by a run: waits, not for long, while fetches that processes are
+    /// blocked by are under way.
+    pub async fn prefetch_turn(&self) {
+        let deadline = tokio::time::Instant::now() + PREFETCH_PAUSE;
+        loop {
+            let changed = self.inner.changed.notified();
+            tokio::pin!(changed);
+            // Registered before looking, so that no change in between is missed.
+            changed.as_mut().enable();
+            if self.inner.demand_runs.available_permits() == DEMAND_RUNS
+                || tokio::time::timeout_at(deadline, changed).await.is_err()
+            {
+                return;
+            }
+        }
     }
 
     /// A place for a demand run: as many wait as there are blocked processes, so they bound memory and threads.

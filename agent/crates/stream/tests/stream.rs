@@ -34,6 +34,32 @@ async fn reads_are_right_and_a_fill_completes_the_layer() {
     sample.check_complete(store, dir.path());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn windows_come_all_at_once_and_damaged_ones_are_fetched_again() {
+    let ((_dir, store), sample) = (store(), gzip_sample());
+    let index = Source::new(&bytes::Bytes::copy_from_slice(sample.index.blob()));
+    let streamed = |index: &Source| {
+        let source = Source::new(&sample.layer);
+        sample.streamed_by_index(&store, source, index.clone(), &Scheduler::new(2), LONG)
+    };
+    let layer = streamed(&index);
+    let (_, start, content) = sample.files.last().expect("files");
+    assert!(layer.read(*start, content.len()).await.expect("read") == content.as_slice());
+    let windows = layer.layer().windows_path();
+    while !windows.exists() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(index.asked().len() <= 2, "{:?}", index.asked());
+    drop(layer);
+    let mut damaged = std::fs::read(&windows).expect("windows");
+    damaged.iter_mut().for_each(|byte| *byte ^= 0x55);
+    std::fs::write(&windows, damaged).expect("written");
+    let again = Source::new(&bytes::Bytes::copy_from_slice(sample.index.blob()));
+    sample.check(&streamed(&again)).await;
+    assert_eq!(again.asked().len(), again.0.asked_elsewhere.load(Ordering::SeqCst) as usize);
+    assert!(!again.asked().is_empty());
+}
+
 /// Offsets and lengths of a sparse file's data.
 type Data<'a> = &'a [(u64, usize)];
 

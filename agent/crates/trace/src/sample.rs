@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use crate::record::{AccessKind, What};
-use crate::{Capability, Levels, Record};
+use crate::{Capability, Level, Levels, Record};
 
 /// Bytes of a page.
 const PAGE: u64 = 4096;
@@ -163,7 +163,8 @@ enum Source {
 
 impl Source {
     fn of(levels: &Levels) -> Self {
-        let sees = |capability| levels.of(capability).is_some();
+        // The agent's own log sees what it serves, under another name.
+        let sees = |capability| levels.of(capability).is_some_and(|level| level > Level::Log);
         if sees(Capability::Read) && sees(Capability::Fault) {
             Self::Accesses
         } else if sees(Capability::Fill) {
@@ -263,7 +264,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Level, Origin, Process};
+    use crate::{Origin, Process};
 
     /// Inode n is a file of 100 pages and 1 byte; inode 0 is none.
     struct Image;

@@ -15,12 +15,11 @@ use fuser::{
 };
 
 use super::Shared;
-use super::files::{ROOT, Read, file_name};
+use super::files::{ROOT, Read, VALID_SECONDS, file_name};
 use super::misses::{Supply, Waiting};
 use crate::Way;
 
-/// Attributes never change: a layer's file has its final size from the start.
-const TTL: Duration = Duration::from_secs(3600);
+const TTL: Duration = Duration::from_secs(VALID_SECONDS);
 /// Requests the kernel may have under way. Direct I/O of loop devices counts as "background" (Linux 6.18), so this bounds all
 /// layers' reads together: were it reached by reads that wait for the network, local ones would wait behind them.
 const MAX_BACKGROUND: u16 = u16::MAX;

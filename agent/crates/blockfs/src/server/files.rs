@@ -11,6 +11,9 @@ use crate::protocol::FileRecord;
 
 /// The inode number of the one directory (`FUSE_ROOT_ID`).
 pub(crate) const ROOT: u64 = 1;
+/// For how long the kernel may keep names and attributes: for ever. They never change: a layer's file has its final size from the
+/// start. And `LOOP_CHANGE_FD` asks for the former file's attributes (Linux 6.18), which must not need a server: it may be dead.
+pub(crate) const VALID_SECONDS: u64 = 1 << 30;
 const BLOCK: u64 = 4096;
 const ESTALE: i32 = 116;
 const ENOENT: i32 = 2;

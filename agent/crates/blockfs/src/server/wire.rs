@@ -5,7 +5,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::files::{Files, ROOT, Read, file_name};
+use super::files::{Files, ROOT, Read, VALID_SECONDS, file_name};
 
 pub(super) const INIT: u32 = 26;
 pub(super) const INTERRUPT: u32 = 36;
@@ -29,8 +29,6 @@ const ENOSYS: i32 = 38;
 const ENOTTY: i32 = 25;
 const EINVAL: i32 = 22;
 
-/// Attributes never change: a layer's file has its final size from the start.
-const VALID_SECONDS: u64 = 3600;
 const REGULAR: u32 = 0o100_400;
 const DIRECTORY: u32 = 0o040_500;
 const DT_REG: u32 = 8;

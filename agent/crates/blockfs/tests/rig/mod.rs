@@ -28,8 +28,20 @@ use sluice_kernel::{loop_device, mounts, unmount};
 use tokio::sync::watch;
 
 pub(crate) const BLOCK: u64 = 4096;
-/// What the tests run over.
-pub(crate) const WAYS: [Way; 2] = [Way::IoUring, Way::Classic];
+/// What the tests run over: both ways, or those that `BLOCKFS_WAYS` names, for kernels that have but one.
+pub(crate) fn ways() -> Vec<Way> {
+    let named = std::env::var("BLOCKFS_WAYS").unwrap_or_default();
+    let both = [Way::IoUring, Way::Classic];
+    let ways: Vec<Way> =
+        both.into_iter().filter(|way| named.is_empty() || named.contains(&way.to_string())).collect();
+    assert!(!ways.is_empty(), "BLOCKFS_WAYS is {named}");
+    ways
+}
+
+/// Whether sources expose a hole, for which tests must fail: proof that they can.
+fn hole_exposed() -> bool {
+    std::env::var("BLOCKFS_BROKEN").is_ok_and(|what| what == "hole")
+}
 /// A program that reads its arguments, which an image can hold: tests run it from there.
 const PROGRAM: &str = "/usr/bin/sha256sum";
 /// How long the kernel may take for what it does in its own time (autoclear, lazy unmount).
@@ -323,6 +335,9 @@ impl MoodySource {
         let mut bytes = vec![0; len];
         let failed = |error: std::io::Error| ReadError { errno: 5, message: error.to_string() };
         self.file.read_exact_at(&mut bytes, offset).map_err(failed)?;
+        if hole_exposed() {
+            bytes.fill(0);
+        }
         Ok(bytes.into())
     }
 }

@@ -238,6 +238,23 @@ impl GzipDecoder {
     }
 }
 
+/// The first [`WINDOW`] bytes that come out of a block inside a member, or fewer if `compressed` holds no more; see [`GzipDecoder::at_block`].
+pub(crate) fn first_output(bits: u8, window: &[u8], mut compressed: &[u8]) -> Result<Vec<u8>, DecodeError> {
+    let mut decoder = GzipDecoder::at_block(0, bits, window);
+    // No more is decoded than asked for.
+    decoder.buffer.truncate(window.len() + WINDOW);
+    let mut output = Vec::with_capacity(WINDOW);
+    while output.len() < WINDOW && decoder.check.is_none() {
+        let step = decoder.step(compressed)?;
+        output.extend_from_slice(decoder.output());
+        if step.consumed == 0 && decoder.output().is_empty() {
+            break;
+        }
+        compressed = compressed.get(step.consumed..).unwrap_or(&[]);
+    }
+    Ok(output)
+}
+
 /// Length of the member header at the front of `bytes` (RFC 1952 §2.3), `None` if more bytes are needed.
 fn header_len(bytes: &[u8]) -> Result<Option<usize>, &'static str> {
     let magic_len = bytes.len().min(3);

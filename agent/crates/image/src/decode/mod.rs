@@ -8,6 +8,7 @@ mod gzip;
 pub mod members;
 mod zstd;
 
+pub(crate) use self::gzip::first_output;
 use crate::records::{SpanKind, SpanRecord};
 
 /// Deflate's window: what a decoder must know of the bytes before it.

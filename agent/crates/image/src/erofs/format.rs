@@ -11,6 +11,8 @@ pub(super) const SLOT: u64 = 128;
 pub(super) const INODE: u64 = 64;
 pub(super) const NID_UNIT: u64 = 32;
 pub(super) const INCOMPAT_DEVICE_TABLE: u32 = 8;
+/// Where the superblock's incompatible features are.
+pub(super) const INCOMPAT_OFFSET: u64 = 80;
 pub(super) const COMPAT_MTIME: u32 = 2;
 pub(super) const DIRENT: usize = 12;
 pub(super) const LAYOUT_PLAIN: u16 = 0;

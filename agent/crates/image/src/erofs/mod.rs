@@ -8,7 +8,7 @@
 
 use std::io::{self, Write};
 
-use self::format::{SLOT, SUPER_OFFSET};
+use self::format::{INCOMPAT_DEVICE_TABLE, INCOMPAT_OFFSET, SLOT, SUPER_OFFSET};
 use self::plan::Plan;
 use self::writer::Writer;
 use crate::merge::Tree;
@@ -96,6 +96,13 @@ pub fn write(
     writer.pad_to(plan.total_blocks() * BLOCK_SIZE)?;
     let layer_offsets = bases.iter().map(|base| base.map(|base| u64::from(base) * BLOCK_SIZE)).collect();
     Ok(Written { bytes: writer.at, inodes: plan.order.len() as u64, layer_offsets })
+}
+
+/// Whether an image wants a device per layer, or all in one.
+pub fn has_devices(image: &impl reader::ReadAt) -> io::Result<bool> {
+    let mut features = [0; 4];
+    image.read_exact_at(&mut features, SUPER_OFFSET + INCOMPAT_OFFSET)?;
+    Ok(u32::from_le_bytes(features) & INCOMPAT_DEVICE_TABLE != 0)
 }
 
 fn limit(name: &[u8], what: &'static str) -> ErofsError {

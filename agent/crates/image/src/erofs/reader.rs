@@ -14,6 +14,8 @@ use crate::records::BLOCK_SIZE;
 
 /// Deeper than any path the merge makes.
 const MAX_DEPTH: usize = 2048;
+/// Byte of the superblock at which its number of blocks stands.
+const BLOCKS_AT: u64 = 36;
 const FORMAT: &str = "mode, layout or table that the writer does not produce";
 
 /// Why an image cannot be read.
@@ -117,6 +119,20 @@ impl<R: ReadAt> Reader<R> {
         let layers =
             layer_offsets.iter().enumerate().filter_map(|(layer, at)| Some(((*at)?, layer))).collect();
         Ok(Self { source, root, layers })
+    }
+
+    /// Opens an image that was written with `layer_blocks`: layers follow it in the unified address space.
+    pub fn with_layer_blocks(source: R, layer_blocks: &[u64]) -> Result<Self, ReadError> {
+        let mut blocks = [0; 4];
+        read(&source, &mut blocks, SUPER_OFFSET + BLOCKS_AT)?;
+        let mut next = u64::from(u32::from_le_bytes(blocks)).saturating_mul(BLOCK_SIZE);
+        let offsets = layer_blocks.iter().map(|blocks| {
+            let at = next;
+            next = next.saturating_add(blocks.saturating_mul(BLOCK_SIZE));
+            (*blocks > 0).then_some(at)
+        });
+        let offsets: Vec<Option<u64>> = offsets.collect();
+        Self::new(source, &offsets)
     }
 
     /// Inode number of the root directory.

@@ -12,6 +12,7 @@ pub mod header;
 mod layout;
 mod read;
 mod toc;
+mod window;
 
 pub use build::{IndexOptions, LayerIndexer};
 pub use contents::{ContentSink, NoSink};

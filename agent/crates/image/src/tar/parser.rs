@@ -119,6 +119,8 @@ impl TarParser {
         match self.state {
             State::End => Ok(()),
             State::Header if self.block.is_empty() && self.extensions_empty() => Ok(()),
+            // The last padding: Go's archive/tar reads without it, and writers that do not close their archive leave it out.
+            State::Skip { left } if left < TAR_BLOCK as u64 && self.extensions_empty() => Ok(()),
             _ => Err(TarError::Truncated { offset: self.offset }),
         }
     }

@@ -59,6 +59,17 @@ fn damage_and_truncation_are_named() {
     assert_eq!(parse(&tar, 512), Err(TarError::Checksum { offset: 0 }));
 }
 
+#[test]
+fn an_archive_may_end_with_its_last_content() {
+    // The long name, its header and the file's take three blocks.
+    let (tar, content) = (sample(), 3 * TAR_BLOCK);
+    let whole = parse(&tar, 512).expect("parse");
+    for len in [content + 5, content + 300, content + TAR_BLOCK] {
+        assert_eq!(parse(&tar[..len], 512).expect("parse"), whole[..1], "{len}");
+    }
+    assert!(matches!(parse(&tar[..content + 4], 512), Err(TarError::Truncated { .. })));
+}
+
 fn member(type_flag: u8, name: &str, data: &[u8]) -> Vec<u8> {
     let mut header = tar::Header::new_ustar();
     header.as_mut_bytes()[156] = type_flag;

@@ -57,7 +57,10 @@ impl Stage {
         let overlay = OverlayMount { lower, upper_and_work, options: vec![], restrictions };
         mount_overlay(&overlay, &stage.merged).expect("mounts");
         stage.mounted.push(stage.merged.clone());
-        stage.device = Device::from_stat(fs::metadata(&stage.image).expect("is there").dev());
+        // For a switch that must make tests fail: probes that watch something else.
+        let elsewhere = std::env::var_os("PROBES_BROKEN").is_some();
+        let watched = if elsewhere { Path::new("/proc") } else { stage.image.as_path() };
+        stage.device = Device::from_stat(fs::metadata(watched).expect("is there").dev());
         stage
     }
 

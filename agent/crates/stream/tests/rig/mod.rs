@@ -66,13 +66,26 @@ impl Sample {
         scheduler: &Scheduler,
         outage_timeout: Duration,
     ) -> Arc<StreamedLayer> {
+        let index_blob = MemorySource(Bytes::copy_from_slice(self.index.blob()));
+        self.streamed_by_index(store, source, index_blob, scheduler, outage_timeout)
+    }
+
+    /// With a source of the index blob as well.
+    pub(crate) fn streamed_by_index(
+        &self,
+        store: &Store,
+        source: impl BlobSource + 'static,
+        index_blob: impl BlobSource + 'static,
+        scheduler: &Scheduler,
+        outage_timeout: Duration,
+    ) -> Arc<StreamedLayer> {
         let toc_len = self.index.header().toc_len() as usize;
         let index = LayerIndex::from_blob(self.index.blob()[..toc_len].to_vec()).expect("toc");
         let parts = LayerParts {
             layer: store.add_layer(&index).expect("layer"),
             store: store.clone(),
             blob: Arc::new(source),
-            index_blob: Arc::new(MemorySource(Bytes::copy_from_slice(self.index.blob()))),
+            index_blob: Arc::new(index_blob),
             scheduler: scheduler.clone(),
             outage_timeout,
         };

@@ -1,0 +1,121 @@
+//! What the node knows of starts: profiles listed, published and fetched for people.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
+use sluice_prefetch::{PackWriter, wanted};
+use sluice_store::Store;
+use sluice_stream::StreamedLayer;
+use sluice_trace::{Profile, ProfileKey};
+
+use super::Node;
+use super::ahead::class_of;
+use super::files::ImageFiles;
+use super::profiles;
+use crate::api::StartRequest;
+use crate::daemon::EventSender;
+
+impl Node {
+    /// The node's profiles, of one image if one is named.
+    pub(crate) fn list_profiles(&self, reference: Option<&str>) -> Result<Vec<Profile>> {
+        let mut found = self.profiles.list()?;
+        if let Some(reference) = reference {
+            let digest = match self.find_record(reference)? {
+                Some(record) => record.manifest_digest,
+                None => reference.to_owned(),
+            };
+            found.retain(|profile| profile.key.image == digest);
+            if found.is_empty() {
+                bail!("there is no profile of `{reference}` here");
+            }
+        }
+        Ok(found)
+    }
+
+    /// The node's profiles in words; with `plan`, what each fetches, in order.
+    pub(crate) fn describe_profiles(&self, reference: Option<&str>, plan: bool) -> Result<Vec<String>> {
+        let mut lines = Vec::new();
+        for profile in self.list_profiles(reference)? {
+            let planned = profile.plan();
+            let bytes: u64 = planned.iter().map(|one| one.len).sum();
+            let (key, starts) = (&profile.key, profile.samples().len());
+            lines.push(format!(
+                "{} `{}`: {starts} starts, {} ranges, {bytes} bytes",
+                key.image,
+                key.entry,
+                planned.len()
+            ));
+            let line = |one: &sluice_trace::Planned| {
+                let path = String::from_utf8_lossy(&one.file.path).into_owned();
+                format!("{:>4.0} % {:>12} {:>10}  /{path}", one.weight * 100.0, one.offset, one.len)
+            };
+            lines.extend(planned.iter().filter(|_| plan).map(line));
+        }
+        Ok(lines)
+    }
+
+    /// Removes an image's profiles.
+    pub(crate) fn remove_profiles(&self, reference: &str) -> Result<()> {
+        self.list_profiles(Some(reference))?.iter().try_for_each(|profile| self.profiles.remove(&profile.key))
+    }
+
+    /// Publishes an image's profiles, with start packs if wanted; what was published.
+    pub(crate) async fn push_profiles(
+        self: &Arc<Self>,
+        reference: &str,
+        pack: bool,
+        events: EventSender,
+    ) -> Result<Vec<String>> {
+        let image = self.resolve(reference, &events).await?;
+        let mut said = Vec::new();
+        for profile in self.list_profiles(Some(&image.manifest_digest))? {
+            let (node, digests) = (Arc::clone(self), image.layers.iter().map(|layer| layer.digest.clone()));
+            let (digests, own) = (digests.collect::<Vec<_>>(), profile.clone());
+            let pack = match pack {
+                true => {
+                    let made = tokio::task::spawn_blocking(move || make_pack(&node.store, &own, &digests));
+                    Some(made.await??)
+                }
+                false => None,
+            };
+            let size = pack.as_ref().map(Bytes::len);
+            let entry = profile.key.entry.clone();
+            let digest = profiles::publish(&self.artifacts, &image, profile, pack).await?;
+            let size = size.map(|size| format!(", start pack of {size} bytes")).unwrap_or_default();
+            said.push(format!("published {digest} for `{entry}`{size}"));
+        }
+        Ok(said)
+    }
+
+    /// Unites what is published for a start with what the node knows.
+    pub(crate) async fn pull_profile(
+        &self,
+        reference: &str,
+        asked: &StartRequest,
+        events: EventSender,
+    ) -> Result<String> {
+        let image = self.resolve(reference, &events).await?;
+        let entry = class_of(&String::from_utf8_lossy(&image.config), asked);
+        let key = ProfileKey { image: image.manifest_digest.clone(), entry };
+        let found = profiles::find(&self.artifacts, &image, &key).await?;
+        let theirs = found.with_context(|| format!("no profile of `{}` is published", key.entry))?;
+        let profile = self.profiles.change(&key, |own| Ok(own.merge(theirs.profile)?))?;
+        Ok(format!("{} starts of `{}`", profile.samples().len(), key.entry))
+    }
+}
+
+/// The chunks that a profile wants, from what is local and verified.
+fn make_pack(store: &Store, profile: &Profile, layers: &[String]) -> Result<Bytes> {
+    let mut pack = PackWriter::default();
+    let mut packed = std::collections::HashSet::new();
+    for range in wanted(profile, &ImageFiles::read(store, layers)?.layers) {
+        let layer = store.layer(&range.layer)?.context("a layer vanished")?;
+        for (offset, bytes) in StreamedLayer::local_chunks(&layer, range.bytes())? {
+            if packed.insert((range.layer.clone(), offset)) {
+                pack.push(&range.layer, offset, &bytes)?;
+            }
+        }
+    }
+    Ok(pack.finish()?.into())
+}

@@ -1,0 +1,132 @@
+//! An image's EROFS metadata: its layers' tables of contents, merged and written.
+//!
+//! The tree of a merge takes some 180 bytes per entry, and images may have millions. The agent's memory must not depend on
+//! that, so a large tree is merged in a process of its own (`sluice write-metadata`), with which its memory goes.
+
+use std::io::{BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::{Deserialize, Serialize};
+use sluice_image::erofs::{self, Form};
+use sluice_image::index::LayerIndex;
+use sluice_image::index::header::{HEADER_LEN, IndexHeader};
+use sluice_image::merge::Tree;
+use sluice_registry::ResolvedImage;
+
+use super::Node;
+
+/// Entries that the agent merges itself: at most 9 MiB of heap, and a process of its own would cost several milliseconds.
+const MERGED_HERE: u64 = 50_000;
+
+/// What is to be merged, lowest layer first, and where to.
+#[derive(Debug, Serialize, Deserialize)]
+struct Job {
+    layers: Vec<LayerTable>,
+    /// As [`Form::OneDevice`].
+    one_device: bool,
+    temporary: PathBuf,
+    target: PathBuf,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct LayerTable {
+    digest: String,
+    index: PathBuf,
+    /// Of its local file.
+    blocks: u64,
+}
+
+/// What came of it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Metadata {
+    /// Blocks of each layer's local file.
+    pub(super) layer_blocks: Vec<u64>,
+    /// What the layers have that the image cannot.
+    pub(super) notes: Vec<String>,
+}
+
+impl Node {
+    /// Merges the layers' tables of contents and writes the image's EROFS metadata into the store.
+    pub(super) async fn write_metadata(&self, image: &ResolvedImage) -> Result<Metadata> {
+        let (store, layers, config) = (self.store.clone(), image.layers.clone(), self.config.file.clone());
+        let target = self.store.erofs_path(&image.manifest_digest)?;
+        let one_device = self.form == Form::OneDevice;
+        tokio::task::spawn_blocking(move || -> Result<Metadata> {
+            let mut job = Job { layers: Vec::new(), one_device, temporary: store.temporary(), target };
+            let mut entries = 0_u64;
+            for layer in layers {
+                let stored = store.layer(&layer.digest)?;
+                let stored = stored.with_context(|| format!("layer {} vanished", layer.digest))?;
+                let index = stored.index_path();
+                let count =
+                    entry_count(&index).with_context(|| format!("index of layer {}", layer.digest))?;
+                entries = entries.saturating_add(count);
+                let blocks = stored.size() / sluice_image::records::BLOCK_SIZE;
+                job.layers.push(LayerTable { digest: layer.digest, index, blocks });
+            }
+            if entries > MERGED_HERE { job.run_elsewhere(config.as_deref()) } else { job.run() }
+        })
+        .await?
+    }
+}
+
+impl Job {
+    fn run(&self) -> Result<Metadata> {
+        let mut tree = Tree::new();
+        for layer in &self.layers {
+            let index = LayerIndex::from_blob(std::fs::read(&layer.index)?)
+                .with_context(|| format!("index of layer {}", layer.digest))?;
+            tree.apply::<anyhow::Error>(index.entries()?.map(|entry| entry.map_err(Into::into)))
+                .with_context(|| format!("layer {}", layer.digest))?;
+        }
+        let layer_blocks: Vec<u64> = self.layers.iter().map(|layer| layer.blocks).collect();
+        let file = tempfile::NamedTempFile::new_in(&self.temporary)
+            .with_context(|| format!("cannot create a file in {}", self.temporary.display()))?;
+        let mut file = BufWriter::new(file);
+        let form = if self.one_device { Form::OneDevice } else { Form::Devices };
+        erofs::write(&tree, &layer_blocks, form, &mut file)?;
+        let file = file.into_inner().map_err(|error| anyhow!("cannot write the EROFS image: {error}"))?;
+        file.as_file().sync_data()?;
+        file.persist(&self.target).with_context(|| format!("cannot write {}", self.target.display()))?;
+        Ok(Metadata { layer_blocks, notes: tree.dropped().notes() })
+    }
+
+    fn run_elsewhere(&self, config: Option<&Path>) -> Result<Metadata> {
+        let mut command = Command::new(std::env::current_exe().context("cannot find the sluice binary")?);
+        if let Some(config) = config {
+            command.arg("--config").arg(config);
+        }
+        let mut worker = command
+            .arg("write-metadata")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("cannot start a process that merges the layers")?;
+        if let Some(mut input) = worker.stdin.take() {
+            input.write_all(&serde_json::to_vec(self)?)?;
+        }
+        let output = worker.wait_with_output().context("cannot wait for the merge of the layers")?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            bail!("{}", said.trim().trim_start_matches("sluice: "));
+        }
+        serde_json::from_slice(&output.stdout).context("the merge of the layers gave no result")
+    }
+}
+
+/// `sluice write-metadata`: a job on standard input, its result on standard output.
+pub(crate) fn merge_for_agent() -> Result<()> {
+    let mut job = Vec::new();
+    std::io::stdin().lock().read_to_end(&mut job)?;
+    let job: Job = serde_json::from_slice(&job).context("no job on standard input")?;
+    Ok(serde_json::to_writer(std::io::stdout().lock(), &job.run()?)?)
+}
+
+fn entry_count(index: &Path) -> Result<u64> {
+    let mut header = vec![0; HEADER_LEN];
+    std::fs::File::open(index)?.read_exact(&mut header)?;
+    Ok(IndexHeader::parse(&header)?.entry_count.get())
+}

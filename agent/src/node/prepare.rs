@@ -1,0 +1,237 @@
+//! Sees to it that an image's layers are in the store, at least as tables of contents, and writes its EROFS metadata.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, anyhow, bail};
+use futures::{FutureExt, StreamExt, TryStreamExt};
+use sluice_image::index::LayerIndex;
+use sluice_registry::artifact::{ArtifactBlob, ArtifactReader};
+use sluice_registry::{Layer, ResolvedImage};
+use sluice_store::ImageRecord;
+use sluice_stream::first_pull;
+
+use super::embedded::embedded_index;
+use super::sources::RegistryBlob;
+use super::trust::Found;
+use super::{HEADER_ANNOTATION, INDEX_KIND, Node, SigningKey, TOC_ANNOTATION, header_digest, one_device};
+use crate::daemon::EventSender;
+
+/// Layers decoded at once during a first pull: each has two threads of work.
+const LAYERS_AT_ONCE: usize = 3;
+
+impl Node {
+    /// Sees to it that every layer is in the store, at least as a table of contents, and that the image's EROFS metadata
+    /// is written.
+    pub(super) async fn prepare(
+        self: &Arc<Self>,
+        image: &ResolvedImage,
+        events: &EventSender,
+    ) -> Result<ImageRecord> {
+        let known = self.store.image(&image.manifest_digest)?;
+        let metadata = self.store.erofs_path(&image.manifest_digest)?;
+        if let Some(known) = known.filter(|known| !known.layer_blocks.is_empty())
+            && metadata.exists()
+            && one_device::fits(self.form, &metadata, &known.layer_blocks)?
+            && known.layers.iter().all(|layer| self.store.layer(layer).is_ok_and(|layer| layer.is_some()))
+        {
+            return self.record(image, known.layer_blocks);
+        }
+        let found = match self.trust.find(&self.artifacts, image).await {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::warn!(image = image.reference.to_string(), %error, "cannot look for a stream index");
+                Found::default()
+            }
+        };
+        let total = image.layers.iter().map(|layer| layer.size).sum();
+        let done = AtomicU64::new(0);
+        let progress = |bytes: u64| {
+            let before = done.fetch_add(bytes, Ordering::Relaxed);
+            events.progress(before + bytes, total);
+        };
+        let mut pulled: Vec<(String, LayerIndex)> = Vec::new();
+        let mut distinct: Vec<&Layer> = Vec::new();
+        for layer in &image.layers {
+            if !distinct.iter().any(|one| one.digest == layer.digest) {
+                distinct.push(layer);
+            }
+        }
+        let at_once = if found.indexes.is_empty() { LAYERS_AT_ONCE } else { image.layers.len().max(1) };
+        let mut preparations = Vec::new();
+        for layer in distinct {
+            preparations.push(self.prepare_layer(image, layer, &found, events, &progress).boxed());
+        }
+        let mut work = futures::stream::iter(preparations).buffer_unordered(at_once);
+        while let Some(done) = work.try_next().await? {
+            pulled.extend(done);
+        }
+        drop(work);
+        let metadata = self.write_metadata(image).await?;
+        for note in metadata.notes {
+            events.note(note);
+        }
+        self.publish_later(image, pulled);
+        self.record(image, metadata.layer_blocks)
+    }
+
+    /// One layer: from its index, or by a first pull, whose index is returned.
+    async fn prepare_layer(
+        &self,
+        image: &ResolvedImage,
+        layer: &Layer,
+        found: &Found,
+        events: &EventSender,
+        progress: &(impl Fn(u64) + Sync),
+    ) -> Result<Option<(String, LayerIndex)>> {
+        if self.store.layer(&layer.digest)?.is_some() {
+            progress(layer.size);
+            return Ok(None);
+        }
+        if let Some(reason) = unsupported(&layer.media_type) {
+            bail!("layer {}: {reason}", layer.digest);
+        }
+        if let Some(index) = self.find_index(image, layer, found, events).await {
+            if !index.random_access() {
+                tracing::info!(layer = layer.digest, "no random access: the layer is streamed in order");
+            }
+            let store = self.store.clone();
+            tokio::task::spawn_blocking(move || store.add_layer(&index)).await??;
+            progress(layer.size);
+            return Ok(None);
+        }
+        let blob = Arc::new(RegistryBlob(self.registry.blob(&image.reference, &layer.digest, layer.size)));
+        let pull = first_pull(
+            &self.store,
+            &self.scheduler,
+            blob,
+            (&layer.digest, &layer.diff_id),
+            self.config.outage_timeout,
+            progress,
+        )
+        .await?;
+        self.trust.remember(&pull.index)?;
+        Ok(Some((layer.digest.clone(), pull.index)))
+    }
+
+    /// A layer's index as published, else from the layer's own table of contents, else none.
+    async fn find_index(
+        &self,
+        image: &ResolvedImage,
+        layer: &Layer,
+        found: &Found,
+        events: &EventSender,
+    ) -> Option<LayerIndex> {
+        let refuse = |what: &str, error: &anyhow::Error| {
+            events.note(format!("{what} of layer {} is not used: {error:#}", layer.digest));
+            tracing::warn!(layer = layer.digest, error = format!("{error:#}"), "{what} refused");
+        };
+        if let Some(reason) = found.refused.get(&layer.digest) {
+            refuse("the published index", &anyhow!("{reason}"));
+        }
+        if let Some((blob, reader)) = found.indexes.get(&layer.digest) {
+            match read_index(layer, blob, reader).await {
+                Ok(index) if self.trust.condemned(&header_digest(&index)) => {
+                    refuse("the index", &anyhow!("it lied before"));
+                }
+                Ok(index) => return Some(index),
+                Err(error) => refuse("the index", &error),
+            }
+        }
+        match embedded_index(&self.registry, image, layer).await {
+            Ok(index) => index,
+            Err(error) => {
+                refuse("the own table of contents", &error);
+                None
+            }
+        }
+    }
+
+    pub(super) fn record(&self, image: &ResolvedImage, layer_blocks: Vec<u64>) -> Result<ImageRecord> {
+        let known = self.store.image(&image.manifest_digest)?;
+        let mut references = known.map(|known| known.references).unwrap_or_default();
+        let name = image.reference.whole();
+        references.retain(|one| *one != name);
+        references.push(name);
+        let record = ImageRecord {
+            manifest_digest: image.manifest_digest.clone(),
+            references,
+            manifest: String::from_utf8_lossy(&image.manifest).into_owned(),
+            config: String::from_utf8_lossy(&image.config).into_owned(),
+            layers: image.layers.iter().map(|layer| layer.digest.clone()).collect(),
+            layer_blocks,
+            last_used: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        };
+        self.store.put_image(&record)?;
+        Ok(record)
+    }
+
+    /// Publishes the index that a first pull made, if it made all of it and publishing is allowed.
+    fn publish_later(self: &Arc<Self>, image: &ResolvedImage, pulled: Vec<(String, LayerIndex)>) {
+        let whole = image.layers.iter().all(|layer| pulled.iter().any(|(digest, _)| *digest == layer.digest));
+        if !self.config.publish_index || !whole || pulled.is_empty() {
+            return;
+        }
+        let (node, image) = (Arc::clone(self), image.clone());
+        tokio::spawn(async move {
+            let publish = async {
+                let key = node.config.sign_key.as_deref().map(SigningKey::read).transpose()?;
+                let blob = |(digest, index): &(String, LayerIndex)| {
+                    crate::commands::index_blob(digest, index, key.as_ref())
+                };
+                let blobs = pulled.iter().map(blob).collect();
+                anyhow::Ok(node.artifacts.publish(&image, INDEX_KIND, blobs).await?)
+            };
+            match publish.await {
+                Ok(digest) => {
+                    tracing::info!(image = image.reference.to_string(), digest, "stream index published")
+                }
+                Err(error) => {
+                    let (image, error) = (image.reference.to_string(), format!("{error:#}"));
+                    tracing::info!(image, error, "stream index not published")
+                }
+            }
+        });
+    }
+}
+
+/// Why a layer of this media type cannot be used.
+pub(crate) fn unsupported(media_type: &str) -> Option<String> {
+    if media_type.contains("+encrypted") {
+        return Some("it is encrypted; decrypt the image in the registry".to_owned());
+    }
+    let known = media_type.contains("tar") || media_type.contains("rootfs.diff");
+    (!known).then(|| format!("its media type {media_type} is not a layer's"))
+}
+
+/// Reads and checks a layer's table of contents.
+pub(crate) async fn read_index(
+    layer: &Layer,
+    blob: &ArtifactBlob,
+    reader: &ArtifactReader,
+) -> Result<LayerIndex> {
+    let toc_len: u64 = blob
+        .annotations
+        .get(TOC_ANNOTATION)
+        .and_then(|text| text.parse().ok())
+        .filter(|len| *len <= blob.size)
+        .with_context(|| format!("its annotation {TOC_ANNOTATION} is missing or wrong"))?;
+    let bytes = reader.read_all(0..toc_len).await?;
+    let index = LayerIndex::from_blob(bytes.to_vec())?;
+    if !index.has_own_tar() {
+        bail!("it claims to come from the layer's own table of contents, which only this node may read");
+    }
+    let stated = blob.annotations.get(HEADER_ANNOTATION);
+    if stated.is_some_and(|stated| *stated != header_digest(&index)) {
+        bail!("it is not what its annotation {HEADER_ANNOTATION} says");
+    }
+    let header = index.header();
+    if header.layer_digest_text() != layer.digest {
+        bail!("it is the index of layer {}", header.layer_digest_text());
+    }
+    if header.diff_id_text() != layer.diff_id || header.layer_size.get() != layer.size {
+        bail!("it does not fit the image's configuration");
+    }
+    Ok(index)
+}

@@ -1,0 +1,25 @@
+//! Starts of containerd's containers are recorded, though nobody says that one begins.
+
+use crate::images::varied;
+use crate::rig::{Rig, ok};
+
+#[test]
+fn what_a_container_touches_is_learned_under_its_own_arguments() {
+    let rig = Rig::new("[stream]\nfill = false\n");
+    rig.wait("probes are loaded", || rig.log("agent.log").contains("probes are loaded"));
+    rig.images.add("app", varied(21), &["sh"]);
+    rig.index("app");
+    rig.ctr_pull("app");
+    assert_eq!(rig.run("sluice", "app", "first", "cat /data/top | cat"), "the top\n");
+    let profiles = || ok(&rig.sluice(&["profile", "list"]));
+    rig.wait("the start is learned", || profiles().contains("`sh -c cat /data/top | cat`: 1 starts"));
+    let shown = ok(&rig.sluice(&["profile", "show", &rig.reference("app")]));
+    // Read, executed, and mapped by the loader.
+    for path in ["  /data/top", "  /bin/sh", "  /bin/cat", "/libc.so.6"] {
+        assert!(shown.contains(path), "{path}: {shown}");
+    }
+    assert!(!shown.contains("  /big"), "{shown}");
+    // The pages are in memory now, and the image is in use: the next start is seen all the same.
+    assert_eq!(rig.run("sluice", "app", "second", "cat /data/top | cat"), "the top\n");
+    rig.wait("the second start is learned", || profiles().contains("/data/top | cat`: 2 starts"));
+}

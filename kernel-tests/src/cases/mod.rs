@@ -1,0 +1,43 @@
+//! What only a guest can hold: its kernel, its clock, its power. Each case is a function that says what is wrong.
+//!
+//! With `broken` a case breaks what it watches over, and must then fail: proof that it can.
+
+mod overlay;
+mod power;
+mod system;
+mod trouble;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+/// All of them. The host's table has the same names.
+const CASES: [(&str, fn(bool) -> Result<()>); 13] = [
+    ("overlay", overlay::overlay),
+    ("overlay-control", overlay::control),
+    ("start", system::start),
+    ("one-device", system::one_device),
+    ("cgroup-v1", system::cgroup_v1),
+    ("lockdown", system::lockdown),
+    ("uring-off", system::uring_off),
+    ("module-missing", system::module_missing),
+    ("killed", trouble::killed),
+    ("store-full", trouble::store_full),
+    ("clock", trouble::clock),
+    ("power-fill", power::fill),
+    ("power-check", power::check),
+];
+
+pub(crate) fn run(name: &str, broken: bool) -> ExitCode {
+    let Some((_, case)) = CASES.iter().find(|(known, _)| *known == name) else {
+        eprintln!("there is no case {name}");
+        return ExitCode::from(2);
+    };
+    match case(broken) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{name}: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! The node on systems that lack something, or are set up in another way.
+
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::mount::{MsFlags, mount, umount};
+
+use crate::init::say;
+use crate::node::{Node, checked};
+
+/// A container runs while most of its image is in the registry.
+pub(super) fn start(broken: bool) -> Result<()> {
+    let link = ["--rate", "100mbit", "--delay", "2ms"];
+    let mut node = Node::new(Path::new("/var/tmp/start"), "[stream]\nfill = false\n", &link)?;
+    if broken {
+        node.damage_layer()?;
+    }
+    node.ok(&["gc"])?;
+    let begin = Instant::now();
+    let said = node.ok(&["run", &node.image(), "sh", "-c", "cat /data/small; echo ready"])?;
+    let took = begin.elapsed();
+    ensure!(said == "small\nready\n", "the container said {said:?}");
+    streamed(&node)?;
+    say(&format!("@ note start {:.2} s to ready", took.as_secs_f64()));
+    Ok(())
+}
+
+/// The image was neither unpacked nor fetched whole.
+fn streamed(node: &Node) -> Result<()> {
+    let state = node.of_image("state")?;
+    ensure!(state == "streaming", "the image's state is {state}; the daemon's log:\n{}", node.log());
+    let (local, total) = (node.of_image("bytes_local")?, node.of_image("bytes_total")?);
+    let (local, total) = (local.as_u64().unwrap_or(0), total.as_u64().unwrap_or(0));
+    println!("{local} of {total} bytes are local");
+    ensure!(local > 0 && local < total * 3 / 4, "{local} of {total} bytes were fetched");
+    Ok(())
+}
+
+/// The same with version 1 of control groups.
+pub(super) fn cgroup_v1(broken: bool) -> Result<()> {
+    if !broken {
+        umount("/sys/fs/cgroup").context("cannot leave control groups of version 2")?;
+        let none: Option<&str> = None;
+        mount(Some("none"), "/sys/fs/cgroup", Some("tmpfs"), MsFlags::empty(), none)?;
+    }
+    let mut mounted = Vec::new();
+    for controller in ["cpu", "cpuset", "devices", "freezer", "memory", "pids", "blkio"] {
+        let dir = Path::new("/sys/fs/cgroup").join(controller);
+        if broken || fs::create_dir_all(&dir).is_err() {
+            continue;
+        }
+        // A kernel may have given up some of them.
+        match mount(Some("cgroup"), &dir, Some("cgroup"), MsFlags::empty(), Some(controller)) {
+            Ok(()) => mounted.push(controller),
+            Err(errno) => {
+                println!("no {controller} of version 1: {errno}");
+                fs::remove_dir(&dir)?;
+            }
+        }
+    }
+    let checked =
+        if mounted.is_empty() { Err(anyhow::anyhow!("no control group of version 1")) } else { start(false) };
+    println!("version 1: {mounted:?}");
+    if !broken {
+        for controller in mounted {
+            nix::mount::umount2(
+                &Path::new("/sys/fs/cgroup").join(controller),
+                nix::mount::MntFlags::MNT_DETACH,
+            )?;
+        }
+        umount("/sys/fs/cgroup")?;
+        let none: Option<&str> = None;
+        mount(Some("none"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), none)?;
+    }
+    checked
+}
+
+/// The kernel locked down as far as it goes. There is no way back: the case has a guest of its own.
+pub(super) fn lockdown(broken: bool) -> Result<()> {
+    let switch = "/sys/kernel/security/lockdown";
+    if !broken {
+        fs::write(switch, "confidentiality").with_context(|| format!("cannot write {switch}"))?;
+    }
+    let now = fs::read_to_string(switch)?;
+    ensure!(now.contains("[confidentiality]"), "lockdown is {now}");
+    start(false)
+}
+
+/// FUSE over io_uring refused by the system's owner: the classic way serves, and says why. Allowed: it is used.
+pub(super) fn uring_off(broken: bool) -> Result<()> {
+    let parameter = "/sys/module/fuse/parameters/enable_uring";
+    fs::write(parameter, "N").with_context(|| format!("cannot write {parameter}"))?;
+    let none: Option<&str> = None;
+    if !broken {
+        fs::write("/var/tmp/off", "N\n")?;
+        mount(Some("/var/tmp/off"), parameter, none, MsFlags::MS_BIND, none)?;
+        mount(none, parameter, none, MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, none)?;
+    }
+    let config = "[stream]\nfill = false\n[blocks]\nway = \"auto\"\n";
+    let off = way(Path::new("/var/tmp/off-node"), config)?;
+    ensure!(off.contains("classic"), "switched off, and served so: {off}");
+    umount(parameter)?;
+    let on = way(Path::new("/var/tmp/on-node"), config)?;
+    ensure!(on.contains("io_uring") && !on.contains("classic"), "switched on, and served so: {on}");
+    Ok(())
+}
+
+/// Metadata and layers in one EROFS device, as kernels before 5.16 need it: contents are right, and one device is all there is.
+pub(super) fn one_device(broken: bool) -> Result<()> {
+    let mut node = Node::new(Path::new("/var/tmp/one"), "[blocks]\none_device = true\n", &[])?;
+    if broken {
+        node.damage_layer()?;
+    }
+    let mounted = node.mount()?;
+    node.check_contents(&mounted)?;
+    let mut devices = Vec::new();
+    for block in fs::read_dir("/sys/block")? {
+        let backing = fs::read_to_string(block?.path().join("loop/backing_file")).unwrap_or_default();
+        devices.extend((!backing.is_empty()).then(|| backing.trim().to_owned()));
+    }
+    println!("{devices:?}");
+    ensure!(devices.len() == 1, "an image of two layers is on {} devices", devices.len());
+    Ok(())
+}
+
+/// How a node's blocks are served, by its own word, after its image was read.
+fn way(dir: &Path, config: &str) -> Result<String> {
+    let mut node = Node::new(dir, config, &[])?;
+    let mounted = node.mount()?;
+    node.check_contents(&mounted)?;
+    let log = fs::read_to_string(node.path("state/blocks.log"))?;
+    node.ok(&["node", "drain"])?;
+    node.end_registry()?;
+    let line = log.lines().find(|line| line.contains("block files are served"));
+    println!("{line:?}");
+    line.map(str::to_owned).with_context(|| format!("it is not said how blocks are served: {log}"))
+}
+
+/// A kernel without EROFS: the image is pulled the ordinary way, and the reason told. The host leaves the module out.
+pub(super) fn module_missing(_: bool) -> Result<()> {
+    let node = Node::new(Path::new("/var/tmp/missing"), "", &[])?;
+    let output = node.run(&["run", &node.image(), "cat", "/data/small"])?;
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success() && out == "small\n", "{out}{err}{}", node.log());
+    println!("{err}");
+    if !(err.contains("is not streamed") && err.to_lowercase().contains("erofs")) {
+        bail!("it is not told why the image was unpacked: {err}");
+    }
+    ensure!(node.of_image("state")? == "unpacked", "the image is {}", node.of_image("state")?);
+    checked(&mut node.command(&["fsck"])).map(|_| ())
+}

@@ -1,0 +1,155 @@
+//! The cases: what runs in a guest, on which kernels, and for how long at most.
+
+use crate::images::Kernel;
+
+/// What a kernel must have for a case to have a meaning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Needs {
+    Nothing,
+    /// EROFS with a device per layer.
+    ErofsDevices,
+    /// FUSE over io_uring.
+    FuseUring,
+}
+
+impl Needs {
+    /// What this kernel lacks, with its number: a kernel that should have it and has it not fails the case.
+    pub(super) fn lacks(self, kernel: &Kernel) -> Option<&'static str> {
+        let (major, minor, what) = match self {
+            Self::Nothing => return None,
+            Self::ErofsDevices => (5, 16, "no EROFS with several devices before 5.16"),
+            Self::FuseUring => (6, 14, "no FUSE over io_uring before 6.14"),
+        };
+        (!kernel.at_least(major, minor)).then_some(what)
+    }
+}
+
+/// Which guest a case runs in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// One guest with others, after one another.
+    Shared,
+    /// A guest of its own, since there is no way back.
+    Own,
+    /// A guest of its own that lacks this module, unless the case is broken on purpose.
+    Without(&'static str),
+    /// Two guests on one disk: the first, which runs this case, is destroyed when it says so.
+    AfterCut(&'static str),
+}
+
+/// One row of the matrix.
+#[derive(Debug)]
+pub(super) struct Case {
+    pub(super) name: &'static str,
+    /// For people.
+    pub(super) about: &'static str,
+    pub(super) needs: Needs,
+    pub(super) place: Place,
+    /// Part of `cargo xtask test`.
+    pub(super) quick: bool,
+    /// Without hardware help on a busy machine.
+    pub(super) seconds: u64,
+    pub(super) command: Run,
+}
+
+/// What PID 1 starts.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Run {
+    /// The guest program's case of this name.
+    Guest,
+    /// A crate's own test program, with variables and arguments: the suite that runs natively.
+    Suite {
+        program: &'static str,
+        variables: &'static [&'static str],
+        arguments: &'static [&'static str],
+        broken: &'static str,
+    },
+}
+
+const fn guest(name: &'static str, about: &'static str) -> Case {
+    Case {
+        name,
+        about,
+        needs: Needs::Nothing,
+        place: Place::Shared,
+        quick: false,
+        seconds: 240,
+        command: Run::Guest,
+    }
+}
+
+/// All cases, in the order in which a guest runs them.
+pub(super) const CASES: [Case; 14] = [
+    Case { quick: true, ..guest("start", "a container starts from a streamed image, time to ready") },
+    Case {
+        quick: true,
+        ..guest("overlay", "renames, links, copy-up, whiteouts, attributes, mmap, exec on a streamed image")
+    },
+    Case {
+        quick: true,
+        ..guest(
+            "overlay-control",
+            "a symbolic link is renamed in a FUSE lower: fails on the kernel with the fault, as it must",
+        )
+    },
+    Case {
+        needs: Needs::ErofsDevices,
+        seconds: 600,
+        command: Run::Suite {
+            program: "stack",
+            variables: &["BLOCKFS_WAYS=classic"],
+            arguments: &["--test-threads=1"],
+            broken: "BLOCKFS_BROKEN=hole",
+        },
+        ..guest(
+            "fuse-classic",
+            "block files, loop devices, EROFS, hand-over while in use: the suite of blockfs, classic FUSE",
+        )
+    },
+    Case {
+        needs: Needs::FuseUring,
+        seconds: 600,
+        command: Run::Suite {
+            program: "stack",
+            variables: &["BLOCKFS_WAYS=io_uring"],
+            arguments: &["--test-threads=1"],
+            broken: "BLOCKFS_BROKEN=hole",
+        },
+        ..guest("fuse-io_uring", "the same, FUSE over io_uring")
+    },
+    guest("one-device", "metadata and layers in one EROFS device"),
+    Case {
+        seconds: 900,
+        command: Run::Suite {
+            program: "probes",
+            variables: &[],
+            arguments: &["--test-threads=1"],
+            broken: "PROBES_BROKEN=nothing",
+        },
+        ..guest("probes", "probes load, attach, fire, with every kind of hook: the suite of probes")
+    },
+    Case {
+        needs: Needs::FuseUring,
+        ..guest("uring-off", "FUSE over io_uring switched off and on by the module's parameter")
+    },
+    guest("killed", "kill -9 of the daemon while its image is read; the next one takes over"),
+    guest("store-full", "no room on the store's disk"),
+    guest("clock", "the wall clock jumps by a year, forth and back"),
+    guest("cgroup-v1", "control groups of version 1"),
+    Case { place: Place::Own, ..guest("lockdown", "the kernel locked down to confidentiality") },
+    Case {
+        place: Place::Without("erofs"),
+        ..guest("module-missing", "no EROFS: the image is unpacked, with the reason")
+    },
+];
+
+/// Those after a power cut.
+pub(super) const AFTER_CUT: Case = Case {
+    place: Place::AfterCut("power-fill"),
+    ..guest("power-check", "power cut in the middle of a fill: the store is sound, the fill goes on")
+};
+
+/// Every case.
+pub(super) fn all() -> impl Iterator<Item = &'static Case> {
+    CASES.iter().chain([&AFTER_CUT])
+}
