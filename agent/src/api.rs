@@ -158,7 +158,7 @@ pub(crate) enum Event {
 }
 
 /// `POST /v1/status`: the node and its images.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Status {
     pub(crate) pid: u32,
     pub(crate) version: String,
@@ -167,10 +167,22 @@ pub(crate) struct Status {
     pub(crate) disk_bytes: u64,
     pub(crate) disk_full: bool,
     pub(crate) reads: ReadCounters,
+    /// None where nothing can be streamed.
+    pub(crate) blocks: Option<BlockServerStatus>,
     /// Stream indexes that lied, since the daemon started.
     #[serde(default)]
     pub(crate) indexes_quarantined: u64,
     pub(crate) images: Vec<ImageStatus>,
+}
+
+/// The server of block files.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct BlockServerStatus {
+    pub(crate) pid: u32,
+    /// How the kernel's reads reach it, `io_uring` or `classic`, and why so.
+    pub(crate) way: String,
+    pub(crate) reason: String,
+    pub(crate) resident_bytes: u64,
 }
 
 /// Where reads of the daemon were answered from, since its start.
