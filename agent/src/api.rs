@@ -126,6 +126,21 @@ pub(crate) struct Acquired {
     pub(crate) fell_back: Option<String>,
 }
 
+/// What `sluice run --report` writes when the container ended.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct RunReport {
+    /// Why there was no container.
+    pub(crate) error: Option<String>,
+    pub(crate) served: Option<Served>,
+    /// Why the image was not streamed, if it was to be.
+    pub(crate) fell_back: Option<String>,
+    /// From the start of the command until the runtime starts the container's process, milliseconds.
+    pub(crate) ready_ms: u64,
+    /// Bytes of the image that came to this node meanwhile: of content, or of layers as in the registry if it was unpacked.
+    pub(crate) bytes: u64,
+    pub(crate) bytes_total: u64,
+}
+
 /// One line of a long operation's answer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -143,7 +158,7 @@ pub(crate) enum Event {
 }
 
 /// `POST /v1/status`: the node and its images.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Status {
     pub(crate) pid: u32,
     pub(crate) version: String,
@@ -152,10 +167,22 @@ pub(crate) struct Status {
     pub(crate) disk_bytes: u64,
     pub(crate) disk_full: bool,
     pub(crate) reads: ReadCounters,
+    /// None where nothing can be streamed.
+    pub(crate) blocks: Option<BlockServerStatus>,
     /// Stream indexes that lied, since the daemon started.
     #[serde(default)]
     pub(crate) indexes_quarantined: u64,
     pub(crate) images: Vec<ImageStatus>,
+}
+
+/// The server of block files.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct BlockServerStatus {
+    pub(crate) pid: u32,
+    /// How the kernel's reads reach it, `io_uring` or `classic`, and why so.
+    pub(crate) way: String,
+    pub(crate) reason: String,
+    pub(crate) resident_bytes: u64,
 }
 
 /// Where reads of the daemon were answered from, since its start.

@@ -1,8 +1,15 @@
 //! The command line, in one definition: help texts, man pages and shell completions all come from here.
 
+mod traces;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+
+mod batch;
+
+pub(crate) use batch::{BatchAction, SubmitArgs, Target};
+pub(crate) use traces::{ExportArgs, OtlpProtocol, RegressArgs, TraceAction, TraceFormat};
 
 /// Streams container images: start a container while its image is still in the registry.
 #[derive(Debug, Parser)]
@@ -105,6 +112,12 @@ pub(crate) enum Command {
     },
     /// Pull an image into containerd with the labels that its snapshotter needs to stream it
     CtrPull(CtrPullArgs),
+    /// Tell a Kubernetes cluster what happens on this node: Events, and the label sluice.dev/image-streaming
+    Kubernetes {
+        /// The Node's name
+        #[arg(long, env = "NODE_NAME")]
+        node: String,
+    },
     /// Show what happened to images on this node
     Events {
         /// Go on with what happens from now on
@@ -114,11 +127,13 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Record what a container's start reads
+    /// Traces of containers' starts: record, list, show, export, report
     Trace {
         #[command(subcommand)]
         action: TraceAction,
     },
+    /// Find what became worse from one set of starts to another; the exit code is 2 if something did
+    Regress(RegressArgs),
     /// Profiles: what starts of an image read, in which order
     Profile {
         #[command(subcommand)]
@@ -128,6 +143,17 @@ pub(crate) enum Command {
     Key {
         #[command(subcommand)]
         action: KeyAction,
+    },
+    /// Google Batch jobs, on this machine or a Kubernetes cluster
+    Batch {
+        #[command(subcommand)]
+        action: BatchAction,
+    },
+    /// Run a job that was submitted
+    #[command(hide = true)]
+    BatchRunner {
+        /// Identifier of the job
+        job: String,
     },
     /// Switch streaming of new images on or off, or end all that is streamed
     Node {
@@ -194,6 +220,15 @@ pub(crate) struct RunArgs {
     /// OCI runtime [default: runc, else crun]
     #[arg(long, value_name = "PATH")]
     pub(crate) runtime: Option<PathBuf>,
+    /// Write how the image came to this file when the container ended, as JSON
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(crate) report: Option<PathBuf>,
+    /// Control group that the container's is made in [default: /sluice]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) cgroup_parent: Option<String>,
+    /// End when this process, which is the parent, does
+    #[arg(long, value_name = "PID", hide = true)]
+    pub(crate) parent: Option<i32>,
     #[command(flatten)]
     pub(crate) ready: ReadyArgs,
     /// Image reference
@@ -280,12 +315,6 @@ pub(crate) enum NodeAction {
     Status,
     /// Unmount all images and stop the daemon: what still reads an image that is not local fails
     Drain,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum TraceAction {
-    /// Run a container, as `sluice run` does, and say what was recorded of its start
-    Record(RunArgs),
 }
 
 #[derive(Debug, Subcommand)]

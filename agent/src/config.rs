@@ -32,9 +32,26 @@ struct RawConfig {
     blocks: RawBlocks,
     images: RawImages,
     containerd: RawContainerd,
+    credentials: RawCredentials,
     prefetch: RawPrefetch,
+    local: RawLocal,
+    regressions: RawRegressions,
     probes: RawProbes,
     trust: RawTrust,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawLocal {
+    listen: Option<std::net::SocketAddr>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawRegressions {
+    enabled: Option<bool>,
+    starts: Option<usize>,
+    worse_by_percent: Option<f64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -72,6 +89,16 @@ struct RawImages {
 #[serde(default, deny_unknown_fields)]
 struct RawContainerd {
     address: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawCredentials {
+    cri_proxy: Option<bool>,
+    provider_config: Option<PathBuf>,
+    provider_bin_dir: Option<PathBuf>,
+    pull_secrets: Option<PathBuf>,
+    access_check_s: Option<u64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -138,6 +165,17 @@ impl RawBlocks {
     }
 }
 
+impl RawRegressions {
+    fn resolve(&self) -> Option<sluice_regress::Limits> {
+        let default = sluice_regress::Limits::default();
+        self.enabled.unwrap_or(true).then(|| sluice_regress::Limits {
+            starts: self.starts.unwrap_or(default.starts),
+            worse_by: self.worse_by_percent.map_or(default.worse_by, |percent| percent / 100.0),
+            ..default
+        })
+    }
+}
+
 /// The resolved configuration of this process.
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
@@ -181,6 +219,14 @@ pub(crate) struct Config {
     pub(crate) deny: Vec<String>,
     /// containerd's socket.
     pub(crate) containerd: PathBuf,
+    /// Serve a CRI image service that learns the credentials of pulls.
+    pub(crate) cri_proxy: bool,
+    /// kubelet's `CredentialProviderConfig`, and the directory of the plugins.
+    pub(crate) credential_providers: Option<(PathBuf, PathBuf)>,
+    /// Directory of pull secrets.
+    pub(crate) pull_secrets: Option<PathBuf>,
+    /// How long a registry's word that a repository has a layer is believed.
+    pub(crate) access_check: Duration,
     /// Fetch what profiles and start packs say.
     pub(crate) prefetch: bool,
     /// Record containers' starts.
@@ -193,6 +239,10 @@ pub(crate) struct Config {
     pub(crate) prefetch_in_flight: usize,
     /// Bound of what a start's prefetch takes of the link.
     pub(crate) prefetch_bytes_per_second: Option<u64>,
+    /// Loopback address of metrics and the live page.
+    pub(crate) local: Option<std::net::SocketAddr>,
+    /// When starts count as worse than those before; none: nobody looks.
+    pub(crate) regressions: Option<sluice_regress::Limits>,
     /// Whose stream indexes are believed.
     pub(crate) trust: Mode,
     /// Public keys of those who may sign them.
@@ -245,12 +295,18 @@ impl Config {
             streaming_enabled: raw.stream.enabled.unwrap_or(true),
             allow: raw.images.allow.unwrap_or_else(|| vec!["*".to_owned()]),
             deny: raw.images.deny,
+            cri_proxy: raw.credentials.cri_proxy.unwrap_or(false),
+            credential_providers: providers(&raw.credentials)?,
+            pull_secrets: raw.credentials.pull_secrets,
+            access_check: Duration::from_secs(raw.credentials.access_check_s.unwrap_or(600)),
             prefetch: raw.prefetch.enabled.unwrap_or(true),
             record: raw.prefetch.record.unwrap_or(true),
             probes: raw.probes.enabled.unwrap_or(true),
             record_window: Duration::from_secs(raw.prefetch.window_s.unwrap_or(30)),
             prefetch_in_flight: raw.prefetch.in_flight.unwrap_or(3).max(1),
             prefetch_bytes_per_second: raw.prefetch.rate_mbit.map(|rate| rate.saturating_mul(125_000)),
+            local: raw.local.listen,
+            regressions: raw.regressions.resolve(),
             trust: raw.trust.mode.unwrap_or_default(),
             keys: raw.trust.keys.unwrap_or_default(),
             sign_key: raw.trust.sign_key,
@@ -267,6 +323,11 @@ impl Config {
     pub(crate) fn snapshotter_socket(&self) -> PathBuf {
         self.state.join("snapshotter.sock")
     }
+
+    /// The CRI image service that learns credentials.
+    pub(crate) fn cri_socket(&self) -> PathBuf {
+        self.state.join("cri.sock")
+    }
 }
 
 impl RawConfig {
@@ -274,6 +335,15 @@ impl RawConfig {
         let text =
             std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         toml::from_str(&text).with_context(|| format!("{} is not a valid configuration", path.display()))
+    }
+}
+
+/// As kubelet's two flags: one makes no sense without the other.
+fn providers(raw: &RawCredentials) -> Result<Option<(PathBuf, PathBuf)>> {
+    match (raw.provider_config.clone(), raw.provider_bin_dir.clone()) {
+        (Some(file), Some(programs)) => Ok(Some((file, programs))),
+        (None, None) => Ok(None),
+        _ => anyhow::bail!("[credentials] provider_config and provider_bin_dir go together"),
     }
 }
 

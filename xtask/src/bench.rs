@@ -1,5 +1,10 @@
 //! `cargo xtask bench start`: time to ready, images × links × ways, alternating; medians, ratios and targets.
 
+pub(crate) mod cri;
+pub(crate) mod load;
+pub(crate) mod memory;
+pub(crate) mod read;
+
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};

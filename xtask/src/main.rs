@@ -6,16 +6,22 @@
 mod bench;
 mod containerd;
 mod demo;
+mod dist;
 mod ebpf;
+mod foreign;
+mod fuzz;
 mod image_maker;
 mod images;
 mod install;
 mod kernel_tests;
+mod kill;
 mod measure;
 mod oracle;
 mod packages;
 mod run;
 mod sluice;
+mod soak;
+mod suites;
 mod test;
 mod tidy;
 
@@ -44,8 +50,14 @@ enum Command {
         #[command(subcommand)]
         bench: Bench,
     },
+    /// Fuzz the parsers of outside bytes
+    Fuzz(fuzz::Args),
+    /// A node under faults of all kinds: no wrong byte, no failed read, no deadlock, and all is complete in the end
+    Soak(soak::Args),
     /// Build the eBPF programs, and install what that needs
     Ebpf,
+    /// Kill the daemon at random times while containers use a streamed image
+    Kill(kill::Args),
     /// Compare `sluice mount` with `umoci unpack`, path by path
     Oracle,
     /// Fetch the kernels that test guests boot
@@ -56,14 +68,35 @@ enum Command {
     Install(install::Args),
     /// Undo what `install` did
     Uninstall(install::Args),
+    /// Run the tests with a real containerd of another Debian suite
+    TestContainerd(suites::Args),
+    /// Make packages
+    Dist {
+        #[command(subcommand)]
+        dist: Dist,
+    },
     /// Check dependency directions, file headers and other house rules
     Tidy,
+}
+
+#[derive(Debug, Subcommand)]
+enum Dist {
+    /// A Debian package
+    Deb(dist::Args),
 }
 
 #[derive(Debug, Subcommand)]
 enum Bench {
     /// Time to ready: containerd's full pull, sluice's first pull, sluice streamed
     Start(bench::Args),
+    /// Reading files: ours beside ext4, overlayfs on both, through each way
+    Read(bench::read::Args),
+    /// Resident memory with many images mounted
+    Memory(bench::memory::Args),
+    /// From CRI PullImage to the command's end: overlayfs, sluice, stargz
+    Cri(bench::cri::Args),
+    /// Many containers, a storm of starts, ten thousand blocked reads, fairness between containers
+    Load(bench::load::Args),
 }
 
 fn main() -> Result<()> {
@@ -71,12 +104,21 @@ fn main() -> Result<()> {
         Command::Demo(args) => demo::demo(&args),
         Command::Test { filter } => test::test(filter.as_deref()),
         Command::Bench { bench: Bench::Start(args) } => bench::start(&args),
+        Command::Bench { bench: Bench::Memory(args) } => bench::memory::memory(&args),
+        Command::Bench { bench: Bench::Read(args) } => bench::read::read(&args),
+        Command::Bench { bench: Bench::Cri(args) } => bench::cri::run(&args),
+        Command::Bench { bench: Bench::Load(args) } => bench::load::load(&args),
+        Command::Fuzz(args) => fuzz::fuzz(&args),
+        Command::Soak(args) => soak::soak(&args),
         Command::Ebpf => ebpf::build().map(|object| println!("{}", object.display())),
+        Command::Kill(args) => kill::kill(&args),
         Command::Oracle => oracle::oracle(),
         Command::Images(args) => images::images(&args),
         Command::KernelTests(args) => kernel_tests::kernel_tests(&args),
         Command::Install(args) => install::install(&args),
         Command::Uninstall(args) => install::uninstall(&args),
+        Command::TestContainerd(args) => suites::test(&args),
+        Command::Dist { dist: Dist::Deb(args) } => dist::deb(&args),
         Command::Tidy => tidy::tidy(),
     }
 }

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 
 use crate::run::{cargo, show};
-use crate::{ebpf, oracle, packages, tidy};
+use crate::{ebpf, foreign, kill, oracle, packages, soak, tidy};
 
 /// Installs what tests need and runs them; root, FUSE and loop devices are needed.
 pub(crate) fn test(filter: Option<&str>) -> Result<()> {
@@ -13,6 +13,7 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
     }
     packages::install(&packages::RUNTIME)?;
     packages::install(&packages::TESTS)?;
+    foreign::install()?;
     tidy::tidy()?;
     ebpf::build()?;
     let mut command = cargo();
@@ -21,5 +22,10 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
         command.arg(filter);
     }
     show(&mut command)?;
-    if filter.is_none() { oracle::oracle() } else { Ok(()) }
+    if filter.is_some() {
+        return Ok(());
+    }
+    oracle::oracle()?;
+    kill::kill(&kill::Args { kills: 10, release: false })?;
+    soak::soak(&soak::Args::short())
 }

@@ -17,7 +17,7 @@ use crate::node::{
 
 /// Exit code 0: every layer can be streamed at random; 1: not so.
 pub(crate) async fn check(config: &Arc<Config>, name: &str, store: Option<String>) -> Result<ExitCode> {
-    let registry = registry_client(config)?;
+    let registry = registry_client(config, None)?;
     let image = registry.resolve(&Client::parse(name)?).await?;
     say!("{} {}", image.reference, image.manifest_digest);
     if let Some(reason) = cannot_stream(&Abilities::probe()) {

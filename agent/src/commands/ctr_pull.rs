@@ -30,7 +30,7 @@ impl LayerSource for Registry {
 
 /// Pulls and prints what was done.
 pub(crate) async fn pull(config: &Arc<Config>, args: CtrPullArgs) -> Result<()> {
-    let client = registry_client(config)?;
+    let client = registry_client(config, None)?;
     let image = client.resolve(&Client::parse(&args.image)?).await?;
     let plan = plan(&image, args.snapshotter)?;
     let socket = args.address.unwrap_or_else(|| config.containerd.clone());

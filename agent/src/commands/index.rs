@@ -26,7 +26,7 @@ const LAYERS_AT_ONCE: usize = 2;
 /// Makes and publishes.
 pub(crate) async fn build(config: &Arc<Config>, args: IndexArgs) -> Result<()> {
     let name = args.image.context("no image is given")?;
-    let registry = registry_client(config)?;
+    let registry = registry_client(config, None)?;
     let image = registry.resolve(&Client::parse(&name)?).await?;
     let store = artifact_store(config, args.store.as_deref(), &registry)?;
     // Before the work, so that a key that cannot be used is told at once.
@@ -141,7 +141,7 @@ async fn index_layer(
 
 /// Shows what is published.
 pub(crate) async fn show(config: &Arc<Config>, name: &str, store: Option<String>) -> Result<()> {
-    let registry = registry_client(config)?;
+    let registry = registry_client(config, None)?;
     let image = registry.resolve(&Client::parse(name)?).await?;
     let store = artifact_store(config, store.as_deref(), &registry)?;
     let Some(blobs) = store.find(&image, INDEX_KIND).await? else {

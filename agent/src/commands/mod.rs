@@ -8,6 +8,7 @@ macro_rules! say {
     };
 }
 
+mod batch;
 mod check;
 mod ctr_pull;
 mod daemon;
@@ -21,9 +22,12 @@ mod profile;
 mod progress;
 mod ready;
 mod registry;
+mod regress;
 mod run;
+mod run_report;
 mod shell;
 mod status;
+mod trace;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -66,6 +70,8 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
         Command::Trace { action: TraceAction::Record(args) } => {
             return run::run(&config, &global, args, true).await;
         }
+        Command::Trace { action } => trace::trace(&config, action).await?,
+        Command::Regress(args) => return regress::regress(args),
         Command::Profile { action } => profile::profile(&config, &global, action).await?,
         Command::Mount { image, dir, no_stream } => {
             mount::mount(&config, &global, image, dir, !no_stream).await?;
@@ -84,11 +90,14 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
         Command::Fsck => return images::fsck(&config, &global).await,
         Command::CtrPull(args) => ctr_pull::pull(&config, args).await?,
         Command::Events { follow, json } => events::events(&config, follow, json).await?,
+        Command::Kubernetes { node } => crate::kubernetes::report(&config, &node, interrupted()?).await?,
         Command::Node { action } => node::node(&config, &global, action).await?,
         Command::Key { action: KeyAction::Generate { name } } => {
             crate::node::generate_key(&name)?;
             say!("{}\n{}", name.with_extension("key").display(), name.with_extension("pub").display());
         }
+        Command::Batch { action } => return batch::batch(&config, &global, action).await,
+        Command::BatchRunner { job } => batch::run(config, &job).await?,
         Command::Daemon { announce } => daemon::serve(config, announce).await?,
         Command::Stop => daemon::stop(&config).await?,
         Command::BlockServer => daemon::serve_blocks(&config)?,

@@ -44,6 +44,15 @@ fn table(status: &Status) -> String {
         size(status.disk_bytes),
         if status.disk_full { ", DISK FULL: background fill pauses" } else { "" },
     );
+    if let Some(blocks) = &status.blocks {
+        out += &format!(
+            "block files: {} ({}), server pid {}, {} resident\n",
+            blocks.way,
+            blocks.reason,
+            blocks.pid,
+            size(blocks.resident_bytes),
+        );
+    }
     let reads = status.reads;
     let all = (reads.from_disk + reads.from_registry).max(1);
     out += &format!(

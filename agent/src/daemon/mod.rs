@@ -4,6 +4,7 @@
 
 use std::future::Future;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
@@ -21,9 +22,11 @@ use crate::api::{
 };
 use crate::config::Config;
 use crate::journal::NodeEvent;
-use crate::node::Node;
+use crate::node::{Node, Over};
 
+mod local;
 mod snapshots;
+mod sockets;
 
 /// Events that may wait for a slow reader before the work is held up.
 const EVENTS_WAITING: usize = 64;
@@ -75,22 +78,13 @@ struct Shared {
 
 /// Opens the node's state and its socket.
 pub(crate) async fn start(config: Arc<Config>) -> Result<Running> {
+    let inherited = sockets::Inherited::take()?;
     let socket = config.socket();
     let node = Node::start(Arc::clone(&config)).await?;
-    if tokio::net::UnixStream::connect(&socket).await.is_ok() {
-        bail!("a daemon already listens on {}", socket.display());
-    }
-    match std::fs::remove_file(&socket) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(error)
-                .with_context(|| format!("cannot remove the stale socket {}", socket.display()));
-        }
-        _ => {}
-    }
-    let listener = tokio::net::UnixListener::bind(&socket)
-        .with_context(|| format!("cannot listen on {}", socket.display()))?;
-    std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
-        .with_context(|| format!("cannot protect {}", socket.display()))?;
+    let listener = match inherited.get(&socket)? {
+        Some(listener) => tokio::net::UnixListener::from_std(listener)?,
+        None => bind(&socket).await?,
+    };
     let (stop, mut stopped) = watch::channel(Stop::No);
     let shared = Shared { node: Arc::clone(&node), stop: stop.clone() };
     let server = tokio::spawn(
@@ -102,11 +96,34 @@ pub(crate) async fn start(config: Arc<Config>) -> Result<Running> {
             })
             .into_future(),
     );
-    let snapshots = snapshots::start(&config, &node, stop.subscribe()).await?;
+    if let Some(address) = config.local {
+        local::start(address, Arc::clone(&node), stop.subscribe()).await?;
+    }
+    let snapshots = snapshots::start(&config, &node, &inherited, stop.subscribe()).await?;
     Ok(Running { node, stop, server, snapshots })
 }
 
+/// Listens in the place of a daemon that is gone.
+async fn bind(socket: &Path) -> Result<tokio::net::UnixListener> {
+    if tokio::net::UnixStream::connect(socket).await.is_ok() {
+        bail!("a daemon already listens on {}", socket.display());
+    }
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error)
+                .with_context(|| format!("cannot remove the stale socket {}", socket.display()));
+        }
+        _ => {}
+    }
+    let listener = tokio::net::UnixListener::bind(socket)
+        .with_context(|| format!("cannot listen on {}", socket.display()))?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("cannot protect {}", socket.display()))?;
+    Ok(listener)
+}
+
 fn routes(shared: Shared) -> axum::Router {
+    let metrics = local::metrics_route().with_state(Arc::clone(&shared.node));
     axum::Router::new()
         .route("/v1/acquire", post(acquire))
         .route("/v1/release", post(release))
@@ -121,6 +138,7 @@ fn routes(shared: Shared) -> axum::Router {
         .route("/v1/node", post(node))
         .route("/v1/stop", post(stop))
         .with_state(shared)
+        .merge(metrics)
 }
 
 async fn acquire(State(shared): State<Shared>, Json(request): Json<AcquireRequest>) -> Response {
@@ -132,7 +150,7 @@ async fn release(State(shared): State<Shared>, Json(request): Json<ReleaseReques
 }
 
 async fn ready(State(shared): State<Shared>, Json(request): Json<ReleaseRequest>) -> Response {
-    answer(move |_| async move { Ok(shared.node.end_start(&request.holder).await) })
+    answer(move |_| async move { Ok(shared.node.end_start(&request.holder, Over::Ready).await) })
 }
 
 async fn profiles(State(shared): State<Shared>, Json(request): Json<ProfileRequest>) -> Response {

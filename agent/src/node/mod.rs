@@ -1,7 +1,9 @@
 //! The node: images in use, their layers, and everything the crates do for them, wired together.
 
+mod access;
 mod acquire;
 mod ahead;
+mod baseline;
 mod block_server;
 mod embedded;
 mod faults;
@@ -44,6 +46,7 @@ use sluice_stream::Scheduler;
 
 use crate::api::{FsckReport, GcReport, Holder, PullReport, Served};
 use crate::config::Config;
+use crate::credentials::{self, Learned};
 use crate::daemon::EventSender;
 use crate::doctor::{self, links::Links};
 use crate::journal::Journal;
@@ -54,10 +57,15 @@ use layers::NodeLayer;
 pub(crate) use metadata::merge_for_agent;
 pub(crate) use prepare::{read_index, unsupported};
 pub(crate) use snapshots::NodeImages;
+pub(crate) use starts::Over;
+pub(crate) use switch::fits;
 pub(crate) use trust::{HEADER_ANNOTATION, Mode, SIGNATURES_ANNOTATION, Trust, header_digest, sign};
 
 /// Background fetches under way on a node at once.
 const BACKGROUND_FETCHES: usize = 3;
+
+/// `sluice mount` mounts what it was given within this time, or is gone.
+const MOUNTED_WITHIN: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// Stream indexes as artifacts.
 pub(crate) const INDEX_KIND: Kind = Kind {
@@ -80,6 +88,9 @@ pub(crate) struct Node {
     form: Form,
     store: Store,
     registry: Client,
+    /// Credentials that the CRI handed over.
+    learned: Arc<Learned>,
+    granted: Mutex<access::Granted>,
     artifacts: ArtifactStore,
     trust: Arc<Trust>,
     scheduler: Scheduler,
@@ -100,6 +111,9 @@ pub(crate) struct Node {
     /// Reads of starts that are being recorded.
     reads: Arc<reads::ReadLog>,
     windows: Mutex<Vec<(Holder, starts::Window)>>,
+    /// Mount points whose image was asked for lately, or taken over: they may not be mounted yet.
+    mounting: Mutex<HashMap<PathBuf, std::time::Instant>>,
+    baselines: baseline::Baselines,
     probing: probing::Probing,
     faults: faults::Reported,
 }
@@ -115,16 +129,19 @@ struct Image {
     config: String,
     layers: Vec<String>,
     holders: Vec<Holder>,
+    /// How it came to be ready.
+    steps: Vec<reads::Step>,
 }
 
-/// A registry client of this configuration.
-pub(crate) fn registry_client(config: &Config) -> Result<Client> {
+/// A registry client of this configuration; `learned` is the daemon's own.
+pub(crate) fn registry_client(config: &Config, learned: Option<Arc<Learned>>) -> Result<Client> {
     let limits = Limits { longest_retry_after: config.longest_retry_after, ..Limits::default() };
     let config = RegistryConfig {
         hosts_dir: config.hosts_dir.clone(),
         plain_http: config.plain_http.clone(),
         docker_config: config.docker_config.clone(),
         extra_ca: config.extra_ca.clone(),
+        credentials: credentials::source(config, learned)?,
         connections_per_host: config.connections_per_host,
     };
     Ok(Client::with_limits(config, limits)?)
@@ -151,7 +168,8 @@ impl Node {
         for dir in [&config.root, &config.state] {
             std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         }
-        let registry = registry_client(&config)?;
+        let learned = Arc::new(Learned::open(&config.state));
+        let registry = registry_client(&config, Some(Arc::clone(&learned)))?;
         let abilities = Abilities::probe();
         let probed = Arc::clone(&config);
         let unsafe_links = tokio::task::spawn_blocking(move || unsafe_links(&probed)).await?;
@@ -160,6 +178,8 @@ impl Node {
             artifacts: artifact_store(&config, None, &registry)?,
             trust: Arc::new(trust(&config, None)?),
             registry,
+            learned,
+            granted: Mutex::default(),
             scheduler: Scheduler::new(BACKGROUND_FETCHES),
             blockfs: Mutex::new(None),
             layers: Mutex::default(),
@@ -178,6 +198,8 @@ impl Node {
             profiles: profiles::Profiles::new(config.root.join("profiles")),
             reads: Arc::default(),
             windows: Mutex::default(),
+            mounting: Mutex::default(),
+            baselines: baseline::Baselines::new(config.root.join("baselines")),
             probing: probing::Probing::default(),
             faults: faults::Reported::default(),
             config,
@@ -192,15 +214,21 @@ impl Node {
         let starting = Arc::clone(&node);
         let runtime = tokio::runtime::Handle::current();
         tokio::task::spawn_blocking(move || starting.recover(runtime)).await??;
+        node.scheduler.watch(Arc::clone(&node.reads) as Arc<dyn sluice_stream::Watcher>);
         node.resume_adopted()?;
         node.keep_room();
         Ok(node)
     }
 
+    /// Credentials that the CRI handed over.
+    pub(crate) fn learned(&self) -> &Arc<Learned> {
+        &self.learned
+    }
+
     /// Gives an image back; the last holder's leave unmounts it.
     pub(crate) async fn release(self: &Arc<Self>, holder: &Holder) -> Result<()> {
         let (node, ended) = (Arc::clone(self), holder.clone());
-        tokio::spawn(async move { node.end_start(&ended).await });
+        tokio::spawn(async move { node.end_start(&ended, starts::Over::Ended).await });
         let mut unused = Vec::new();
         self.lock(&self.images).retain(|digest, image| {
             let held = image.holders.len();
@@ -276,16 +304,21 @@ impl Node {
         Ok(GcReport { layers_removed: freed.layers, bytes_freed: freed.bytes })
     }
 
-    /// Mount points that were unmounted by others than `sluice umount`.
+    /// Mount points that were unmounted by others than `sluice umount`; not those that may be about to be mounted.
     fn unmounted_holders(&self) -> Vec<Holder> {
-        let unmounted = |holder: &&Holder| matches!(holder, Holder::MountPoint(dir) if !sluice_kernel::mount::is_mount_point(dir).unwrap_or(true));
+        let mut mounting = self.lock(&self.mounting);
+        mounting.retain(|_, asked| asked.elapsed() < MOUNTED_WITHIN);
+        let unmounted = |holder: &&Holder| matches!(holder, Holder::MountPoint(dir) if !mounting.contains_key(dir) && !sluice_kernel::mount::is_mount_point(dir).unwrap_or(true));
         self.lock(&self.images).values().flat_map(|image| &image.holders).filter(unmounted).cloned().collect()
     }
 
     /// Reads everything in the store again.
-    pub(crate) async fn fsck(&self) -> Result<FsckReport> {
+    pub(crate) async fn fsck(self: &Arc<Self>) -> Result<FsckReport> {
         let store = self.store.clone();
         let report = tokio::task::spawn_blocking(move || store.fsck()).await??;
+        for digest in &report.damaged {
+            self.fetch_again(digest)?;
+        }
         Ok(FsckReport {
             layers: report.layers,
             chunks_checked: report.chunks_checked,

@@ -48,6 +48,7 @@ impl Node {
         let holders: Vec<_> =
             self.lock(&self.images).values().flat_map(|image| image.holders.clone()).collect();
         for holder in &holders {
+            self.may_mount(holder);
             self.watch_holder(holder)?;
         }
         let layers: Vec<_> = self.lock(&self.layers).values().cloned().collect();
@@ -181,6 +182,7 @@ impl Node {
             config: record.config.clone(),
             layers: kept.layers,
             holders,
+            steps: Vec::new(),
         }))
     }
 
@@ -200,7 +202,7 @@ impl Node {
         }
     }
 
-    fn image_with(&self, layer: &str) -> Result<Option<ResolvedImage>> {
+    pub(super) fn image_with(&self, layer: &str) -> Result<Option<ResolvedImage>> {
         for record in self.store.images()? {
             if record.layers.iter().any(|one| one == layer) {
                 return Ok(Some(resolved_by_last_name(&record)?));

@@ -104,6 +104,8 @@ impl Node {
             let events = silent();
             let image = self.resolve_layer(layer, &events).await?;
             part_of(image.clone(), layer)?;
+            // Before anything is recorded: lazy reads go to the repository of the last pull.
+            self.check_access(&image).await?;
             let _turn = self.turn(&layer.manifest_digest).await;
             if !self.hold(&layer.manifest_digest, &holder)? {
                 self.journal.pulling(&pull);
@@ -121,7 +123,7 @@ impl Node {
         ready
     }
 
-    /// Whether the image of `layer` was offered before, by another of its layers, and has this one too.
+    /// Whether the image of `layer` was offered before, by another of its layers, has this one too, and its repository gave it.
     fn is_held_for(&self, layer: &RemoteLayer) -> Result<bool> {
         let holder = Holder::Snapshot(pulled(&layer.manifest_digest));
         let config = {
@@ -132,7 +134,8 @@ impl Node {
         let Some(config) = config else { return Ok(false) };
         let config = ImageConfiguration::from_reader(config.as_bytes())?;
         let chain = chain_ids(config.rootfs().diff_ids().iter().map(String::as_str));
-        Ok(chain.contains(&layer.chain_id))
+        let given = self.is_granted(&Client::parse(&layer.image)?, &layer.layer_digest);
+        Ok(given && chain.contains(&layer.chain_id))
     }
 
     /// The lower directories of the layers up to `layer`. A container is to start: what cannot be streamed any more is
@@ -206,6 +209,7 @@ impl Node {
             config: String::from_utf8_lossy(&lower.config).into_owned(),
             layers: lower.layers.iter().map(|layer| layer.digest.clone()).collect(),
             holders: Vec::new(),
+            steps: Vec::new(),
         })
     }
 

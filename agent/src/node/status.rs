@@ -8,7 +8,7 @@ use sluice_store::ImageRecord;
 use sluice_stream::Lane;
 
 use super::Node;
-use crate::api::{ImageStatus, LayerStatus, ReadCounters, Status};
+use crate::api::{BlockServerStatus, ImageStatus, LayerStatus, ReadCounters, Status};
 
 impl Node {
     /// The node, or one image of it.
@@ -26,7 +26,16 @@ impl Node {
                 images.push(self.image_status(record)?);
             }
         }
-        let (resident_bytes, resident_peak_bytes) = resident_bytes();
+        let (resident_bytes, resident_peak_bytes) = resident_bytes_of(std::process::id());
+        let blocks = self.lock(&self.blockfs).as_ref().map(|blockfs| {
+            let (pid, (way, reason)) = (blockfs.server(), blockfs.way());
+            BlockServerStatus {
+                pid,
+                way: way.to_string(),
+                reason: reason.to_owned(),
+                resident_bytes: resident_bytes_of(pid).0,
+            }
+        });
         let counters = self.scheduler.counters();
         let disk_full = self.lock(&self.layers).values().any(|layer| layer.layer().disk_full());
         Ok(Status {
@@ -44,9 +53,17 @@ impl Node {
                 bytes_prefetch: counters.bytes(Lane::Prefetch),
                 bytes_fill: counters.bytes(Lane::Fill),
             },
+            blocks,
             indexes_quarantined: self.trust.lies.load(Ordering::Relaxed),
             images,
         })
+    }
+
+    /// What is counted, for Prometheus.
+    pub(crate) async fn metrics_text(self: &Arc<Self>) -> Result<String> {
+        let status = self.status(None).await?;
+        let levels = self.probing.levels().cloned().unwrap_or_default();
+        Ok(self.reads.metrics.text(&status, &levels))
     }
 
     fn image_status(&self, record: ImageRecord) -> Result<ImageStatus> {
@@ -88,9 +105,9 @@ impl Node {
     }
 }
 
-/// Resident bytes of this process, now and at its peak (proc_pid_status(5)).
-fn resident_bytes() -> (u64, u64) {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+/// Resident bytes of a process, now and at its peak (proc_pid_status(5)).
+fn resident_bytes_of(pid: u32) -> (u64, u64) {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let field = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name));
         let kib: Option<u64> = line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok());

@@ -61,7 +61,7 @@ fn remove(path: &Path) -> std::io::Result<()> {
 }
 
 /// Whether `text` fits a pattern in which `*` stands for any characters.
-fn fits(pattern: &str, text: &str) -> bool {
+pub(crate) fn fits(pattern: &str, text: &str) -> bool {
     let mut pieces = pattern.split('*');
     let first = pieces.next().unwrap_or_default();
     let Some(mut rest) = text.strip_prefix(first) else { return false };

@@ -1,10 +1,12 @@
 //! Containers and snapshots over restarts of containerd and of the agent, commits, removal and collection.
 
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
 use nix::sys::signal::Signal;
 use sluice_kernel::mount::is_mount_point;
 
 use crate::images::{Layer, varied};
-use crate::rig::Rig;
+use crate::rig::{Rig, ok};
 
 #[test]
 fn a_container_outlives_restarts_of_containerd_and_of_the_agent() {
@@ -84,7 +86,7 @@ fn a_container_is_committed_and_run_again() {
     let target = rig.path("again");
     std::fs::create_dir(&target).unwrap();
     let mount = snapshots(&["mounts", target.to_str().unwrap(), "again"]);
-    crate::rig::ok(&std::process::Command::new("sh").arg("-c").arg(mount.trim()).output().unwrap());
+    ok(&std::process::Command::new("sh").arg("-c").arg(mount.trim()).output().unwrap());
     assert_eq!(std::fs::read_to_string(target.join("data/new")).unwrap(), "new\n");
     assert_eq!(std::fs::read_to_string(target.join("moved/above")).unwrap(), "seen");
     assert!(!target.join("opaque").exists());
@@ -117,8 +119,8 @@ fn a_removed_image_leaves_nothing() {
 }
 
 #[test]
-fn twenty_containers_of_five_images_start_at_once() {
-    let rig = Rig::new("");
+fn an_upgrade_under_twenty_containers_of_five_images_that_started_at_once() {
+    let mut rig = Rig::new("[stream]\nfill = false\n");
     let names: Vec<String> = (0..5).map(|number| format!("app{number}")).collect();
     for (number, name) in names.iter().enumerate() {
         let own = Layer::new().text("own", &format!("{name}\n"));
@@ -130,14 +132,83 @@ fn twenty_containers_of_five_images_start_at_once() {
             scope.spawn(|| rig.ctr_pull(name));
         }
     });
+    // Each reads, until it is told to stop, what it read before and what nobody read yet.
+    let script = "sha256sum < /data/kept > /first; until [ -e /stop ]; do \
+                  sha256sum < /data/kept > /now; cat /own /data/top > /read; \
+                  [ \"$(cat /first)\" = \"$(cat /now)\" ] || echo bad >> /errors; sleep 1; done 2>> /errors; \
+                  sha256sum < /big > /last 2>> /errors; sleep infinity";
     std::thread::scope(|scope| {
         for number in 0..20 {
             let (rig, name) = (&rig, &names[number % 5]);
-            scope.spawn(move || {
-                let said =
-                    rig.run("sluice", name, &format!("c{number}"), "cat /own /data/top; echo $$ > /mine");
-                assert_eq!(said, format!("{name}\nthe top\n"));
-            });
+            scope.spawn(move || rig.start_with(name, &format!("c{number}"), script));
+        }
+    });
+    let running = |rig: &Rig| {
+        let list = rig.ctr(&["tasks", "ls"]);
+        let of_rig = list.lines().filter(|line| line.starts_with(&rig.id("c")));
+        let mut tasks: Vec<String> =
+            of_rig.map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+        tasks.sort();
+        tasks
+    };
+    let before = running(&rig);
+    assert_eq!(before.iter().filter(|line| line.ends_with("RUNNING")).count(), 20, "{before:?}");
+    // An agent that is told to go, and one that is killed in the middle of what it does.
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        rig.end_agent(signal);
+        rig.start_agent();
+    }
+    for number in 0..20 {
+        rig.exec(&format!("c{number}"), "echo > /stop");
+    }
+    for number in 0..20 {
+        let id = format!("c{number}");
+        rig.wait("the last file is read", || !rig.exec(&id, "cat /last 2>&1 | cat").starts_with("cat:"));
+        let said = rig.exec(&id, "until [ -s /last ]; do sleep 1; done; cat /own /errors");
+        assert_eq!(said, format!("{}\n", names[number % 5]));
+    }
+    assert_eq!(running(&rig), before, "the same processes all along");
+    for number in 0..20 {
+        rig.stop(&format!("c{number}"));
+    }
+}
+
+#[test]
+fn nobody_is_refused_while_agents_come_and_go() {
+    let mut rig = Rig::new("");
+    let (stop, asked) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let (socket, config, state) = (rig.path("c.sock"), rig.path("config.toml"), rig.path("state"));
+    // A failed assertion must not leave the others waiting for the end.
+    struct Ends<'a>(&'a AtomicBool);
+    impl Drop for Ends<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let ask = |command: &mut std::process::Command| {
+        let _ends = Ends(&stop);
+        while !stop.load(Ordering::Relaxed) {
+            ok(&command.output().unwrap());
+            asked.fetch_add(1, Ordering::Relaxed);
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut ctr = std::process::Command::new("ctr");
+            ask(ctr.arg("--address").arg(&socket).args(["snapshots", "--snapshotter", "sluice", "ls"]));
+        });
+        scope.spawn(|| {
+            let mut sluice = std::process::Command::new(env!("CARGO_BIN_EXE_sluice"));
+            ask(sluice.arg("--config").arg(&config).arg("--state").arg(&state).args(["node", "status"]));
+        });
+        let _ends = Ends(&stop);
+        for _ in 0..3 {
+            rig.end_agent(Signal::SIGTERM);
+            // Questions come in meanwhile.
+            std::thread::sleep(std::time::Duration::from_millis(500));
+            rig.start_agent();
+            let so_far = asked.load(Ordering::Relaxed);
+            rig.wait("both go on", || asked.load(Ordering::Relaxed) > so_far + 4);
         }
     });
 }

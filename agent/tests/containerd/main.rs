@@ -8,8 +8,10 @@
     reason = "tests fail by panicking"
 )]
 
+mod credentials;
 mod cri;
 mod images;
+mod kubernetes;
 mod lifetime;
 mod policy;
 #[allow(

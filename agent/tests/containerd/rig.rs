@@ -1,6 +1,8 @@
 //! One test's own registry, agent and containerd, all in one temporary directory; everything ends with it.
 
 use std::io::{BufRead, BufReader};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -9,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use sluice_kernel::mount::UnmountOptions;
-use sluice_registry_server::{Faults, Link, Server, ServerConfig};
+use sluice_registry_server::{Access, Account, Faults, Link, Server, ServerConfig};
 
 use crate::images::{Layer, Layouts};
 
@@ -21,6 +23,8 @@ pub(crate) struct Rig {
     pub(crate) runtime: tokio::runtime::Runtime,
     pub(crate) registry: Server,
     pub(crate) images: Layouts,
+    /// The agent's sockets, held as systemd holds them.
+    sockets: [UnixListener; 2],
     agent: Option<Child>,
     containerd: Option<Child>,
 }
@@ -40,11 +44,16 @@ impl Rig {
             referrers_api: true,
         };
         let registry = runtime.block_on(Server::start(server)).unwrap();
-        let text = format!("{config}\n[registry]\nplain_http = [\"*\"]\n");
+        let socket = dir.path().join("c.sock");
+        let text =
+            format!("{config}\n[registry]\nplain_http = [\"*\"]\n[containerd]\naddress = {socket:?}\n");
         std::fs::write(dir.path().join("config.toml"), text).unwrap();
         let images = Layouts { dir: layouts };
         images.add("pause", vec![Layer::new().tools()], &["sleep", "infinity"]);
-        let mut rig = Self { dir, runtime, registry, images, agent: None, containerd: None };
+        std::fs::create_dir(dir.path().join("state")).unwrap();
+        let sockets = ["sluice.sock", "snapshotter.sock"]
+            .map(|name| UnixListener::bind(dir.path().join("state").join(name)).unwrap());
+        let mut rig = Self { dir, runtime, registry, images, sockets, agent: None, containerd: None };
         rig.start_agent();
         rig.start_containerd();
         rig
@@ -57,6 +66,17 @@ impl Rig {
     /// The reference of an image of the registry.
     pub(crate) fn reference(&self, name: &str) -> String {
         format!("{}/{name}:latest", self.registry.address())
+    }
+
+    /// The registry demands a login from now on: user, password and the one repository of each.
+    pub(crate) fn demand(&self, accounts: &[(&str, &str, &str)], token_life: Option<Duration>) {
+        let account = |(name, password, repository): &(&str, &str, &str)| Account {
+            name: (*name).to_owned(),
+            password: (*password).to_owned(),
+            repositories: vec![(*repository).to_owned()],
+        };
+        let accounts = accounts.iter().map(account).collect();
+        self.registry.set_access(Some(Access { accounts, token_life }));
     }
 
     // The agent.
@@ -75,9 +95,13 @@ impl Rig {
     }
 
     pub(crate) fn start_agent(&mut self) {
-        std::fs::create_dir_all(self.path("state")).unwrap();
-        let log = std::fs::File::options().create(true).append(true).open(self.path("agent.log")).unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_sluice"))
+        // As systemd starts it for `sluice.socket`: the sockets are its descriptors 3 and 4.
+        let script = r#"exec 3<&0 4<&2 0</dev/null 2>>"$0"; exec env LISTEN_PID=$$ LISTEN_FDS=2 "$@""#;
+        let [daemon, snapshotter] = &self.sockets;
+        let mut child = Command::new("sh")
+            .args(["-c", script])
+            .arg(self.path("agent.log"))
+            .arg(env!("CARGO_BIN_EXE_sluice"))
             .arg("--config")
             .arg(self.path("config.toml"))
             .arg("--root")
@@ -85,21 +109,15 @@ impl Rig {
             .arg("--state")
             .arg(self.path("state"))
             .args(["daemon", "--announce"])
-            .stdin(Stdio::null())
+            .stdin(Stdio::from(OwnedFd::from(daemon.try_clone().unwrap())))
             .stdout(Stdio::piped())
-            .stderr(log)
+            .stderr(Stdio::from(OwnedFd::from(snapshotter.try_clone().unwrap())))
             .spawn()
             .unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         self.agent = Some(child);
         assert_eq!(line.trim(), "ready", "{}", self.log("agent.log"));
-        if self.containerd.is_some() {
-            // Its connection to a snapshotter that was away is tried again after a while (up to 3 s in 1.6).
-            self.wait("containerd has its snapshotter back", || {
-                self.try_ctr(&["snapshots", "--snapshotter", "sluice", "ls"]).status.success()
-            });
-        }
     }
 
     /// Ends the agent by a signal and waits for it.
@@ -114,8 +132,7 @@ impl Rig {
 
     /// `sluice ctr-pull`; what it printed.
     pub(crate) fn ctr_pull(&self, name: &str) -> String {
-        let socket = self.path("c.sock");
-        ok(&self.sluice(&["ctr-pull", "--address", socket.to_str().unwrap(), &self.reference(name)]))
+        ok(&self.sluice(&["ctr-pull", &self.reference(name)]))
     }
 
     /// Reasons of the events of an image, and all that was said.
@@ -156,6 +173,16 @@ address = "{socket}"
 [proxy_plugins.sluice]
 type = "snapshot"
 address = "{snapshotter}"
+[proxy_plugins.sluice.exports]
+enable_remote_snapshot_annotations = "true"
+[plugins."io.containerd.nri.v1.nri"]
+disable = true
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+platform = "{platform}"
+snapshotter = "sluice"
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+platform = "{platform}"
+snapshotter = "overlayfs"
 [plugins."io.containerd.grpc.v1.cri"]
 sandbox_image = "{pause}"
 stream_server_port = "0"
@@ -170,6 +197,7 @@ default_runtime_name = "runc"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
 runtime_type = "io.containerd.runc.v2"
 "#,
+            platform = if cfg!(target_arch = "aarch64") { "linux/arm64" } else { "linux/amd64" },
             root = path("c-root"),
             state = path("c-state"),
             socket = path("c.sock"),
@@ -225,9 +253,14 @@ runtime_type = "io.containerd.runc.v2"
 
     /// A container that stays until `stop`.
     pub(crate) fn start(&self, name: &str, id: &str) {
+        self.start_with(name, id, "sleep infinity");
+    }
+
+    /// The same, at work.
+    pub(crate) fn start_with(&self, name: &str, id: &str, script: &str) {
         let (reference, id) = (self.reference(name), self.id(id));
         let arguments = ["run", "--detach", "--net-host", "--snapshotter", "sluice", &reference, &id];
-        self.ctr(&[&arguments[..], &["sleep", "infinity"][..]].concat());
+        self.ctr(&[&arguments[..], &["sh", "-c", script][..]].concat());
     }
 
     pub(crate) fn exec(&self, id: &str, script: &str) -> String {

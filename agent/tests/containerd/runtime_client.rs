@@ -15,20 +15,36 @@ pub(crate) struct Kubelet<'a> {
 
 impl<'a> Kubelet<'a> {
     pub(crate) fn new(rig: &'a Rig) -> Self {
-        let address = format!("unix://{}", rig.path("c.sock").display());
-        let endpoint = Endpoint::from_shared(address).unwrap();
-        let channel = rig.runtime.block_on(endpoint.connect()).unwrap();
-        let mut runtime = RuntimeServiceClient::new(channel.clone());
+        Self::with_images_at(rig, "c.sock")
+    }
+
+    /// With an image service of its own.
+    pub(crate) fn with_images_at(rig: &'a Rig, socket: &str) -> Self {
+        let channel = |socket: &str| {
+            let address = format!("unix://{}", rig.path(socket).display());
+            rig.runtime.block_on(Endpoint::from_shared(address).unwrap().connect()).unwrap()
+        };
+        let mut runtime = RuntimeServiceClient::new(channel("c.sock"));
         // The plugin recovers its pods before it answers.
         rig.wait("the CRI plugin answers", || {
             rig.runtime.block_on(runtime.status(cri::StatusRequest { verbose: false })).is_ok()
         });
-        Self { rig, runtime, images: ImageServiceClient::new(channel) }
+        Self { rig, runtime, images: ImageServiceClient::new(channel(socket)) }
     }
 
     pub(crate) fn pull(&mut self, name: &str) -> String {
-        let request = cri::PullImageRequest { image: Some(self.spec(name)), sandbox_config: None };
-        self.rig.runtime.block_on(self.images.pull_image(request)).unwrap().into_inner().image_ref
+        self.try_pull(name, None).unwrap()
+    }
+
+    /// A pull, with what a pull secret holds; the image's reference or the refusal.
+    pub(crate) fn try_pull(&mut self, name: &str, login: Option<(&str, &str)>) -> Result<String, String> {
+        let auth = login.map(|(user, password)| cri::AuthConfig {
+            username: user.to_owned(),
+            password: password.to_owned(),
+        });
+        let request = cri::PullImageRequest { image: Some(self.spec(name)), auth, sandbox_config: None };
+        let pulled = self.rig.runtime.block_on(self.images.pull_image(request));
+        pulled.map(|answer| answer.into_inner().image_ref).map_err(|status| status.message().to_owned())
     }
 
     pub(crate) fn has_image(&mut self, name: &str) -> bool {

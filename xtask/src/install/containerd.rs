@@ -4,7 +4,10 @@
 //! and the operator's CRI section with it. So the file itself is edited, with its comments and order kept.
 
 use anyhow::{Context, Result, bail};
-use toml_edit::{DocumentMut, Item, Table, value};
+use toml_edit::{ArrayOfTables, DocumentMut, Item, Table, value};
+
+/// The plugin behind containerd's transfer service.
+const TRANSFER: &str = "io.containerd.transfer.v1.local";
 
 /// The name that containerd knows the snapshotter by.
 const NAME: &str = "sluice";
@@ -31,6 +34,10 @@ pub(super) fn with_sluice(text: &str, socket: &str) -> Result<String> {
     let plugin = table(document.as_table_mut(), &["proxy_plugins", NAME])?;
     set(plugin, "type", "snapshot");
     set(plugin, "address", socket);
+    // containerd 1.7 and later: the transfer service labels layers for us, as the CRI plugin does.
+    let exports = table(document.as_table_mut(), &["proxy_plugins", NAME, "exports"])?;
+    set(exports, "enable_remote_snapshot_annotations", "true");
+    unpack(document.as_table_mut())?;
     let path = [&["plugins", images], sections].concat();
     let cri = table(document.as_table_mut(), &path)?;
     set(cri, "snapshotter", NAME);
@@ -50,6 +57,11 @@ pub(super) fn without_sluice(text: &str) -> Result<String> {
             document.remove("proxy_plugins");
         }
     }
+    let transfer = document.get_mut("plugins").and_then(|plugins| plugins.get_mut(TRANSFER));
+    let entries = transfer.and_then(|transfer| transfer.get_mut("unpack_config"));
+    if let Some(entries) = entries.and_then(Item::as_array_of_tables_mut) {
+        entries.retain(|entry| entry.get("snapshotter").and_then(Item::as_str) != Some(NAME));
+    }
     for path in [
         &["plugins", "io.containerd.grpc.v1.cri", "containerd"][..],
         &["plugins", "io.containerd.cri.v1.images"],
@@ -65,6 +77,29 @@ pub(super) fn without_sluice(text: &str) -> Result<String> {
         }
     }
     Ok(document.to_string())
+}
+
+/// Lets the transfer service unpack onto our snapshots (containerd 1.7 and later; `ctr images pull` of 2.0 goes that way).
+fn unpack(root: &mut Table) -> Result<()> {
+    let transfer = table(root, &["plugins", TRANSFER])?;
+    let entries =
+        transfer.entry("unpack_config").or_insert_with(|| Item::ArrayOfTables(ArrayOfTables::new()));
+    let entries = entries
+        .as_array_of_tables_mut()
+        .context("`unpack_config` of containerd's configuration is no list")?;
+    let ours = |entry: &Table| entry.get("snapshotter").and_then(Item::as_str) == Some(NAME);
+    if entries.iter().any(ours) {
+        return Ok(());
+    }
+    // A list that is there takes the place of containerd's own, which is one entry for the default.
+    for snapshotter in if entries.is_empty() { &[NAME, "overlayfs"][..] } else { &[NAME] } {
+        let mut entry = Table::new();
+        let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+        entry.insert("platform", value(format!("linux/{arch}")));
+        entry.insert("snapshotter", value(*snapshotter));
+        entries.push(entry);
+    }
+    Ok(())
 }
 
 /// The table at `path`, made where it is missing.

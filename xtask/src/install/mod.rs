@@ -14,8 +14,10 @@ use anyhow::{Context, Result, bail};
 
 use crate::run::show;
 use record::Record;
+pub(crate) use verify::make_image;
 
 const SERVICE: &str = include_str!("../../../deploy/systemd/sluice.service");
+const SOCKETS: &str = include_str!("../../../deploy/systemd/sluice.socket");
 const MODULES: &str = include_str!("../../../deploy/systemd/modules-load.conf");
 const TMPFILES: &str = include_str!("../../../deploy/systemd/tmpfiles.conf");
 const CONFIG: &str = include_str!("../../../deploy/config.toml");
@@ -40,6 +42,9 @@ pub(crate) struct Args {
     /// Show what would change, and change nothing
     #[arg(long)]
     dry_run: bool,
+    /// Only containerd's configuration: a package brought the other files
+    #[arg(long, hide = true)]
+    packaged: bool,
     /// The program to install [default: built now]
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
@@ -63,6 +68,7 @@ struct Wanted {
 pub(crate) fn install(args: &Args) -> Result<()> {
     let binary = match &args.binary {
         Some(path) => path.clone(),
+        None if args.packaged => args.root.join(args.relative_prefix()).join("bin/sluice"),
         None => crate::sluice::build()?,
     };
     let mut record = Record::load(&args.root, &args.record())?;
@@ -102,7 +108,7 @@ pub(crate) fn uninstall(args: &Args) -> Result<()> {
         show(Command::new(&program).args(["node", "drain"]))?;
     }
     if args.runs_systemd() {
-        show(Command::new("systemctl").args(["disable", "--now", "sluice.service"]))?;
+        show(Command::new("systemctl").args(["disable", "--now", "sluice.socket", "sluice.service"]))?;
     }
     record.restore(&|path, text| {
         if path == Path::new(CONTAINERD_CONFIG) {
@@ -132,7 +138,6 @@ impl Args {
     }
 
     fn wanted(&self, binary: &Path) -> Result<Vec<Wanted>> {
-        let program = std::fs::read(binary).with_context(|| format!("cannot read {}", binary.display()))?;
         let containerd = self.root.join(CONTAINERD_CONFIG);
         let there = record::read(&containerd)?;
         let mode = there.as_ref().map_or(0o644, |there| there.mode);
@@ -146,16 +151,22 @@ impl Args {
             mode: 0o644,
             keep: false,
         };
+        let containerd = Wanted { mode, ..file(CONTAINERD_CONFIG, &text) };
+        if self.packaged {
+            return Ok(vec![containerd]);
+        }
+        let program = std::fs::read(binary).with_context(|| format!("cannot read {}", binary.display()))?;
         let bin = self.relative_prefix().join("bin/sluice");
         let mut all = vec![
             Wanted { path: bin, bytes: program, mode: 0o755, keep: false },
             Wanted { keep: true, ..file("etc/sluice/config.toml", CONFIG) },
-            Wanted { mode, ..file(CONTAINERD_CONFIG, &text) },
+            containerd,
             file("etc/modules-load.d/sluice.conf", MODULES),
         ];
         if !self.no_systemd {
             let service = SERVICE.replace("@PREFIX@", &self.prefix.display().to_string());
             all.push(file("etc/systemd/system/sluice.service", &service));
+            all.push(file("etc/systemd/system/sluice.socket", SOCKETS));
             all.push(file("etc/tmpfiles.d/sluice.conf", TMPFILES));
         }
         Ok(all)
@@ -165,9 +176,9 @@ impl Args {
     fn activate(&self, changed: bool) -> Result<()> {
         if self.runs_systemd() {
             show(Command::new("systemctl").arg("daemon-reload"))?;
-            show(Command::new("systemd-tmpfiles").args(["--create", "/etc/tmpfiles.d/sluice.conf"]))?;
+            show(Command::new("systemd-tmpfiles").args(["--create", "sluice.conf"]))?;
             show(Command::new("modprobe").args(["-a", "erofs", "fuse", "loop", "overlay"]))?;
-            show(Command::new("systemctl").args(["enable", "--now", "sluice.service"]))?;
+            show(Command::new("systemctl").args(["enable", "--now", "sluice.socket", "sluice.service"]))?;
             if changed {
                 // Containers go on while containerd restarts.
                 show(Command::new("systemctl").args(["restart", "sluice.service"]))?;
@@ -179,6 +190,19 @@ impl Args {
         println!("start `{} daemon`, then restart containerd", program.display());
         Ok(())
     }
+}
+
+/// What a package brings besides the program, in a package's places.
+pub(crate) fn system_files(prefix: &str) -> Vec<(String, String)> {
+    [
+        ("etc/sluice/config.toml", CONFIG.to_owned()),
+        ("usr/lib/systemd/system/sluice.service", SERVICE.replace("@PREFIX@", prefix)),
+        ("usr/lib/systemd/system/sluice.socket", SOCKETS.to_owned()),
+        ("usr/lib/tmpfiles.d/sluice.conf", TMPFILES.to_owned()),
+        ("usr/lib/modules-load.d/sluice.conf", MODULES.to_owned()),
+    ]
+    .map(|(path, text)| (path.to_owned(), text))
+    .into()
 }
 
 /// Brings one file to what it is to be; true if it was not.
@@ -236,6 +260,7 @@ mod tests {
             prefix: "/usr/local".into(),
             root: root.into(),
             no_systemd: false,
+            packaged: false,
             dry_run: false,
             binary: Some(binary.into()),
             no_verify: true,

@@ -23,7 +23,10 @@ pub(super) fn verify(binary: &Path) -> Result<()> {
 }
 
 fn stream(binary: &Path, dir: &Path) -> Result<()> {
-    make_image(&dir.join("layouts/tiny"))?;
+    let layout = dir.join("layouts/tiny");
+    std::fs::create_dir_all(layout.join("tree"))?;
+    std::fs::write(layout.join("tree/file"), TEXT)?;
+    make_image(&layout, &[])?;
     let registry = Registry::start(binary, &dir.join("layouts"), "1gbit", "0ms")?;
     let sluice = Sluice::new(binary, &dir.join("agent"), "[registry]\nplain_http = [\"*\"]\n")?;
     let target = dir.join("mounted");
@@ -44,18 +47,17 @@ fn stream(binary: &Path, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// An OCI layout with one file in one layer, by the node's tar and sha256sum.
-fn make_image(layout: &Path) -> Result<()> {
+/// An OCI layout with the files of its directory `tree` in one layer, by the node's tar and sha256sum.
+pub(crate) fn make_image(layout: &Path, command: &[&str]) -> Result<()> {
     std::fs::create_dir_all(layout.join("blobs/sha256"))?;
     let tree = layout.join("tree");
-    std::fs::create_dir_all(&tree)?;
-    std::fs::write(tree.join("file"), TEXT)?;
     let tar = layout.join("layer.tar");
-    output(Command::new("tar").arg("-C").arg(&tree).arg("-cf").arg(&tar).arg("file"))?;
+    output(Command::new("tar").arg("-C").arg(&tree).arg("-cf").arg(&tar).arg("."))?;
     let layer = put(layout, &std::fs::read(&tar)?)?;
     let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
     let config = format!(
-        r#"{{"architecture":"{arch}","os":"linux","config":{{}},"rootfs":{{"type":"layers","diff_ids":["{}"]}}}}"#,
+        r#"{{"architecture":"{arch}","os":"linux","config":{{"Cmd":{}}},"rootfs":{{"type":"layers","diff_ids":["{}"]}}}}"#,
+        serde_json::to_string(command)?,
         layer.0
     );
     let config = put(layout, config.as_bytes())?;

@@ -24,6 +24,7 @@ use crate::{BlockFsError, BlockSource, ReadError};
 pub struct BlockFs {
     dir: PathBuf,
     way: (Way, String),
+    server: u32,
     client: Arc<Client>,
     /// Files that the server had from an earlier agent and that nobody has asked for yet, by name.
     left: Mutex<HashMap<String, FileRecord>>,
@@ -77,12 +78,18 @@ impl BlockFs {
         let read = move || reader.listen(&runtime);
         std::thread::Builder::new().name("block-agent".to_owned()).spawn(read).map_err(failed)?;
         let next = AtomicU64::new(hello.b);
-        Ok(Self { dir: dir.to_path_buf(), way: (way, reason), client, left: Mutex::new(left), next })
+        let server = u32::try_from(hello.id).unwrap_or(0);
+        Ok(Self { dir: dir.to_path_buf(), way: (way, reason), server, client, left: Mutex::new(left), next })
     }
 
     /// In which way the kernel is served, and why in that.
     pub fn way(&self) -> (Way, &str) {
         (self.way.0, &self.way.1)
+    }
+
+    /// Process of the server; this one if it serves within.
+    pub fn server(&self) -> u32 {
+        self.server
     }
 
     /// Names of files that the server has from an earlier agent and that were not added yet.

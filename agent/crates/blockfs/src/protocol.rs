@@ -19,7 +19,7 @@ const SHORT: usize = 4096;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum Kind {
-    /// Server to a new agent: a = version, b = next free inode number, bytes = way, a line each, then its files ([`FileRecord`]).
+    /// Server to a new agent: id = its process, a = version, b = next free inode number, bytes = way, a line each, then its files ([`FileRecord`]).
     Hello = 1,
     /// Agent: here is the source of file `id`: a = size, bytes = name; a descriptor of its local file may come along.
     Add = 2,

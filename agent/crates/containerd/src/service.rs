@@ -12,6 +12,7 @@ use futures::stream::BoxStream;
 use thiserror::Error;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
+use tonic::service::Routes;
 use tonic::{Request, Response, Status};
 
 use crate::proto::snapshots as wire;
@@ -57,14 +58,28 @@ impl BoundSocket {
         Ok(Self(listener))
     }
 
+    /// Takes over a socket that the service manager listens on already.
+    pub fn inherited(listener: std::os::unix::net::UnixListener, path: &Path) -> Result<Self, ServeError> {
+        let listener = listener.set_nonblocking(true).and_then(|()| UnixListener::from_std(listener));
+        listener.map(Self).map_err(|source| ServeError::Socket { path: path.into(), source })
+    }
+
     /// Serves until `stop` is ready and what is under way is answered.
     pub async fn serve(
         self,
         snapshotter: Arc<Snapshotter>,
         stop: impl Future<Output = ()>,
     ) -> Result<(), ServeError> {
-        let service = SnapshotsServer::new(Service(snapshotter));
-        let server = tonic::transport::Server::builder().add_service(service);
+        self.serve_routes(Routes::new(SnapshotsServer::new(Service(snapshotter))), stop).await
+    }
+
+    /// Serves any gRPC services until `stop` is ready and what is under way is answered.
+    pub async fn serve_routes(
+        self,
+        routes: Routes,
+        stop: impl Future<Output = ()>,
+    ) -> Result<(), ServeError> {
+        let server = tonic::transport::Server::builder().add_routes(routes);
         Ok(server.serve_with_incoming_shutdown(UnixListenerStream::new(self.0), stop).await?)
     }
 }

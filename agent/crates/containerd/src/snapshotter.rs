@@ -81,8 +81,8 @@ pub struct Snapshotter {
     dir: PathBuf,
     state: Arc<State>,
     images: Arc<dyn ImageMounts>,
-    /// Manifests that were refused, and when.
-    refused: Mutex<HashMap<String, Instant>>,
+    /// Images that were refused, by reference and manifest, and when.
+    refused: Mutex<HashMap<(String, String), Instant>>,
     /// Directories are made under a shared lock and swept under an exclusive one.
     sweeping: tokio::sync::RwLock<()>,
     /// The kernel has overlay's inode index (Linux 4.13): containerd switches it off, lower directories being shared.
@@ -205,7 +205,8 @@ impl Snapshotter {
             .await?;
         }
         if let Some(manifest) = removed.last_of_image {
-            self.refused.lock().unwrap_or_else(PoisonError::into_inner).remove(&manifest);
+            let refused = &self.refused;
+            refused.lock().unwrap_or_else(PoisonError::into_inner).retain(|(_, of), _| *of != manifest);
             self.images.forget(&manifest).await;
         }
         Ok(())
@@ -288,14 +289,14 @@ impl Snapshotter {
         labels: &BTreeMap<String, String>,
     ) -> Result<bool, SnapshotError> {
         // The lowest layer begins a new pull: what was refused before may be possible now.
-        if !parent.is_empty() && self.was_refused(&layer.manifest_digest) {
+        if !parent.is_empty() && self.was_refused(layer) {
             return Ok(false);
         }
         if let Err(refusal) = self.images.offer(layer).await {
             tracing::debug!(image = layer.image, layer = layer.layer_digest, reason = %refusal, "not served");
             let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
             refused.retain(|_, when| when.elapsed() < REFUSAL_HOLDS);
-            refused.insert(layer.manifest_digest.clone(), Instant::now());
+            refused.insert((layer.image.clone(), layer.manifest_digest.clone()), Instant::now());
             return Ok(false);
         }
         let (state, parent) = (Arc::clone(&self.state), parent.to_owned());
@@ -305,9 +306,10 @@ impl Snapshotter {
         Ok(true)
     }
 
-    fn was_refused(&self, manifest_digest: &str) -> bool {
+    fn was_refused(&self, layer: &RemoteLayer) -> bool {
         let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        refused.get(manifest_digest).is_some_and(|when| when.elapsed() < REFUSAL_HOLDS)
+        let image = (layer.image.clone(), layer.manifest_digest.clone());
+        refused.get(&image).is_some_and(|when| when.elapsed() < REFUSAL_HOLDS)
     }
 
     async fn create(

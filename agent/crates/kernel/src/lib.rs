@@ -5,10 +5,12 @@
 #![allow(unsafe_code, reason = "the one crate that talks to the kernel through ioctl and raw descriptors")]
 
 pub mod abilities;
+pub mod confine;
 pub mod file;
 mod fsopen;
 pub mod fuse;
 pub mod fuse_ring;
+pub mod inherited;
 pub mod loop_device;
 pub mod mount;
 pub mod mountinfo;

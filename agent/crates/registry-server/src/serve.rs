@@ -10,7 +10,7 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::header::{
     ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderValue, LINK, LOCATION, RANGE,
-    RETRY_AFTER,
+    RETRY_AFTER, WWW_AUTHENTICATE,
 };
 use hyper::{Method, Request, Response, StatusCode};
 use serde_json::json;
@@ -51,6 +51,9 @@ fn refusal(faults: &Faults) -> Response<Body> {
     if let Some(seconds) = faults.retry_after {
         response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
     }
+    if let Some(challenge) = &faults.challenge {
+        set(&mut response, WWW_AUTHENTICATE.as_str(), challenge);
+    }
     response
 }
 
@@ -60,12 +63,22 @@ fn split<'a>(path: &'a str, kind: &str) -> Option<(&'a str, &'a str)> {
     Some((path.get(..at)?, path.get(at + kind.len()..)?))
 }
 
+/// The repository that a path speaks of.
+fn repository_of(path: &str) -> Option<&str> {
+    let path = path.strip_prefix("/v2/")?;
+    let kinds = ["/blobs/", "/manifests/", "/tags/", "/referrers/"];
+    kinds.iter().find_map(|kind| split(path, kind)).map(|(repository, _)| repository)
+}
+
 async fn route(
     path: &str,
     request: Request<Incoming>,
     shared: &Arc<Shared>,
     trial: &mut Trial,
 ) -> Response<Body> {
+    if let Some(refused) = shared.gate.refuses(&request, repository_of(path)) {
+        return refused;
+    }
     let Some(path) = path.strip_prefix("/v2/").or((path == "/v2").then_some("")) else {
         return error(StatusCode::NOT_FOUND, "UNSUPPORTED", "this is a registry; its API is under /v2/");
     };
@@ -191,6 +204,13 @@ async fn blob(
     trial: &mut Trial,
 ) -> Response<Body> {
     let unknown = || error(StatusCode::NOT_FOUND, "BLOB_UNKNOWN", "no such blob");
+    if let Some(target) =
+        trial.hits(|faults| faults.redirect.is_some()).and_then(|faults| faults.redirect.clone())
+    {
+        let mut response = empty(StatusCode::TEMPORARY_REDIRECT);
+        set(&mut response, LOCATION.as_str(), &target);
+        return response;
+    }
     let Some(path) = shared.layouts.blob(repository, digest) else { return unknown() };
     let size = match tokio::fs::metadata(&path).await {
         Ok(meta) => meta.len(),
@@ -223,9 +243,10 @@ async fn blob(
     set(&mut response, CONTENT_TYPE.as_str(), "application/octet-stream");
     set(&mut response, ACCEPT_RANGES.as_str(), "bytes");
     set(&mut response, "docker-content-digest", digest);
-    set(&mut response, CONTENT_LENGTH.as_str(), &(end - start).to_string());
+    let more = u64::from(!head && trial.hits(|faults| faults.wrong_length).is_some());
+    set(&mut response, CONTENT_LENGTH.as_str(), &(end - start + more).to_string());
     if partial {
-        set(&mut response, CONTENT_RANGE.as_str(), &format!("bytes {start}-{}/{size}", end - 1));
+        set(&mut response, CONTENT_RANGE.as_str(), &format!("bytes {start}-{}/{size}", end - 1 + more));
     }
     response
 }
@@ -326,6 +347,7 @@ async fn control(path: &str, request: Request<Incoming>, shared: &Arc<Shared>) -
         (&Method::GET, "stats") => {
             json_answer(StatusCode::OK, "application/json", &json!(shared.counters.read()))
         }
+        (&Method::GET, "token") => shared.gate.token(&request),
         (&Method::POST, "reset") => {
             shared.counters.reset();
             empty(StatusCode::NO_CONTENT)
@@ -359,7 +381,7 @@ pub(crate) fn empty(status: StatusCode) -> Response<Body> {
     with_body(status, Bytes::new())
 }
 
-fn json_answer(status: StatusCode, media_type: &str, value: &serde_json::Value) -> Response<Body> {
+pub(crate) fn json_answer(status: StatusCode, media_type: &str, value: &serde_json::Value) -> Response<Body> {
     let mut response = with_body(status, value.to_string().into());
     set(&mut response, CONTENT_TYPE.as_str(), media_type);
     response

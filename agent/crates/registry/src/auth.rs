@@ -9,6 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use docker_credential::{CredentialRetrievalError, DockerCredential};
 use reqwest::header::CONTENT_TYPE;
 use serde::Deserialize;
+use zeroize::Zeroizing;
 
 use crate::RegistryError;
 use crate::health::retry_after;
@@ -59,11 +60,18 @@ impl Tokens {
 
 /// How somebody is known to a registry.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Credentials {
+pub enum Credentials {
     /// User and password.
     Password(String, Secret),
     /// Docker's `identitytoken`: a refresh token of OAuth 2.
     Identity(Secret),
+}
+
+/// Where credentials come from besides Docker's configuration.
+pub trait CredentialSource: std::fmt::Debug + Send + Sync {
+    /// Credentials for a repository at the host that asks for them, those that are likeliest to be right first. Blocks the
+    /// thread; what cannot be had is left out, and logged.
+    fn credentials(&self, host: &str, repository: &str) -> Vec<Credentials>;
 }
 
 /// Credentials for `registry` from Docker's configuration, helpers included. Blocks on a helper. A file that is not there
@@ -76,7 +84,7 @@ pub(crate) fn credentials(
     let bad =
         |why: String| RegistryError::Config(format!("Docker's configuration {}: {why}", path.display()));
     let text = match std::fs::read(path) {
-        Ok(text) => text,
+        Ok(text) => Zeroizing::new(text),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(bad(format!("it cannot be read: {error}"))),
     };
@@ -113,7 +121,8 @@ pub(crate) fn credentials(
 
 /// The header for name and password.
 pub(crate) fn basic(user: &str, password: &Secret) -> Authorization {
-    Authorization(Secret(format!("Basic {}", STANDARD.encode(format!("{user}:{}", password.0)))))
+    let pair = Zeroizing::new(format!("{user}:{}", password.0));
+    Authorization(Secret(format!("Basic {}", *Zeroizing::new(STANDARD.encode(pair.as_bytes())))))
 }
 
 #[derive(Deserialize)]
@@ -153,9 +162,9 @@ impl TokenRequest<'_> {
                 (400..=403, Some(Credentials::Identity(_))) => {
                     "; the login expired or was taken back: log in again"
                 }
-                (400..=403, Some(_)) => "; check the credentials in Docker's config.json",
+                (400..=403, Some(_)) => "; check the credentials",
                 (400..=403, None) => {
-                    "; there are no credentials for it in Docker's config.json: log in first"
+                    "; there are no credentials for it: log in first, or give them to the agent"
                 }
                 _ => "",
             };
@@ -169,9 +178,9 @@ impl TokenRequest<'_> {
             return Err(wrong("it is not valid JSON"));
         };
         let token = answer.token.or(answer.access_token).filter(|token| !token.is_empty());
-        let Some(token) = token else { return Err(wrong("there is no token in it")) };
+        let Some(token) = token.map(Zeroizing::new) else { return Err(wrong("there is no token in it")) };
         let life = answer.expires_in.map_or(DEFAULT_LIFE, Duration::from_secs);
-        Ok((Authorization(Secret(format!("Bearer {token}"))), life))
+        Ok((Authorization(Secret(format!("Bearer {}", *token))), life))
     }
 
     fn request(&self, http: &reqwest::Client, credentials: Option<&Credentials>) -> reqwest::RequestBuilder {

@@ -11,7 +11,7 @@ use reqwest::Method;
 use reqwest::header::HeaderMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::auth::Tokens;
+use crate::auth::{CredentialSource, Tokens};
 use crate::health::{Health, jittered};
 use crate::hosts::{Endpoint, Hosts};
 use crate::redact::{Secret, host_of};
@@ -38,6 +38,8 @@ pub struct RegistryConfig {
     pub plain_http: Vec<String>,
     /// Docker's `config.json`.
     pub docker_config: Option<PathBuf>,
+    /// Asked for credentials before Docker's `config.json`.
+    pub credentials: Option<Arc<dyn CredentialSource>>,
     /// PEM files of certificates trusted besides the system's.
     pub extra_ca: Vec<PathBuf>,
     /// Requests under way per host; 0 means 8.

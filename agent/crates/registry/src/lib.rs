@@ -17,8 +17,10 @@ mod redact;
 mod referrers;
 mod transport;
 
+pub use auth::{CredentialSource, Credentials};
 pub use blob::Blob;
 pub use client::{Client, Limits, RegistryConfig, install_crypto};
 pub use error::RegistryError;
 pub use image::{Layer, ResolvedImage};
 pub use oci_spec::distribution::Reference;
+pub use redact::Secret;

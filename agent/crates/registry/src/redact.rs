@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use zeroize::Zeroize;
+
 /// Host and port of an address.
 pub(crate) fn host_of(url: &str) -> String {
     match url::Url::parse(url) {
@@ -40,9 +42,27 @@ pub(crate) fn without_secrets(text: &str) -> String {
     out
 }
 
-/// A value whose text never reaches a log.
+/// A value whose text never reaches a log, and whose memory is overwritten when it goes.
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub(crate) struct Secret(pub(crate) String);
+pub struct Secret(pub(crate) String);
+
+impl Secret {
+    /// Takes the text over.
+    pub fn new(text: String) -> Self {
+        Self(text)
+    }
+
+    /// The text itself.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for Secret {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
 
 impl fmt::Debug for Secret {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -88,25 +88,79 @@ impl Client {
         let scope = format!("repository:{}:{actions}", ask.reference.repository());
         let known = lock(&self.inner.tokens).get(&host, &scope);
         let response = self.send(ask, endpoint, url, known.as_ref()).await?;
+        if let (StatusCode::FORBIDDEN, Some(known)) = (response.status(), &known) {
+            // Somebody may bring other credentials before the token ends.
+            lock(&self.inner.tokens).forget(&host, &scope, known);
+        }
         if response.status() != StatusCode::UNAUTHORIZED {
             return Ok((response, known));
         }
         let Some(challenge) = Challenge::of(response.headers()) else { return Ok((response, known)) };
         // One request fetches the new token for all that wait for it.
         let renewing = lock(&self.inner.renewing).entry((host.clone(), scope.clone())).or_default().clone();
-        let renewing = renewing.lock().await;
+        let _renewing = renewing.lock().await;
         let newer = lock(&self.inner.tokens).get(&host, &scope).filter(|token| Some(token) != known.as_ref());
-        let fresh = match newer {
-            Some(newer) => Some(newer),
-            None => self.authorize(endpoint, url, &scope, challenge).await?,
-        };
-        drop(renewing);
-        let Some(fresh) = fresh else { return Ok((response, None)) };
-        let response = self.send(ask, endpoint, url, Some(&fresh)).await?;
-        if response.status() == StatusCode::UNAUTHORIZED {
-            lock(&self.inner.tokens).forget(&host, &scope, &fresh);
+        if let Some(newer) = newer {
+            return self.send_with(ask, endpoint, url, &scope, newer).await;
         }
-        Ok((response, Some(fresh)))
+        let mut last = Ok((response, None));
+        for credentials in self.credentials(&host, ask.reference.repository()).await? {
+            let fresh = self.authorize(endpoint, url, &scope, &challenge, credentials.as_ref()).await;
+            let answered = match fresh {
+                Ok(Some(fresh)) => self.send_with(ask, endpoint, url, &scope, fresh).await,
+                Ok(None) => continue,
+                Err(error) => Err(error),
+            };
+            let refused = match &answered {
+                Ok((response, _)) => matches!(response.status().as_u16(), 401 | 403),
+                Err(error) => matches!(error, RegistryError::Status { status: 400..=403, .. }),
+            };
+            last = answered;
+            if !refused {
+                break;
+            }
+        }
+        last
+    }
+
+    /// Asks with a token, and forgets it if it is refused.
+    async fn send_with(
+        &self,
+        ask: &Ask<'_>,
+        endpoint: &Endpoint,
+        url: &str,
+        scope: &str,
+        token: Authorization,
+    ) -> Result<(Response, Option<Authorization>), RegistryError> {
+        let response = self.send(ask, endpoint, url, Some(&token)).await?;
+        if matches!(response.status(), StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
+            lock(&self.inner.tokens).forget(&host_of(url), scope, &token);
+        }
+        Ok((response, Some(token)))
+    }
+
+    /// What may be tried at a host, in order; at least `None`, which is nobody.
+    async fn credentials(
+        &self,
+        host: &str,
+        repository: &str,
+    ) -> Result<Vec<Option<Credentials>>, RegistryError> {
+        // Of the host that asks, never of the registry it stands for: a mirror must not get another's password.
+        let name = if host == "registry-1.docker.io" { "docker.io".to_owned() } else { host.to_owned() };
+        let (config, source) =
+            (self.inner.config.docker_config.clone(), self.inner.config.credentials.clone());
+        let repository = repository.to_owned();
+        let found = tokio::task::spawn_blocking(move || {
+            let mut all = source.map(|source| source.credentials(&name, &repository)).unwrap_or_default();
+            match auth::credentials(config.as_deref(), &name) {
+                Ok(own) => all.extend(own),
+                Err(error) if all.is_empty() => return Err(error),
+                Err(error) => tracing::warn!(%error, "Docker's credentials are not used"),
+            }
+            Ok(all)
+        });
+        let found = found.await.map_err(|error| RegistryError::Config(error.to_string()))??;
+        Ok(if found.is_empty() { vec![None] } else { found.into_iter().map(Some).collect() })
     }
 
     /// Follows redirects. `Authorization` goes along to the same host only.
@@ -178,28 +232,23 @@ impl Client {
         endpoint: &Endpoint,
         url: &str,
         scope: &str,
-        challenge: Challenge,
+        challenge: &Challenge,
+        credentials: Option<&Credentials>,
     ) -> Result<Option<Authorization>, RegistryError> {
         let host = host_of(url);
-        // Of the host that asks, never of the registry it stands for: a mirror must not get another's password.
-        let name = if host == "registry-1.docker.io" { "docker.io".to_owned() } else { host.clone() };
-        let config = self.inner.config.docker_config.clone();
-        let credentials = tokio::task::spawn_blocking(move || auth::credentials(config.as_deref(), &name))
-            .await
-            .map_err(|error| RegistryError::Config(error.to_string()))??;
         let (token, life) = match challenge {
             Challenge::Basic => match credentials {
-                Some(Credentials::Password(user, password)) => (auth::basic(&user, &password), BASIC_LIFE),
+                Some(Credentials::Password(user, password)) => (auth::basic(user, password), BASIC_LIFE),
                 _ => return Ok(None),
             },
             Challenge::Bearer { realm, service, scope: asked } => {
-                check_realm(&realm, url)?;
-                let unchecked = endpoint.skip_verify && same_origin(&realm, &endpoint.base);
+                check_realm(realm, url)?;
+                let unchecked = endpoint.skip_verify && same_origin(realm, &endpoint.base);
                 let http = if unchecked { &self.inner.insecure } else { &self.inner.http };
                 let scope = asked.as_deref().unwrap_or(scope);
-                let request = TokenRequest { realm: &realm, service: service.as_deref(), scope };
+                let request = TokenRequest { realm, service: service.as_deref(), scope };
                 let busy = |wait| self.inner.health.busy(&endpoint.base, wait);
-                request.fetch(http, credentials.as_ref(), busy).await?
+                request.fetch(http, credentials, busy).await?
             }
         };
         lock(&self.inner.tokens).put(&host, scope, token.clone(), life);
@@ -297,7 +346,7 @@ fn refusal(response: &Response, host: String, own: bool, ask: &Ask<'_>) -> Regis
         (400 | 401 | 403 | 404 | 410, _) if !own => {
             "; the registry's redirect led there, and the address it gave is refused".to_owned()
         }
-        (401 | 403, _) => "; check the credentials in Docker's config.json".to_owned(),
+        (401 | 403, _) => "; check the credentials".to_owned(),
         (404, _) => "; there is no such image, or it may not be seen with these credentials".to_owned(),
         (429, _) => "; too many requests, wait or use a mirror".to_owned(),
         _ => String::new(),

@@ -167,7 +167,7 @@ async fn refused_logins_say_what_to_do() {
     let dir = tempfile::tempdir().expect("a directory");
     let asked = format!("{} answered 401 to the request for a token for repository:a/b:pull", fake.address);
     let table = [
-        ("\"auth\":\"dXNlcjp3cm9uZw==\"", "; check the credentials in Docker's config.json"),
+        ("\"auth\":\"dXNlcjp3cm9uZw==\"", "; check the credentials"),
         (
             "\"auth\":\"\",\"identitytoken\":\"expired\"",
             "; the login expired or was taken back: log in again",

@@ -227,9 +227,18 @@ pub struct Image {
     pub size: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AuthConfig {
+    #[prost(string, tag = "1")]
+    pub username: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub password: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PullImageRequest {
     #[prost(message, optional, tag = "1")]
     pub image: ::core::option::Option<ImageSpec>,
+    #[prost(message, optional, tag = "2")]
+    pub auth: ::core::option::Option<AuthConfig>,
     #[prost(message, optional, tag = "3")]
     pub sandbox_config: ::core::option::Option<PodSandboxConfig>,
 }

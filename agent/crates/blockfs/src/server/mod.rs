@@ -203,7 +203,11 @@ impl Shared {
         let say = |head: Head, bytes: Vec<u8>| {
             outgoing.send((head, bytes)).map_err(|_closed| io::Error::from(io::ErrorKind::BrokenPipe))
         };
-        let hello = Head { a: VERSION, b: self.files.next_inode(), ..Head::new(Kind::Hello, 0) };
+        let hello = Head {
+            a: VERSION,
+            b: self.files.next_inode(),
+            ..Head::new(Kind::Hello, std::process::id().into())
+        };
         say(hello, self.introduction().into_bytes())?;
         loop {
             let message = Message::receive(stream)?;

@@ -5,3 +5,4 @@ mod ordinary;
 mod restart;
 mod rig;
 mod served;
+mod suite;
