@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 
 use crate::run::{cargo, show};
-use crate::{ebpf, foreign, kernel_tests, kill, oracle, packages, soak, tidy};
+use crate::{ebpf, foreign, kill, oracle, packages, soak, tidy};
 
 /// Installs what tests need and runs them; root, FUSE and loop devices are needed.
 pub(crate) fn test(filter: Option<&str>) -> Result<()> {
@@ -27,6 +27,5 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
     }
     oracle::oracle()?;
     kill::kill(&kill::Args { kills: 10, release: false })?;
-    soak::soak(&soak::Args::short())?;
-    kernel_tests::quick()
+    soak::soak(&soak::Args::short())
 }

@@ -45,7 +45,7 @@ pub(super) struct Case {
     pub(super) about: &'static str,
     pub(super) needs: Needs,
     pub(super) place: Place,
-    /// Part of `cargo xtask test`.
+    /// Part of `--quick`.
     pub(super) quick: bool,
     /// Without hardware help on a busy machine.
     pub(super) seconds: u64,
