@@ -196,7 +196,8 @@ impl Node {
         let times: Value = serde_json::from_str(&said)?;
         let time = |name: &str| times.get(name).and_then(Value::as_f64).with_context(|| format!("no {name}"));
         let start = Start { pulled: time("pulled_s")?, ended: time("ended_s")?, bytes };
-        self.ctr(&["-n", "k8s.io", "images", "rm", "--sync", image])?;
+        // Its contents too, before the next start.
+        self.ctr(&["-n", "k8s.io", "content", "prune", "references"])?;
         Ok(start)
     }
 }
