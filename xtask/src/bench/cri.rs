@@ -146,6 +146,10 @@ struct Node {
 
 impl Node {
     fn start(dir: &Path, snapshotter: &str, proxy: Option<&Path>, pause: &str) -> Result<Self> {
+        if dir.exists() {
+            // Of an earlier run, whose snapshotter has forgotten what this one would find.
+            std::fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+        }
         std::fs::create_dir_all(dir)?;
         let socket = dir.join("c.sock");
         let proxy = proxy.map_or(String::new(), |address| {
