@@ -3,6 +3,7 @@
 mod access;
 mod acquire;
 mod ahead;
+mod baseline;
 mod block_server;
 mod embedded;
 mod faults;
@@ -56,6 +57,7 @@ use layers::NodeLayer;
 pub(crate) use metadata::merge_for_agent;
 pub(crate) use prepare::{read_index, unsupported};
 pub(crate) use snapshots::NodeImages;
+pub(crate) use starts::Over;
 pub(crate) use switch::fits;
 pub(crate) use trust::{HEADER_ANNOTATION, Mode, SIGNATURES_ANNOTATION, Trust, header_digest, sign};
 
@@ -111,6 +113,7 @@ pub(crate) struct Node {
     windows: Mutex<Vec<(Holder, starts::Window)>>,
     /// Mount points whose image was asked for lately, or taken over: they may not be mounted yet.
     mounting: Mutex<HashMap<PathBuf, std::time::Instant>>,
+    baselines: baseline::Baselines,
     probing: probing::Probing,
     faults: faults::Reported,
 }
@@ -126,6 +129,8 @@ struct Image {
     config: String,
     layers: Vec<String>,
     holders: Vec<Holder>,
+    /// How it came to be ready.
+    steps: Vec<reads::Step>,
 }
 
 /// A registry client of this configuration; `learned` is the daemon's own.
@@ -194,6 +199,7 @@ impl Node {
             reads: Arc::default(),
             windows: Mutex::default(),
             mounting: Mutex::default(),
+            baselines: baseline::Baselines::new(config.root.join("baselines")),
             probing: probing::Probing::default(),
             faults: faults::Reported::default(),
             config,
@@ -208,6 +214,7 @@ impl Node {
         let starting = Arc::clone(&node);
         let runtime = tokio::runtime::Handle::current();
         tokio::task::spawn_blocking(move || starting.recover(runtime)).await??;
+        node.scheduler.watch(Arc::clone(&node.reads) as Arc<dyn sluice_stream::Watcher>);
         node.resume_adopted()?;
         node.keep_room();
         Ok(node)
@@ -221,7 +228,7 @@ impl Node {
     /// Gives an image back; the last holder's leave unmounts it.
     pub(crate) async fn release(self: &Arc<Self>, holder: &Holder) -> Result<()> {
         let (node, ended) = (Arc::clone(self), holder.clone());
-        tokio::spawn(async move { node.end_start(&ended).await });
+        tokio::spawn(async move { node.end_start(&ended, starts::Over::Ended).await });
         let mut unused = Vec::new();
         self.lock(&self.images).retain(|digest, image| {
             let held = image.holders.len();

@@ -182,6 +182,7 @@ impl Node {
             config: record.config.clone(),
             layers: kept.layers,
             holders,
+            steps: Vec::new(),
         }))
     }
 
