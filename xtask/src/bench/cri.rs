@@ -146,6 +146,10 @@ struct Node {
 
 impl Node {
     fn start(dir: &Path, snapshotter: &str, proxy: Option<&Path>, pause: &str) -> Result<Self> {
+        if dir.exists() {
+            // Of an earlier run, whose snapshotter has forgotten what this one would find.
+            std::fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+        }
         std::fs::create_dir_all(dir)?;
         let socket = dir.join("c.sock");
         let proxy = proxy.map_or(String::new(), |address| {
@@ -196,7 +200,8 @@ impl Node {
         let times: Value = serde_json::from_str(&said)?;
         let time = |name: &str| times.get(name).and_then(Value::as_f64).with_context(|| format!("no {name}"));
         let start = Start { pulled: time("pulled_s")?, ended: time("ended_s")?, bytes };
-        self.ctr(&["-n", "k8s.io", "images", "rm", "--sync", image])?;
+        // Its contents too, before the next start.
+        self.ctr(&["-n", "k8s.io", "content", "prune", "references"])?;
         Ok(start)
     }
 }
