@@ -89,13 +89,13 @@ pub(crate) fn named(root: &Path, name: &str, trees: &[&Path]) -> Result<()> {
 fn make_in(work: &Path, recipe: Recipe, progress: &ProgressBar) -> Result<()> {
     fs::create_dir_all(work.join("layout/blobs/sha256"))?;
     let base = base(progress)?;
-    let mut layers = vec![pack(&base, &["."], work)?];
+    let mut layers = vec![pack(&base, work)?];
     let mut lower = vec![base];
     for (number, packages) in recipe.layers.iter().enumerate() {
         progress.set_message(format!("image {}: installing {}", recipe.name, packages.join(" ")));
         let upper = install(work, number, &lower, packages)?;
         progress.set_message(format!("image {}: packing {}", recipe.name, packages.join(" ")));
-        layers.push(pack(&upper, &["."], work)?);
+        layers.push(pack(&upper, work)?);
         lower.insert(0, upper);
     }
     write_layout(&work.join("layout"), recipe.command, &layers)
@@ -161,21 +161,7 @@ struct Layer {
     size: u64,
 }
 
-/// Makes an image `name` in `root` out of a tree: a layer for each list of its members.
-pub(crate) fn pack_members(root: &Path, name: &str, tree: &Path, layers: &[&[&str]]) -> Result<()> {
-    let work = root.join(format!(".{name}"));
-    clean_dir(&work)?;
-    fs::create_dir_all(work.join("layout/blobs/sha256"))?;
-    let packed: Vec<Layer> =
-        layers.iter().map(|members| pack(tree, members, &work)).collect::<Result<_>>()?;
-    let recipe = Recipe { name: "", layers: &[], command: &["/bin/true"] };
-    write_layout(&work.join("layout"), recipe, &packed)?;
-    clean_dir(&root.join(name))?;
-    fs::rename(work.join("layout"), root.join(name)).context("cannot move the image")?;
-    clean_dir(&work)
-}
-
-fn pack(tree: &Path, members: &[&str], work: &Path) -> Result<Layer> {
+fn pack(tree: &Path, work: &Path) -> Result<Layer> {
     whiteouts(tree)?;
     let tar = work.join("layer.tar");
     output(
@@ -192,7 +178,7 @@ fn pack(tree: &Path, members: &[&str], work: &Path) -> Result<Layer> {
             .arg(tree)
             .arg("-cf")
             .arg(&tar)
-            .args(members),
+            .arg("."),
     )?;
     let diff_id = sha256(&tar)?;
     script("gzip -6 -n -c \"$1\" > \"$1.gz\"; rm \"$1\"", &[&tar])?;

@@ -25,7 +25,7 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
         return Ok(());
     }
     oracle::oracle()?;
-    kill::kill(&kill::Args { kills: 10, release: false })?;
+    kill::kill(&kill::Args { kills: 10, binary: None })?;
     soak::soak(&soak::Args::short())?;
     fuzz::fuzz(&fuzz::Args::short())?;
     kernel_tests::quick()
