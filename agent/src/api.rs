@@ -158,7 +158,7 @@ pub(crate) enum Event {
 }
 
 /// `POST /v1/status`: the node and its images.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Status {
     pub(crate) pid: u32,
     pub(crate) version: String,

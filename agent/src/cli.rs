@@ -1,5 +1,7 @@
 //! The command line, in one definition: help texts, man pages and shell completions all come from here.
 
+mod traces;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -7,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 mod batch;
 
 pub(crate) use batch::{BatchAction, SubmitArgs, Target};
+pub(crate) use traces::{ExportArgs, OtlpProtocol, RegressArgs, TraceAction, TraceFormat};
 
 /// Streams container images: start a container while its image is still in the registry.
 #[derive(Debug, Parser)]
@@ -124,11 +127,13 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Record what a container's start reads
+    /// Traces of containers' starts: record, list, show, export, report
     Trace {
         #[command(subcommand)]
         action: TraceAction,
     },
+    /// Find what became worse from one set of starts to another; the exit code is 2 if something did
+    Regress(RegressArgs),
     /// Profiles: what starts of an image read, in which order
     Profile {
         #[command(subcommand)]
@@ -310,12 +315,6 @@ pub(crate) enum NodeAction {
     Status,
     /// Unmount all images and stop the daemon: what still reads an image that is not local fails
     Drain,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum TraceAction {
-    /// Run a container, as `sluice run` does, and say what was recorded of its start
-    Record(RunArgs),
 }
 
 #[derive(Debug, Subcommand)]

@@ -34,8 +34,24 @@ struct RawConfig {
     containerd: RawContainerd,
     credentials: RawCredentials,
     prefetch: RawPrefetch,
+    local: RawLocal,
+    regressions: RawRegressions,
     probes: RawProbes,
     trust: RawTrust,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawLocal {
+    listen: Option<std::net::SocketAddr>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawRegressions {
+    enabled: Option<bool>,
+    starts: Option<usize>,
+    worse_by_percent: Option<f64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -149,6 +165,17 @@ impl RawBlocks {
     }
 }
 
+impl RawRegressions {
+    fn resolve(&self) -> Option<sluice_regress::Limits> {
+        let default = sluice_regress::Limits::default();
+        self.enabled.unwrap_or(true).then(|| sluice_regress::Limits {
+            starts: self.starts.unwrap_or(default.starts),
+            worse_by: self.worse_by_percent.map_or(default.worse_by, |percent| percent / 100.0),
+            ..default
+        })
+    }
+}
+
 /// The resolved configuration of this process.
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
@@ -212,6 +239,10 @@ pub(crate) struct Config {
     pub(crate) prefetch_in_flight: usize,
     /// Bound of what a start's prefetch takes of the link.
     pub(crate) prefetch_bytes_per_second: Option<u64>,
+    /// Loopback address of metrics and the live page.
+    pub(crate) local: Option<std::net::SocketAddr>,
+    /// When starts count as worse than those before; none: nobody looks.
+    pub(crate) regressions: Option<sluice_regress::Limits>,
     /// Whose stream indexes are believed.
     pub(crate) trust: Mode,
     /// Public keys of those who may sign them.
@@ -274,6 +305,8 @@ impl Config {
             record_window: Duration::from_secs(raw.prefetch.window_s.unwrap_or(30)),
             prefetch_in_flight: raw.prefetch.in_flight.unwrap_or(3).max(1),
             prefetch_bytes_per_second: raw.prefetch.rate_mbit.map(|rate| rate.saturating_mul(125_000)),
+            local: raw.local.listen,
+            regressions: raw.regressions.resolve(),
             trust: raw.trust.mode.unwrap_or_default(),
             keys: raw.trust.keys.unwrap_or_default(),
             sign_key: raw.trust.sign_key,

@@ -28,6 +28,8 @@ pub(crate) enum Reason {
     ImageLocal,
     /// It is pulled the ordinary way.
     StreamingFellBack,
+    /// Starts of it became worse.
+    StartRegressed,
     /// A call on a symbolic link failed as kernels with a known fault let it fail.
     RenameFault,
     /// A stream index said what is not so, and is not used any more.
@@ -36,7 +38,10 @@ pub(crate) enum Reason {
 
 impl Reason {
     fn is_warning(self) -> bool {
-        matches!(self, Self::StreamingFellBack | Self::RenameFault | Self::IndexQuarantined)
+        matches!(
+            self,
+            Self::StreamingFellBack | Self::StartRegressed | Self::RenameFault | Self::IndexQuarantined
+        )
     }
 }
 

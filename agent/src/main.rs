@@ -11,6 +11,7 @@ mod daemon;
 mod doctor;
 mod journal;
 mod kubernetes;
+mod metrics;
 mod node;
 
 use std::process::ExitCode;

@@ -144,7 +144,7 @@ pub(crate) fn checked(command: &mut Command) -> Result<String> {
 pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
     let begin = Instant::now();
     while !holds()? {
-        if begin.elapsed() > Duration::from_secs(120) {
+        if begin.elapsed() > Duration::from_secs(300) {
             bail!("waited in vain until {what}");
         }
         std::thread::sleep(Duration::from_millis(100));

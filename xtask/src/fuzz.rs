@@ -22,13 +22,6 @@ pub(crate) struct Args {
     target: Option<String>,
 }
 
-impl Args {
-    /// What `cargo xtask test` runs.
-    pub(crate) fn short() -> Self {
-        Self { minutes: 5.0 / 60.0, target: None }
-    }
-}
-
 /// Targets that run at once.
 const AT_ONCE: usize = 2;
 /// Coverage as cargo-fuzz asks for it; checks that a release leaves out.

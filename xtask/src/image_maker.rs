@@ -71,31 +71,48 @@ pub(crate) fn make(recipe: Recipe) -> Result<PathBuf> {
 
 /// An image of these trees, a layer each, lowest first: a layout in `work`.
 pub(crate) fn of_trees(work: &Path, trees: &[&Path]) -> Result<PathBuf> {
+    of_members(work, trees.iter().map(|tree| (*tree, ["."].as_slice())))
+}
+
+/// An image whose layers are these members of trees.
+fn of_members<'a>(work: &Path, layers: impl Iterator<Item = (&'a Path, &'a [&'a str])>) -> Result<PathBuf> {
     let layout = work.join("layout");
     fs::create_dir_all(layout.join("blobs/sha256"))?;
-    let layers: Vec<Layer> = trees.iter().map(|tree| pack(tree, work)).collect::<Result<_>>()?;
+    let layers: Vec<Layer> =
+        layers.map(|(tree, members)| pack(tree, members, work)).collect::<Result<_>>()?;
     write_layout(&layout, &["sh"], &layers)?;
     Ok(layout)
 }
 
-/// The same as the image `name` among the layouts in `root`.
+/// Makes an image `name` in `root` out of trees: a layer each.
 pub(crate) fn named(root: &Path, name: &str, trees: &[&Path]) -> Result<()> {
     let work = root.join(format!(".{name}"));
-    let layout = of_trees(&work, trees)?;
-    fs::rename(layout, root.join(name)).context("cannot move the image")?;
-    clean_dir(&work)
+    place(root, name, of_trees(&work, trees)?)
+}
+
+/// Makes an image `name` in `root` out of one tree: a layer for each list of its members.
+pub(crate) fn pack_members(root: &Path, name: &str, tree: &Path, layers: &[&[&str]]) -> Result<()> {
+    let work = root.join(format!(".{name}"));
+    clean_dir(&work)?;
+    place(root, name, of_members(&work, layers.iter().map(|members| (tree, *members)))?)
+}
+
+fn place(root: &Path, name: &str, layout: PathBuf) -> Result<()> {
+    clean_dir(&root.join(name))?;
+    fs::rename(&layout, root.join(name)).context("cannot move the image")?;
+    clean_dir(layout.parent().context("a layout stands in its work directory")?)
 }
 
 fn make_in(work: &Path, recipe: Recipe, progress: &ProgressBar) -> Result<()> {
     fs::create_dir_all(work.join("layout/blobs/sha256"))?;
     let base = base(progress)?;
-    let mut layers = vec![pack(&base, work)?];
+    let mut layers = vec![pack(&base, &["."], work)?];
     let mut lower = vec![base];
     for (number, packages) in recipe.layers.iter().enumerate() {
         progress.set_message(format!("image {}: installing {}", recipe.name, packages.join(" ")));
         let upper = install(work, number, &lower, packages)?;
         progress.set_message(format!("image {}: packing {}", recipe.name, packages.join(" ")));
-        layers.push(pack(&upper, work)?);
+        layers.push(pack(&upper, &["."], work)?);
         lower.insert(0, upper);
     }
     write_layout(&work.join("layout"), recipe.command, &layers)
@@ -161,7 +178,7 @@ struct Layer {
     size: u64,
 }
 
-fn pack(tree: &Path, work: &Path) -> Result<Layer> {
+fn pack(tree: &Path, members: &[&str], work: &Path) -> Result<Layer> {
     whiteouts(tree)?;
     let tar = work.join("layer.tar");
     output(
@@ -178,7 +195,7 @@ fn pack(tree: &Path, work: &Path) -> Result<Layer> {
             .arg(tree)
             .arg("-cf")
             .arg(&tar)
-            .arg("."),
+            .args(members),
     )?;
     let diff_id = sha256(&tar)?;
     script("gzip -6 -n -c \"$1\" > \"$1.gz\"; rm \"$1\"", &[&tar])?;

@@ -8,6 +8,7 @@ mod containerd;
 mod demo;
 mod dist;
 mod ebpf;
+mod foreign;
 mod fuzz;
 mod image_maker;
 mod images;

@@ -19,13 +19,16 @@ pub(crate) const RUNTIME: [(&str, &str); 5] = [
 pub(crate) const FUZZ: [(&str, &str); 1] = [("g++", "compiles libFuzzer")];
 
 /// Packages that only tests need.
-pub(crate) const TESTS: [(&str, &str); 6] = [
+pub(crate) const TESTS: [(&str, &str); 9] = [
     ("skopeo", "makes and copies test images"),
     ("umoci", "unpacks images the way others do"),
     ("busybox-static", "the program of the smallest test image"),
     ("libcap2-bin", "gives a test file a capability"),
     ("docker-registry", "a registry that is not ours"),
     ("python3", "touches pages of mapped files"),
+    ("python3-venv", "has the programs of others that read what is exported"),
+    ("chromium-headless-shell", "shows the report of a start"),
+    ("prometheus", "checks the metrics"),
 ];
 
 /// Installs what is missing of `wanted`.

@@ -40,7 +40,7 @@ pub(crate) fn test(args: &Args) -> Result<()> {
 }
 
 /// A package of a suite, unpacked; a directory with the named programs of it.
-pub(crate) fn fetch(suite: &str, package: &str, programs: &[&str]) -> Result<PathBuf> {
+fn fetch(suite: &str, package: &str, programs: &[&str]) -> Result<PathBuf> {
     if suite.is_empty() || !suite.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-') {
         bail!("`{suite}` is no suite's name");
     }
@@ -63,13 +63,6 @@ pub(crate) fn fetch(suite: &str, package: &str, programs: &[&str]) -> Result<Pat
         symlink(root.join("usr/bin").join(program), bin.join(program))?;
     }
     Ok(bin)
-}
-
-/// This machine's suite.
-pub(crate) fn own() -> Result<String> {
-    let name =
-        output(Command::new("sh").args(["-c", ". /etc/os-release; echo ${VERSION_CODENAME:-stable}"]))?;
-    Ok(name.trim().to_owned())
 }
 
 /// apt with state, cache and sources of its own.

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 
 use crate::run::{cargo, show};
-use crate::{ebpf, fuzz, kernel_tests, kill, oracle, packages, soak, tidy};
+use crate::{ebpf, foreign, kernel_tests, kill, oracle, packages, soak, tidy};
 
 /// Installs what tests need and runs them; root, FUSE and loop devices are needed.
 pub(crate) fn test(filter: Option<&str>) -> Result<()> {
@@ -13,6 +13,7 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
     }
     packages::install(&packages::RUNTIME)?;
     packages::install(&packages::TESTS)?;
+    foreign::install()?;
     tidy::tidy()?;
     ebpf::build()?;
     let mut command = cargo();
@@ -27,6 +28,5 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
     oracle::oracle()?;
     kill::kill(&kill::Args { kills: 10, binary: None })?;
     soak::soak(&soak::Args::short())?;
-    fuzz::fuzz(&fuzz::Args::short())?;
     kernel_tests::quick()
 }

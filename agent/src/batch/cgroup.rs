@@ -2,7 +2,7 @@
 //! with everything it started.
 //!
 //! Version 2 has one hierarchy; version 1 one for each controller, and the OCI runtime makes a container's group in all of them.
-//! Limits stand on the task's group, processes only in those below it: version 2 wants it so (cgroup-v2(7), "no internal
+//! Limits stand on the task's group, processes only in those below it: version 2 wants it so (cgroups(7), "no internal
 //! processes").
 
 use std::collections::BTreeSet;
@@ -192,7 +192,7 @@ impl Hierarchies {
     }
 }
 
-/// Lets the groups on the way to `path` hand on the controllers that are needed (cgroup-v2(7), `cgroup.subtree_control`).
+/// Lets the groups on the way to `path` hand on the controllers that are needed (cgroups(7), `cgroup.subtree_control`).
 fn delegate(root: &Path, path: &Path, settings: &[(&str, &str, String, bool)]) -> Result<()> {
     let controllers: BTreeSet<&str> = settings.iter().map(|(controller, ..)| *controller).collect();
     let mut dir = root.to_path_buf();
@@ -297,21 +297,15 @@ mod tests {
         assert_eq!(groups.joined().len(), 2);
     }
 
-    #[test]
-    fn a_group_is_joined_killed_and_removed() {
-        let groups = Hierarchies::find();
+    /// A process in a group below `task`'s ends with it.
+    fn joins_and_is_killed(groups: &Hierarchies, limits: Limits, look: impl FnOnce(&Path)) {
         let task = PathBuf::from(format!("sluice/batch-unit-{}/0", std::process::id()));
-        let group = task.join("1");
-        groups.create(&task, Limits { cpu_milli: Some(500), memory_mib: Some(32) }).expect("made");
-        let entrances = groups.entrances(&group).expect("made");
+        groups.create(&task, limits).expect("made");
         let mut sleeper = std::process::Command::new("sleep").arg("60").spawn().expect("started");
-        for file in &entrances {
+        for file in &groups.entrances(&task.join("1")).expect("made") {
             fs::write(file, sleeper.id().to_string()).expect("joined");
         }
-        let memory = groups.of("memory").expect("there is one").join(&task);
-        let file = ["memory.max", "memory.limit_in_bytes"].map(|name| memory.join(name));
-        let limit = file.iter().find_map(|file| fs::read_to_string(file).ok()).expect("a limit");
-        assert_eq!(limit.trim(), (32 << 20).to_string());
+        look(&task);
         // Waits for the process: it must be reaped meanwhile.
         let reaper = std::thread::spawn(move || sleeper.wait());
         groups.kill(&task).expect("killed");
@@ -320,5 +314,32 @@ mod tests {
         assert!(groups.all().iter().all(|root| !root.join(&task).exists()));
         groups.kill(&task).expect("nothing to kill");
         groups.remove(&task).expect("nothing to remove");
+    }
+
+    #[test]
+    fn a_group_is_limited_joined_killed_and_removed() {
+        let groups = Hierarchies::find();
+        let limits = Limits { cpu_milli: Some(500), memory_mib: Some(32) };
+        joins_and_is_killed(&groups, limits, |task| {
+            let memory = groups.of("memory").expect("there is one").join(task);
+            let files = ["memory.max", "memory.limit_in_bytes"].map(|name| memory.join(name));
+            let limit = files.iter().find_map(|file| fs::read_to_string(file).ok()).expect("a limit");
+            assert_eq!(limit.trim(), (32 << 20).to_string());
+        });
+    }
+
+    #[test]
+    fn version_2_wherever_it_is_mounted() {
+        use nix::mount::{MsFlags, mount, umount};
+        let dir = tempfile::tempdir().expect("a directory");
+        mount(Some("none"), dir.path(), Some("cgroup2"), MsFlags::empty(), None::<&str>).expect("mounted");
+        let groups = Hierarchies::find_at(dir.path());
+        let joined = std::panic::catch_unwind(|| {
+            assert!(matches!(groups, Hierarchies::One(_)));
+            // Its controllers may be version 1's.
+            joins_and_is_killed(&groups, Limits::default(), |_| {});
+        });
+        umount(dir.path()).expect("unmounted");
+        joined.expect("as it should be");
     }
 }

@@ -22,10 +22,12 @@ mod profile;
 mod progress;
 mod ready;
 mod registry;
+mod regress;
 mod run;
 mod run_report;
 mod shell;
 mod status;
+mod trace;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -68,6 +70,8 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
         Command::Trace { action: TraceAction::Record(args) } => {
             return run::run(&config, &global, args, true).await;
         }
+        Command::Trace { action } => trace::trace(&config, action).await?,
+        Command::Regress(args) => return regress::regress(args),
         Command::Profile { action } => profile::profile(&config, &global, action).await?,
         Command::Mount { image, dir, no_stream } => {
             mount::mount(&config, &global, image, dir, !no_stream).await?;

@@ -22,8 +22,9 @@ use crate::api::{
 };
 use crate::config::Config;
 use crate::journal::NodeEvent;
-use crate::node::Node;
+use crate::node::{Node, Over};
 
+mod local;
 mod snapshots;
 mod sockets;
 
@@ -95,6 +96,9 @@ pub(crate) async fn start(config: Arc<Config>) -> Result<Running> {
             })
             .into_future(),
     );
+    if let Some(address) = config.local {
+        local::start(address, Arc::clone(&node), stop.subscribe()).await?;
+    }
     let snapshots = snapshots::start(&config, &node, &inherited, stop.subscribe()).await?;
     Ok(Running { node, stop, server, snapshots })
 }
@@ -119,6 +123,7 @@ async fn bind(socket: &Path) -> Result<tokio::net::UnixListener> {
 }
 
 fn routes(shared: Shared) -> axum::Router {
+    let metrics = local::metrics_route().with_state(Arc::clone(&shared.node));
     axum::Router::new()
         .route("/v1/acquire", post(acquire))
         .route("/v1/release", post(release))
@@ -133,6 +138,7 @@ fn routes(shared: Shared) -> axum::Router {
         .route("/v1/node", post(node))
         .route("/v1/stop", post(stop))
         .with_state(shared)
+        .merge(metrics)
 }
 
 async fn acquire(State(shared): State<Shared>, Json(request): Json<AcquireRequest>) -> Response {
@@ -144,7 +150,7 @@ async fn release(State(shared): State<Shared>, Json(request): Json<ReleaseReques
 }
 
 async fn ready(State(shared): State<Shared>, Json(request): Json<ReleaseRequest>) -> Response {
-    answer(move |_| async move { Ok(shared.node.end_start(&request.holder).await) })
+    answer(move |_| async move { Ok(shared.node.end_start(&request.holder, Over::Ready).await) })
 }
 
 async fn profiles(State(shared): State<Shared>, Json(request): Json<ProfileRequest>) -> Response {

@@ -1,6 +1,7 @@
 //! Makes an image's root file system available: streamed, local, or pulled the ordinary way.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
@@ -9,7 +10,9 @@ use sluice_image::erofs::Form;
 use sluice_kernel::process::{pidfd_open, wait_for_end};
 use sluice_registry::{Client, ResolvedImage};
 use sluice_store::ImageRecord;
+use sluice_trace::Phase;
 
+use super::reads::Step;
 use super::starts::Started;
 use super::{Image, Node};
 use crate::api::{AcquireRequest, Acquired, Holder, Served};
@@ -23,10 +26,12 @@ impl Node {
         request: AcquireRequest,
         events: EventSender,
     ) -> Result<Acquired> {
+        let asked = Instant::now();
         let image = self.resolve(&request.reference, &events).await?;
+        let resolved = Step::since(Phase::Resolve, asked);
         let pull = Pull::begin(&image.reference.whole());
         let digest = image.manifest_digest.clone();
-        let lookup = request.start.as_ref().map(|asked| self.look_up(&image, asked));
+        let lookup = request.start.as_ref().map(|start| self.look_up(&image, start));
         let turn = Arc::clone(self.lock(&self.preparing).entry(digest.clone()).or_default());
         let _turn = turn.lock().await;
         let fresh = !self.lock(&self.images).contains_key(&digest);
@@ -48,7 +53,10 @@ impl Node {
                 served: found.served,
                 fell_back: found.fell_back.clone(),
             };
-            (acquired, Started::new(found, &request.holder, fresh))
+            let steps = if fresh { found.steps.clone() } else { Vec::new() };
+            self.count_steps(found.served, &steps, asked);
+            let started = Started::new(found, &request.holder, fresh);
+            (acquired, started.map(|started| started.asked_at(asked, resolved, steps)))
         };
         if let (Some(lookup), Some(started)) = (lookup, started) {
             self.begin_start(lookup, started).await;
@@ -59,6 +67,20 @@ impl Node {
             self.release(&request.holder).await?;
         }
         Ok(acquired)
+    }
+
+    /// The mount point of a holder may not be one yet.
+    pub(super) fn may_mount(&self, holder: &Holder) {
+        if let Holder::MountPoint(dir) = holder {
+            self.lock(&self.mounting).insert(dir.clone(), std::time::Instant::now());
+        }
+    }
+
+    fn count_steps(&self, served: Served, steps: &[Step], asked: Instant) {
+        let metrics = &self.reads.metrics;
+        metrics.pulled(served, asked.elapsed());
+        let mounted = steps.iter().find(|step| step.phase == Phase::Mount);
+        mounted.into_iter().for_each(|step| metrics.mount.observe(step.took));
     }
 
     /// Releases what a process holds when it ends, however it ends.
@@ -125,6 +147,7 @@ impl Node {
             },
         };
         if let Some(reason) = &why_not {
+            crate::metrics::count(&self.reads.metrics.fell_back);
             events
                 .note(format!("{} is not streamed: {reason}; pulling it the ordinary way", image.reference));
             self.journal.emit(Reason::StreamingFellBack, &image.reference.whole(), reason.clone());
@@ -140,6 +163,7 @@ impl Node {
             config: String::from_utf8_lossy(&image.config).into_owned(),
             layers: image.layers.iter().map(|layer| layer.digest.clone()).collect(),
             holders: Vec::new(),
+            steps: Vec::new(),
         })
     }
 
@@ -149,8 +173,13 @@ impl Node {
         image: &ResolvedImage,
         events: &EventSender,
     ) -> Result<Image> {
+        let began = Instant::now();
         let record = self.prepare(image, events).await?;
-        self.mount_prepared(image, &image.manifest_digest, &record.layers, &record.layer_blocks).await
+        let prepared = Step::since(Phase::Index, began);
+        let digest = &image.manifest_digest;
+        let mut made = self.mount_prepared(image, digest, &record.layers, &record.layer_blocks).await?;
+        made.steps.insert(0, prepared);
+        Ok(made)
     }
 
     /// Mounts `layers` of `image` (lowest first, with their blocks), whose merged metadata is in the store as `key`.
@@ -161,6 +190,7 @@ impl Node {
         digests: &[String],
         layer_blocks: &[u64],
     ) -> Result<Image> {
+        let began = Instant::now();
         let mut layers = Vec::new();
         for (digest, blocks) in digests.iter().zip(layer_blocks) {
             let layer =
@@ -181,6 +211,7 @@ impl Node {
             Ok(ImageMount::mount(&metadata, devices, &dir)?)
         })
         .await??;
+        let mounted = Step::since(Phase::Mount, began);
         let local = layers.iter().all(|(layer, _)| layer.layer().is_complete());
         let all: Vec<_> = layers.into_iter().map(|(layer, _)| layer).collect();
         self.fill_in_background(&all);
@@ -193,6 +224,7 @@ impl Node {
             config: String::from_utf8_lossy(&image.config).into_owned(),
             layers: digests.to_vec(),
             holders: Vec::new(),
+            steps: vec![mounted],
         })
     }
 }

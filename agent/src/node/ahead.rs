@@ -4,26 +4,27 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use sluice_prefetch::{Limits, Pace, fetch, wanted};
 use sluice_registry::{Client, ResolvedImage};
 use sluice_stream::{Prefetching, StreamedLayer};
-use sluice_trace::{ContentKey, FileFacts, Profile, ProfileKey, entry_class};
+use sluice_trace::{ContentKey, FileFacts, Phase, Profile, ProfileKey, entry_class};
 use tokio::task::JoinHandle;
 
 use super::Node;
 use super::files::ImageFiles;
 use super::layers::NodeLayer;
 use super::profiles::{self, Learned, now};
+use super::reads::{Recording, Step};
 use crate::api::StartRequest;
 
 /// What is looked up while an image is made ready.
 pub(super) struct Lookup {
     pub(super) key: ProfileKey,
     pub(super) window: Duration,
-    found: JoinHandle<Option<Learned>>,
+    found: JoinHandle<(Option<Learned>, Step)>,
     /// The fill waits until what is known has been fetched.
     before_fill: Prefetching,
 }
@@ -59,7 +60,11 @@ impl Node {
         };
         let window = asked.window_ms.map_or(self.config.record_window, Duration::from_millis);
         let (node, image, own) = (Arc::clone(self), image.clone(), key.clone());
-        let found = tokio::spawn(async move { node.known(&image, &own).await });
+        let found = tokio::spawn(async move {
+            let began = Instant::now();
+            let found = node.known(&image, &own).await;
+            (found, Step::since(Phase::Profile, began))
+        });
         Lookup { key, window, found, before_fill: self.scheduler.prefetching() }
     }
 
@@ -85,7 +90,12 @@ impl Node {
     }
 
     /// Fetches what is known once the image is there.
-    pub(super) fn begin_prefetch(self: &Arc<Self>, lookup: Lookup, layers: Vec<String>) {
+    pub(super) fn begin_prefetch(
+        self: &Arc<Self>,
+        lookup: Lookup,
+        layers: Vec<String>,
+        recorded: Option<Arc<Recording>>,
+    ) {
         let Lookup { key, found, before_fill, .. } = lookup;
         let streamed: HashMap<String, Arc<StreamedLayer>> = {
             let node_layers = self.lock(&self.layers);
@@ -98,12 +108,16 @@ impl Node {
         let node = Arc::clone(self);
         tokio::spawn(async move {
             let _before_fill = before_fill;
-            let learned = match found.await.ok().flatten() {
+            let Ok((learned, step)) = found.await else { return };
+            if let Some(recording) = &recorded {
+                recording.step(step);
+            }
+            let learned = match learned {
                 Some(learned) => Some(learned),
                 None => node.inherit(&key, &layers).await,
             };
             if let Some(learned) = learned
-                && let Err(error) = node.prefetch(&key, learned, layers, streamed).await
+                && let Err(error) = node.prefetch(&key, learned, layers, streamed, recorded.as_deref()).await
             {
                 tracing::warn!(entry = key.entry, error = format!("{error:#}"), "cannot prefetch");
             }
@@ -154,10 +168,11 @@ impl Node {
         learned: Learned,
         layers: Vec<String>,
         streamed: HashMap<String, Arc<StreamedLayer>>,
+        recorded: Option<&Recording>,
     ) -> Result<()> {
         let pace = Pace::new(self.config.prefetch_bytes_per_second);
         if let Some(pack) = &learned.pack
-            && let Err(error) = self.take_pack(pack, &streamed, &pace).await
+            && let Err(error) = self.take_pack(pack, &streamed, &pace, recorded).await
         {
             let error = format!("{error:#}");
             tracing::warn!(

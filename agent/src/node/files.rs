@@ -10,7 +10,7 @@ use sluice_image::index::LayerIndex;
 use sluice_image::records::BLOCK_SIZE;
 use sluice_prefetch::{FileAt, LayerFiles};
 use sluice_store::Store;
-use sluice_trace::{ContentKey, FileFacts, Process, Record, Resolve, What};
+use sluice_trace::{ContentKey, FetchLane, FileFacts, Process, Record, Resolve, What};
 
 /// Files by layer, in the order in which layers are applied.
 pub(super) struct ImageFiles {
@@ -56,7 +56,8 @@ impl ImageFiles {
                         found.insert((place.layer, place.store_offset), inode);
                     }
                 }
-                What::Served { layer, offset, len, .. } => {
+                What::Served { layer, offset, len, .. }
+                | What::Brought { lane: FetchLane::Prefetch | FetchLane::StartPack, layer, offset, len } => {
                     let files = self.layers.get(layer as usize);
                     for file in
                         files.into_iter().flat_map(|files| sluice_prefetch::overlapping(files, offset, len))

@@ -44,8 +44,8 @@ impl KeptHolder {
             Holder::Process(_) => self.started.is_some() && started(&self.holder) == self.started,
             // Only the snapshotter, which is part of the agent, could have released it.
             Holder::Snapshot(_) => true,
-            // A directory that cannot be asked is taken for mounted: better kept than pulled away.
-            Holder::MountPoint(dir) => sluice_kernel::mount::is_mount_point(dir).unwrap_or(true),
+            // Its command may be about to mount it: what is no mount point after a while goes with the next `gc`.
+            Holder::MountPoint(_) => true,
         };
         alive.then(|| self.holder.clone())
     }

@@ -3,6 +3,7 @@
 mod access;
 mod acquire;
 mod ahead;
+mod baseline;
 mod block_server;
 mod embedded;
 mod faults;
@@ -56,11 +57,15 @@ use layers::NodeLayer;
 pub(crate) use metadata::merge_for_agent;
 pub(crate) use prepare::{read_index, unsupported};
 pub(crate) use snapshots::NodeImages;
+pub(crate) use starts::Over;
 pub(crate) use switch::fits;
 pub(crate) use trust::{HEADER_ANNOTATION, Mode, SIGNATURES_ANNOTATION, Trust, header_digest, sign};
 
 /// Background fetches under way on a node at once.
 const BACKGROUND_FETCHES: usize = 3;
+
+/// `sluice mount` mounts what it was given within this time, or is gone.
+const MOUNTED_WITHIN: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// Stream indexes as artifacts.
 pub(crate) const INDEX_KIND: Kind = Kind {
@@ -106,6 +111,9 @@ pub(crate) struct Node {
     /// Reads of starts that are being recorded.
     reads: Arc<reads::ReadLog>,
     windows: Mutex<Vec<(Holder, starts::Window)>>,
+    /// Mount points whose image was asked for lately, or taken over: they may not be mounted yet.
+    mounting: Mutex<HashMap<PathBuf, std::time::Instant>>,
+    baselines: baseline::Baselines,
     probing: probing::Probing,
     faults: faults::Reported,
 }
@@ -121,6 +129,8 @@ struct Image {
     config: String,
     layers: Vec<String>,
     holders: Vec<Holder>,
+    /// How it came to be ready.
+    steps: Vec<reads::Step>,
 }
 
 /// A registry client of this configuration; `learned` is the daemon's own.
@@ -188,6 +198,8 @@ impl Node {
             profiles: profiles::Profiles::new(config.root.join("profiles")),
             reads: Arc::default(),
             windows: Mutex::default(),
+            mounting: Mutex::default(),
+            baselines: baseline::Baselines::new(config.root.join("baselines")),
             probing: probing::Probing::default(),
             faults: faults::Reported::default(),
             config,
@@ -202,6 +214,7 @@ impl Node {
         let starting = Arc::clone(&node);
         let runtime = tokio::runtime::Handle::current();
         tokio::task::spawn_blocking(move || starting.recover(runtime)).await??;
+        node.scheduler.watch(Arc::clone(&node.reads) as Arc<dyn sluice_stream::Watcher>);
         node.resume_adopted()?;
         node.keep_room();
         Ok(node)
@@ -215,7 +228,7 @@ impl Node {
     /// Gives an image back; the last holder's leave unmounts it.
     pub(crate) async fn release(self: &Arc<Self>, holder: &Holder) -> Result<()> {
         let (node, ended) = (Arc::clone(self), holder.clone());
-        tokio::spawn(async move { node.end_start(&ended).await });
+        tokio::spawn(async move { node.end_start(&ended, starts::Over::Ended).await });
         let mut unused = Vec::new();
         self.lock(&self.images).retain(|digest, image| {
             let held = image.holders.len();
@@ -291,9 +304,11 @@ impl Node {
         Ok(GcReport { layers_removed: freed.layers, bytes_freed: freed.bytes })
     }
 
-    /// Mount points that were unmounted by others than `sluice umount`.
+    /// Mount points that were unmounted by others than `sluice umount`; not those that may be about to be mounted.
     fn unmounted_holders(&self) -> Vec<Holder> {
-        let unmounted = |holder: &&Holder| matches!(holder, Holder::MountPoint(dir) if !sluice_kernel::mount::is_mount_point(dir).unwrap_or(true));
+        let mut mounting = self.lock(&self.mounting);
+        mounting.retain(|_, asked| asked.elapsed() < MOUNTED_WITHIN);
+        let unmounted = |holder: &&Holder| matches!(holder, Holder::MountPoint(dir) if !mounting.contains_key(dir) && !sluice_kernel::mount::is_mount_point(dir).unwrap_or(true));
         self.lock(&self.images).values().flat_map(|image| &image.holders).filter(unmounted).cloned().collect()
     }
 

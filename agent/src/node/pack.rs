@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -10,9 +11,10 @@ use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, TryStreamExt};
 use sluice_prefetch::{Head, PACK_HEAD, Pace, PackFrame, PackTable};
 use sluice_registry::artifact::ArtifactReader;
-use sluice_stream::{Expected, Lane, StreamedLayer};
+use sluice_stream::{Expected, FetchDone, Lane, StreamedLayer};
 
 use super::Node;
+use super::reads::{ReadLog, Recording};
 
 /// Bytes asked for at once, if a frame has not more. Small, since what is asked for is waited for by demand too.
 const PIECE: u64 = 1 << 20;
@@ -42,10 +44,17 @@ struct Taken {
 impl Node {
     /// Takes a start pack's chunks as they arrive, each compared with the layer's index. What demand or others have fetched, or are
     /// about to, is left out; for what was asked for demand waits.
-    pub(super) async fn take_pack(&self, pack: &ArtifactReader, layers: &Layers, pace: &Pace) -> Result<()> {
+    pub(super) async fn take_pack(
+        &self,
+        pack: &ArtifactReader,
+        layers: &Layers,
+        pace: &Pace,
+        recorded: Option<&Recording>,
+    ) -> Result<()> {
         let began = Instant::now();
         let mut taken = Taken::default();
         let (table, beginning) = self.pack_table(pack, &mut taken).await?;
+        self.pack_came(recorded, began, 0..taken.bytes);
         let table = Arc::new(table);
         let mut next = 0;
         let pieces = std::iter::from_fn(|| {
@@ -68,7 +77,10 @@ impl Node {
                     None => {
                         self.scheduler.prefetch_turn().await;
                         pace.wait().await;
-                        (pack.read_all(piece.bytes.clone()).await?, true)
+                        let began = Instant::now();
+                        let bytes = pack.read_all(piece.bytes.clone()).await?;
+                        self.pack_came(recorded, began, piece.bytes.clone());
+                        (bytes, true)
                     }
                 };
                 anyhow::Ok((piece, bytes, fetched))
@@ -82,15 +94,27 @@ impl Node {
                 self.scheduler.counters().add_bytes(Lane::Prefetch, len);
                 pace.spend(len);
             }
-            let (table, layers) = (Arc::clone(&table), layers.clone());
+            let (table, layers, log) = (Arc::clone(&table), layers.clone(), Arc::clone(&self.reads));
             // Decompression, digests and writes: not on the threads that serve reads.
             let (kept, twice) =
-                tokio::task::spawn_blocking(move || keep(&table, &piece, &bytes, &layers)).await??;
+                tokio::task::spawn_blocking(move || keep(&table, &piece, &bytes, &layers, &log)).await??;
             taken.chunks += kept;
             taken.twice += twice;
         }
         tracing::info!(?taken, size = pack.size(), took = ?began.elapsed(), "the start pack is here");
         Ok(())
+    }
+
+    /// Counts a request for a part of the pack, and records it.
+    fn pack_came(&self, recorded: Option<&Recording>, began: Instant, bytes: Range<u64>) {
+        let len = bytes.end.saturating_sub(bytes.start);
+        crate::metrics::count(&self.reads.metrics.packs);
+        self.reads.metrics.pack_bytes.fetch_add(len, Ordering::Relaxed);
+        if let Some(recording) = recorded {
+            let (lane, offset) = (Lane::Prefetch, bytes.start);
+            let fetch = FetchDone { layer: "", lane, offset, len, began, first_byte: None, whole: true };
+            recording.pack_fetched(&fetch);
+        }
     }
 
     /// The table, and the bytes that came with it.
@@ -144,7 +168,13 @@ fn next_piece(table: &PackTable, next: &mut usize, layers: &Layers) -> std::io::
 }
 
 /// Puts a piece's chunks into the store; how many were new there, and how many not. Blocks the thread.
-fn keep(table: &PackTable, piece: &Piece, bytes: &Bytes, layers: &Layers) -> Result<(u64, u64)> {
+fn keep(
+    table: &PackTable,
+    piece: &Piece,
+    bytes: &Bytes,
+    layers: &Layers,
+    log: &ReadLog,
+) -> Result<(u64, u64)> {
     let (mut kept, mut twice) = (0, 0);
     for frame in &piece.frames {
         let at = |byte: u64| usize::try_from(byte.saturating_sub(piece.bytes.start)).unwrap_or(usize::MAX);
@@ -155,7 +185,11 @@ fn keep(table: &PackTable, piece: &Piece, bytes: &Bytes, layers: &Layers) -> Res
                 .map(|layer| layer.offer(item.store_offset, &item.bytes))
                 .transpose()?
             {
-                Some(true) => kept += 1,
+                Some(true) => {
+                    let end = item.store_offset + item.bytes.len() as u64;
+                    log.packed(&item.layer, item.store_offset..end);
+                    kept += 1;
+                }
                 Some(false) => twice += 1,
                 // The layer is local.
                 None => {}

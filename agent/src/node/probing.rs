@@ -326,7 +326,15 @@ mod tests {
     fn a_process_knows_where_it_comes_from() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("sleep runs");
         let lineage: Vec<u32> = ancestors(child.id()).collect();
-        let argv = arguments(child.id());
+        // The parent goes on a moment before the kernel has the new arguments.
+        let mut argv = None;
+        for _ in 0..1000 {
+            argv = arguments(child.id());
+            if argv.is_some() {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
         child.kill().and_then(|()| child.wait()).expect("ended");
         assert_eq!(lineage.get(..2), Some([child.id(), std::process::id()].as_slice()));
         assert_eq!(argv, Some(vec!["sleep".to_owned(), "60".to_owned()]));

@@ -48,6 +48,7 @@ impl Node {
         let holders: Vec<_> =
             self.lock(&self.images).values().flat_map(|image| image.holders.clone()).collect();
         for holder in &holders {
+            self.may_mount(holder);
             self.watch_holder(holder)?;
         }
         let layers: Vec<_> = self.lock(&self.layers).values().cloned().collect();
@@ -181,6 +182,7 @@ impl Node {
             config: record.config.clone(),
             layers: kept.layers,
             holders,
+            steps: Vec::new(),
         }))
     }
 

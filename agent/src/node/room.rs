@@ -121,6 +121,7 @@ impl Node {
         self.forget_layers(|digest| in_use.layers.contains(digest)).await;
         let store = self.store.clone();
         let freed = tokio::task::spawn_blocking(move || store.make_room(ROOM_BYTES, &in_use)).await??;
+        self.reads.metrics.evicted.fetch_add(freed.images as u64, std::sync::atomic::Ordering::Relaxed);
         if freed.bytes > 0 {
             tracing::info!(
                 images = freed.images,

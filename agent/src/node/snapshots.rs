@@ -209,6 +209,7 @@ impl Node {
             config: String::from_utf8_lossy(&lower.config).into_owned(),
             layers: lower.layers.iter().map(|layer| layer.digest.clone()).collect(),
             holders: Vec::new(),
+            steps: Vec::new(),
         })
     }
 

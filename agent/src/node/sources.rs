@@ -118,7 +118,8 @@ impl BlockSource for LayerBlocks {
             if read.is_ok() {
                 self.log.served(self.layer.layer().digest(), offset, len, asked, Origin::Registry);
             }
-            read.map_err(|error| ReadError { errno: libc::EIO, message: error.to_string() })
+            read.inspect_err(|_| self.log.failed())
+                .map_err(|error| ReadError { errno: libc::EIO, message: error.to_string() })
         }
         .boxed()
     }

@@ -5,11 +5,13 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use sluice_trace::{
-    Capability, Footer, Header, Level, Levels, ProfileKey, Record, Sample, TraceWriter, TracedLayer, What,
+    Capability, Footer, Header, Level, Levels, Phase, ProfileKey, Record, Sample, Summarizer, Summary,
+    TraceWriter, TracedLayer, What,
 };
 
 use super::Node;
@@ -17,8 +19,9 @@ use super::ahead::{Lookup, class_of_process};
 use super::files::ImageFiles;
 use super::probing::Recorded;
 use super::profiles::now;
-use super::reads::Recording;
+use super::reads::{Recording, Step};
 use crate::api::{Holder, Served, StartReport};
+use crate::journal::Reason;
 
 /// Trace files that are kept.
 const MAX_TRACES: usize = 64;
@@ -36,6 +39,21 @@ pub(super) struct Started {
     pub(super) dir: Option<PathBuf>,
     /// Nothing of it is in the page cache, so that all reads reach the agent.
     pub(super) fresh: bool,
+    /// When it was asked for.
+    pub(super) asked: Instant,
+    /// What was done for it since.
+    pub(super) steps: Vec<Step>,
+}
+
+/// Why a start's window is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Over {
+    /// The container is ready.
+    Ready,
+    /// It ended: what it did was its start.
+    Ended,
+    /// Time is up, and nobody knows.
+    TimeUp,
 }
 
 impl Started {
@@ -47,7 +65,18 @@ impl Started {
             layers: image.layers.clone(),
             dir: image.mount.as_ref().map(|mount| mount.dir().to_path_buf()),
             fresh,
+            asked: Instant::now(),
+            steps: Vec::new(),
         })
+    }
+
+    /// One whose image was asked for before it was mounted.
+    pub(super) fn asked_at(mut self, asked: Instant, resolved: Step, steps: Vec<Step>) -> Self {
+        self.asked = asked;
+        self.steps = vec![resolved];
+        self.steps.extend(steps);
+        self.steps.push(Step::since(Phase::Pull, asked));
+        self
     }
 }
 
@@ -72,9 +101,10 @@ impl Node {
         let (key, window) = (lookup.key.clone(), lookup.window);
         // Without probes that see what is in memory, only the first start since the mount is seen as it is.
         let recorded = self.config.record && (started.fresh || self.probing.sees_memory());
-        let reads = recorded.then(|| self.reads.begin(started.layers.clone()));
-        self.begin_prefetch(lookup, started.layers.clone());
+        let reads = recorded.then(|| self.reads.begin(started.layers.clone(), started.asked));
+        self.begin_prefetch(lookup, started.layers.clone(), reads.clone());
         let Some(reads) = reads else { return };
+        started.steps.iter().for_each(|step| reads.step(*step));
         let holder = started.holder.clone();
         let probed = self.begin_probing(&started, window).await;
         let metadata = match started.dir.as_deref().filter(|_| probed.is_some()).map(metadata_of) {
@@ -86,12 +116,13 @@ impl Node {
             None => None,
         };
         let complete = self.complete_layers(&started.layers);
-        let window_of = Window { key, started, complete, began_at: now(), reads, probed, metadata };
+        let began_at = now().saturating_sub(reads.elapsed().as_secs());
+        let window_of = Window { key, started, complete, began_at, reads, probed, metadata };
         self.lock(&self.windows).push((holder.clone(), window_of));
         let node = Arc::clone(self);
         tokio::spawn(async move {
             tokio::time::sleep(window).await;
-            node.end_start(&holder).await;
+            node.end_start(&holder, Over::TimeUp).await;
         });
     }
 
@@ -125,7 +156,8 @@ impl Node {
     }
 
     /// The start's window is over: the container is ready, or ended, or time is up. What was touched is learned.
-    pub(crate) async fn end_start(self: &Arc<Self>, holder: &Holder) -> Option<StartReport> {
+    pub(crate) async fn end_start(self: &Arc<Self>, holder: &Holder, over: Over) -> Option<StartReport> {
+        let ready_ns = (over != Over::TimeUp).then(sluice_kernel::process::monotonic_ns);
         let window = {
             let mut windows = self.lock(&self.windows);
             let place = windows.iter().position(|(one, _)| one == holder)?;
@@ -135,7 +167,7 @@ impl Node {
         let learned = tokio::task::spawn_blocking(move || {
             let (served, lost) = node.reads.end(&window.reads);
             let probed = window.probed.and_then(|id| node.probing.end(id));
-            node.learn(window, served, lost, probed)
+            node.learn(window, served, lost, probed, ready_ns)
         });
         match learned.await.map_err(anyhow::Error::from).flatten() {
             Ok(report) => report,
@@ -153,9 +185,11 @@ impl Node {
         served: Vec<Record>,
         lost_reads: u64,
         probed: Option<Recorded>,
+        ready_ns: Option<u64>,
     ) -> Result<Option<StartReport>> {
         let Recorded { records: mut seen, lost, argv } = probed.unwrap_or_default();
-        if served.is_empty() && seen.is_empty() {
+        let reads = served.iter().filter(|record| matches!(record.what, What::Served { .. })).count() as u64;
+        if reads == 0 && seen.is_empty() {
             return Ok(None);
         }
         let began_ns = window.reads.began_ns();
@@ -178,7 +212,11 @@ impl Node {
             reference: window.started.reference.clone(),
             layers,
             agent: env!("CARGO_PKG_VERSION").to_owned(),
-            ..Header::default()
+            container: match &window.started.holder {
+                Holder::Process(pid) => format!("process {pid}"),
+                Holder::MountPoint(dir) => dir.display().to_string(),
+                Holder::Snapshot(name) => name.clone(),
+            },
         };
         let files = ImageFiles::read(&self.store, &window.started.layers)?;
         let files = match window.metadata {
@@ -186,14 +224,13 @@ impl Node {
             None => files,
         };
         let waited = waited(&seen, &served, &files);
-        let reads = served.len() as u64;
         let probed = seen.len() as u64;
         seen.extend(served);
         seen.sort_by_key(|record| record.time_ns);
         let mut all = files.of_records(&seen, began_ns);
         all.append(&mut seen);
-        let end = sluice_kernel::process::monotonic_ns();
-        all.push(Record { time_ns: end, process: sluice_trace::Process::default(), what: What::Ready });
+        let nobody = sluice_trace::Process::default();
+        all.extend(ready_ns.map(|time_ns| Record { time_ns, process: nobody, what: What::Ready }));
         let footer = Footer {
             lost_records: lost_reads.saturating_add(lost.records),
             lost_fills: lost.fills,
@@ -201,6 +238,9 @@ impl Node {
             ..Footer::default()
         };
         let path = write_trace(&self.config.root.join("traces"), &header, &all, &footer)?;
+        let mut summarizer = Summarizer::new(&header);
+        all.iter().for_each(|record| summarizer.push(record));
+        self.judge(&summarizer.finish(), &footer);
         let records = all.into_iter().map(Ok::<_, std::convert::Infallible>);
         let Ok(sample) =
             Sample::from_records(records, &header.levels, (header.began_at, header.began_ns), &files);
@@ -233,6 +273,37 @@ impl Node {
         }
         tracing::info!(?report, "a start was recorded");
         Ok(Some(report))
+    }
+}
+
+impl Node {
+    /// Counts a start, compares it with those before, and tells what became worse.
+    fn judge(&self, summary: &Summary, footer: &Footer) {
+        let metrics = &self.reads.metrics;
+        for (counter, by) in [
+            (&metrics.records_lost, footer.lost_records + footer.lost_fills + footer.lost_failures),
+            (&metrics.ahead_bytes, summary.ahead_bytes),
+            (&metrics.ahead_used_bytes, summary.ahead_used_bytes),
+        ] {
+            counter.fetch_add(by, Ordering::Relaxed);
+        }
+        let Some(ready_ns) = summary.ready_ns else { return };
+        metrics.ready.observe(Duration::from_nanos(ready_ns));
+        let Some(limits) = &self.config.regressions else { return };
+        match self.baselines.add(sluice_regress::Start::from(summary), limits, now()) {
+            Err(error) => tracing::warn!(error = format!("{error:#}"), "a start is not compared"),
+            Ok(found) => {
+                for (against, finding) in found {
+                    metrics.regressed(finding.kind);
+                    let entry = &summary.header.entry;
+                    let message = format!(
+                        "Start of `{entry}`, against {against}: {}. {}",
+                        finding.what, finding.advice
+                    );
+                    self.journal.emit(Reason::StartRegressed, &summary.header.reference, message);
+                }
+            }
+        }
     }
 }
 

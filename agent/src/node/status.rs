@@ -59,6 +59,13 @@ impl Node {
         })
     }
 
+    /// What is counted, for Prometheus.
+    pub(crate) async fn metrics_text(self: &Arc<Self>) -> Result<String> {
+        let status = self.status(None).await?;
+        let levels = self.probing.levels().cloned().unwrap_or_default();
+        Ok(self.reads.metrics.text(&status, &levels))
+    }
+
     fn image_status(&self, record: ImageRecord) -> Result<ImageStatus> {
         let unpacked = record.layer_blocks.is_empty();
         let mut layers = Vec::new();

@@ -244,7 +244,8 @@ mod tests {
         assert!(open(Mode::Local, true).refuses("l", &strange, &none).is_none());
         assert!(open(Mode::Any, false).refuses("l", &strange, &none).is_none());
         assert!(open(Mode::Signed, true).refuses("l", &strange, &none).is_some());
-        std::fs::create_dir_all(dir.path().join("trust/quarantine/a")).expect("made");
-        assert!(open(Mode::Any, false).refuses("l", &strange, &none).is_some(), "one in quarantine never");
+        let trust = open(Mode::Any, false);
+        std::fs::create_dir_all(trust.quarantine("sha256:a")).expect("made");
+        assert!(trust.refuses("l", &strange, &none).is_some(), "one in quarantine never");
     }
 }

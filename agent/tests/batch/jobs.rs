@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::rig::{Node, wait_until};
+use crate::rig::Node;
 
 /// A node whose jobs' leftovers are looked for when it is dropped.
 pub(crate) struct Jobs {
@@ -38,24 +39,18 @@ impl Jobs {
         self.over(id)
     }
 
-    /// Waits for a job's end.
+    /// Waits for a job's end, for as long as a busy machine may need for the largest.
     #[track_caller]
     pub(crate) fn over(&self, id: &str) -> Value {
-        let is_final = |state: &str| ["SUCCEEDED", "FAILED", "CANCELLED"].contains(&state);
-        let mut job = Value::Null;
-        // Longer than any of the tests' jobs: the machine may be busy.
-        for _ in 0..10 {
-            let waited = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                wait_until("the job is over", || {
-                    job = self.describe(id);
-                    is_final(state(&job))
-                });
-            }));
-            if waited.is_ok() {
+        let deadline = Instant::now() + Duration::from_secs(300);
+        loop {
+            let job = self.describe(id);
+            if ["SUCCEEDED", "FAILED", "CANCELLED"].contains(&state(&job)) {
                 return job;
             }
+            assert!(Instant::now() < deadline, "{id} is not over: {job:#}");
+            std::thread::sleep(Duration::from_millis(50));
         }
-        panic!("{id} is not over: {job:#}");
     }
 
     #[track_caller]

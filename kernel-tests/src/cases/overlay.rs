@@ -1,7 +1,7 @@
 //! overlayfs on an image's mount: what programs do to files that lie in a lower layer.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -174,15 +174,12 @@ fn contents(data: &Path) -> Result<()> {
     OpenOptions::new().append(true).open(data.join("file2"))?.write_all(b"more")?;
     let after = fs::read(data.join("file2"))?;
     ensure!(after == [&before[..], b"more"].concat(), "appended: {} bytes of {}", after.len(), before.len());
-    // Open for reading before, and written through another descriptor: the reader keeps the lower file.
+    // Open for reading before, and written through another descriptor: the reader sees it, as on any file system.
     let mut reader = File::open(data.join("file3"))?;
-    let original = fs::read(data.join("file3"))?;
     OpenOptions::new().write(true).open(data.join("file3"))?.write_all(b"changed")?;
-    let mut kept = Vec::new();
-    reader.seek(SeekFrom::Start(0))?;
-    reader.read_to_end(&mut kept)?;
-    ensure!(kept == original, "an open file changed under its reader");
-    ensure!(fs::read(data.join("file3"))?.starts_with(b"changed"), "a write is lost");
+    let mut seen = [0; 7];
+    reader.read_exact(&mut seen)?;
+    ensure!(&seen == b"changed", "a reader does not see what was written: {seen:?}");
     // One name of two: overlayfs breaks hard links without an index.
     let links = fs::metadata(data.join("hard1"))?.nlink();
     ensure!(links == 2, "{links} names of a hard link");

@@ -1,5 +1,6 @@
 //! `cargo xtask bench cri`: from kubelet's question for an image to the end of its command, by the real CRI: overlayfs with a
-//! full pull, streamed by Sluice, and by the stargz snapshotter (Debian's package, image converted for it), taking turns.
+//! full pull, streamed by Sluice, and by the stargz snapshotter if its programs are at hand (image converted for
+//! it), taking turns.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,7 +13,7 @@ use crate::install::make_image;
 use crate::measure::median;
 use crate::run::{output, script, target, top};
 use crate::sluice::{Registry, Sluice};
-use crate::{image_maker, packages, sluice, suites};
+use crate::{image_maker, packages, sluice};
 
 /// Options of the benchmark.
 #[derive(Debug, clap::Args)]
@@ -32,8 +33,12 @@ pub(crate) struct Args {
     /// The `sluice` to measure [default: built now]
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
+    /// Directory with containerd-stargz-grpc, which Debian's package leaves out, and ctr-remote
+    #[arg(long, value_name = "DIR")]
+    stargz: Option<PathBuf>,
 }
 
+/// The first is what the others are compared with.
 const WAYS: [&str; 3] = ["overlayfs", "sluice", "stargz"];
 
 /// Times of one start, in seconds from the question, and what the registry sent.
@@ -50,8 +55,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     packages::install(&packages::TESTS)?;
     let binary = args.binary.clone().map_or_else(sluice::build, Ok)?;
     let client = client()?;
-    let stargz =
-        suites::fetch(&suites::own()?, "stargz-snapshotter", &["containerd-stargz-grpc", "ctr-remote"])?;
+    let ways = if args.stargz.is_some() { &WAYS[..] } else { &WAYS[..2] };
+    if args.stargz.is_none() {
+        println!("stargz is LEFT OUT: no --stargz");
+    }
     let work = target().join("sluice-bench-cri");
     println!(
         "{:<8} {:<10} {:>9} {:>9} {:>8} {:>11}",
@@ -67,21 +74,25 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let image = registry.image(recipe.name);
         agent.run(&["index", &image])?;
         agent.start_daemon()?;
-        let snapshotter = Stargz::start(&stargz, &work.join("stargz"), &registry.image(""))?;
+        let host = registry.image("");
+        let start = |programs: &PathBuf| Stargz::start(programs, &work.join("stargz-daemon"), &host);
+        let stargz = args.stargz.as_ref().map(start).transpose()?;
         let socket = |way: &str| match way {
             "sluice" => Some(work.join("agent/state/snapshotter.sock")),
-            "stargz" => Some(snapshotter.socket.clone()),
+            "stargz" => stargz.as_ref().map(|stargz| stargz.socket.clone()),
             _ => None,
         };
         let mut nodes = Vec::new();
-        for way in WAYS {
+        for way in ways {
             nodes.push(Node::start(&work.join(way), way, socket(way).as_deref(), &registry.image("pause"))?);
         }
         let converted = registry.image(&format!("{}-stargz", recipe.name));
-        nodes.first().context("a node")?.convert(&stargz.join("ctr-remote"), &image, &converted)?;
-        let mut starts = vec![Vec::new(); WAYS.len()];
+        if let (Some(programs), Some(node)) = (&args.stargz, nodes.first()) {
+            node.convert(&programs.join("ctr-remote"), &image, &converted)?;
+        }
+        let mut starts = vec![Vec::new(); ways.len()];
         for _ in 0..args.rounds {
-            for ((way, node), measured) in WAYS.iter().zip(&nodes).zip(&mut starts) {
+            for ((way, node), measured) in ways.iter().zip(&nodes).zip(&mut starts) {
                 let image = if *way == "stargz" { &converted } else { &image };
                 measured.push(node.measure(&client, &registry, image, recipe.command)?);
             }

@@ -73,7 +73,7 @@ const fn guest(name: &'static str, about: &'static str) -> Case {
         needs: Needs::Nothing,
         place: Place::Shared,
         quick: false,
-        seconds: 240,
+        seconds: 600,
         command: Run::Guest,
     }
 }

@@ -61,9 +61,12 @@ const LONGEST_MS: u64 = 2500;
 const PAUSE_MS: u64 = 500;
 
 /// Injects until `end`; after that nothing is wrong any more.
-pub(crate) fn inject(world: &World, tally: &Tally, random: &mut Random, end: Instant) {
+pub(crate) fn inject(world: &World, tally: &Tally, random: &mut Random, end: Instant, registry_only: bool) {
+    let of_registry = |fault: &Fault| matches!(fault, Fault::Registry(_) | Fault::Refused);
+    let faults: Vec<_> =
+        FAULTS.into_iter().filter(|(_, fault)| !registry_only || of_registry(fault)).collect();
     while Instant::now() < end {
-        let Some((name, fault)) = random.pick(&FAULTS) else { return };
+        let Some(&(name, fault)) = random.pick(&faults) else { return };
         let duration = Duration::from_millis(SHORTEST_MS + random.below(LONGEST_MS - SHORTEST_MS));
         let done = match fault {
             Fault::Refused => world.outage(duration).map(|()| true),

@@ -28,6 +28,9 @@ pub(crate) struct Args {
     /// Repeats a run [default: by the clock; it is printed]
     #[arg(long)]
     seed: Option<u64>,
+    /// Only faults of the registry, none of the disk or the daemon
+    #[arg(long)]
+    registry_only: bool,
     /// The binary is built as for tests, not as a release
     #[arg(long)]
     debug: bool,
@@ -36,7 +39,7 @@ pub(crate) struct Args {
 impl Args {
     /// What `cargo xtask test` runs.
     pub(crate) fn short() -> Self {
-        Self { minutes: 1.0, seed: Some(1), debug: true }
+        Self { minutes: 1.0, seed: Some(1), registry_only: true, debug: true }
     }
 }
 
@@ -96,7 +99,7 @@ pub(crate) fn soak(args: &Args) -> Result<()> {
                 scope.spawn(move || worker::work(world, tally, number, random, end))
             })
             .collect();
-        faults::inject(&world, &tally, &mut Random::new(seed ^ 0xfa01), end);
+        faults::inject(&world, &tally, &mut Random::new(seed ^ 0xfa01), end, args.registry_only);
         for worker in workers {
             if worker.join().is_err() {
                 tally.violated("a worker panicked".to_owned());

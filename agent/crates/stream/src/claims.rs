@@ -12,6 +12,7 @@ use sluice_image::records::ChunkRecord;
 use tokio::sync::Notify;
 
 use crate::cutter::DIGEST_MISMATCH;
+use crate::watch::Watcher;
 use crate::{Lane, Scheduler, StreamError};
 
 /// The spans of one layer that are being fetched.
@@ -31,6 +32,7 @@ pub(crate) struct RunState {
     urgent: AtomicBool,
     /// Why it ended, if it failed: told to everybody who waited, so that not each of them tries again.
     failed: OnceLock<StreamError>,
+    watcher: Option<Arc<dyn Watcher>>,
 }
 
 impl RunState {
@@ -104,6 +106,7 @@ impl Claims {
             left: Mutex::new(spans.clone()),
             urgent: AtomicBool::new(false),
             failed: OnceLock::new(),
+            watcher: scheduler.watcher().cloned(),
         });
         by_span.extend(spans.clone().map(|span| (span, Arc::clone(&run))));
         Ok(Claim { claims: Arc::clone(self), spans, run })
@@ -153,7 +156,11 @@ impl Ticket {
         self.run.urgent()
     }
 
-    pub(crate) fn arrived(&self) {
+    /// Bytes of the layer's local file are here.
+    pub(crate) fn arrived(&self, layer: &str, bytes: Range<u64>) {
+        if let Some(watcher) = &self.run.watcher {
+            watcher.brought(layer, self.run.lane, bytes);
+        }
         self.claims.arrived.notify_waiters();
     }
 }

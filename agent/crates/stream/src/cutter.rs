@@ -192,7 +192,7 @@ impl<'a> Cutter<'a> {
             }
             std::thread::sleep(SPACE_POLL);
         }
-        self.ticket.arrived();
+        self.ticket.arrived(self.layer.digest(), crate::layer::bytes_of(&chunk.record));
         Ok(())
     }
 

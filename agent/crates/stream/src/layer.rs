@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -18,6 +18,7 @@ use crate::claims::{Claim, Claims, RunState};
 use crate::outage::Outage;
 use crate::run::{self, Run};
 use crate::spans::{Place, Spans};
+use crate::watch::FetchDone;
 use crate::windows::Windows;
 use crate::{BlobSource, Lane, Scheduler, SourceError, StreamError};
 
@@ -290,8 +291,18 @@ impl StreamedLayer {
             },
         };
         let state = (&*claim.run, claim.ticket());
-        let told = Told { layer: self, lane, compressed: run.compressed.clone() };
-        run::fetch(run, Arc::clone(layer), &*self.parts.blob, &self.parts.scheduler, state, &told).await
+        let told = Told {
+            layer: self,
+            lane,
+            compressed: run.compressed.clone(),
+            began: Instant::now(),
+            first_byte: OnceLock::new(),
+            bytes: AtomicU64::new(0),
+        };
+        let fetched =
+            run::fetch(run, Arc::clone(layer), &*self.parts.blob, &self.parts.scheduler, state, &told).await;
+        told.ended(fetched.is_ok());
+        fetched
     }
 
     /// How long somebody who waits for another's fetch still does: as long as bytes come, and the outage time-out beyond.
@@ -451,10 +462,30 @@ struct Told<'a> {
     layer: &'a StreamedLayer,
     lane: Lane,
     compressed: Range<u64>,
+    began: Instant,
+    first_byte: OnceLock<Instant>,
+    bytes: AtomicU64,
+}
+
+impl Told<'_> {
+    fn ended(&self, whole: bool) {
+        let Some(watcher) = self.layer.parts.scheduler.watcher() else { return };
+        watcher.fetched(FetchDone {
+            layer: self.layer.parts.layer.digest(),
+            lane: self.lane,
+            offset: self.compressed.start,
+            len: self.bytes.load(Ordering::Relaxed),
+            began: self.began,
+            first_byte: self.first_byte.get().copied(),
+            whole,
+        });
+    }
 }
 
 impl run::Progress for Told<'_> {
     fn came(&self, bytes: u64) {
+        self.first_byte.get_or_init(Instant::now);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
         self.layer.parts.scheduler.counters().add_bytes(self.lane, bytes);
         self.layer.last_byte_ms.store(self.layer.made.elapsed().as_millis() as u64, Ordering::Relaxed);
     }

@@ -15,6 +15,7 @@ mod run;
 mod scheduler;
 mod source;
 mod spans;
+mod watch;
 mod windows;
 
 pub use ahead::Expected;
@@ -22,6 +23,7 @@ pub use first_pull::{FirstPull, first_pull};
 pub use layer::{LayerParts, StreamedLayer};
 pub use scheduler::{Counters, Lane, Prefetching, Scheduler};
 pub use source::{BlobSource, MemorySource, SourceError};
+pub use watch::{FetchDone, Watcher};
 
 use sluice_image::index::IndexError;
 use sluice_image::records::ChunkRecord;

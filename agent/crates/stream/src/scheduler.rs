@@ -1,12 +1,13 @@
 //! The one order of urgency on a node: demand, prefetch, fill.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::claims::RunState;
+use crate::watch::Watcher;
 
 /// Background work starts again this long after the last demand, so that a start in progress has the link to itself.
 const QUIET: Duration = Duration::from_millis(500);
@@ -77,6 +78,7 @@ struct Inner {
     changed: Notify,
     background: Arc<Semaphore>,
     demand_runs: Arc<Semaphore>,
+    watcher: OnceLock<Arc<dyn Watcher>>,
 }
 
 /// Held while a process is blocked.
@@ -120,6 +122,7 @@ impl Scheduler {
                 changed: Notify::new(),
                 background: Arc::new(Semaphore::new(background.max(1))),
                 demand_runs: Arc::new(Semaphore::new(DEMAND_RUNS)),
+                watcher: OnceLock::new(),
             }),
         }
     }
@@ -127,6 +130,15 @@ impl Scheduler {
     /// What happened so far.
     pub fn counters(&self) -> &Counters {
         &self.inner.counters
+    }
+
+    /// Tells `watcher` of all fetches from now on. There is one; a second is not told.
+    pub fn watch(&self, watcher: Arc<dyn Watcher>) {
+        self.inner.watcher.get_or_init(|| watcher);
+    }
+
+    pub(crate) fn watcher(&self) -> Option<&Arc<dyn Watcher>> {
+        self.inner.watcher.get()
     }
 
     pub(crate) fn demand(&self) -> Demand {

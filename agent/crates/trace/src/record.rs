@@ -177,6 +177,23 @@ pub struct FailedCall {
 }
 
 impl FailedCall {
+    /// The call's name.
+    pub fn name(&self) -> &'static str {
+        match self.call {
+            Call::Rename => "rename",
+            Call::Renameat => "renameat",
+            Call::Renameat2 => "renameat2",
+            Call::Link => "link",
+            Call::Linkat => "linkat",
+            Call::Lchown => "lchown",
+            Call::Fchownat => "fchownat",
+            Call::Utimensat => "utimensat",
+            Call::AnyRename => "any rename",
+            Call::AnyLink => "any link",
+            Call::AnyAttributes => "any change of attributes",
+        }
+    }
+
     /// Whether it was about a symbolic link; `None`: not known.
     pub fn on_symlink(&self) -> Option<bool> {
         self.mode.map(|mode| mode & 0o170_000 == 0o120_000)
