@@ -82,7 +82,7 @@ fn make(images: usize, files: usize) -> Result<PathBuf> {
         if !dir.join("images").join(name(number)).join("index.json").exists() {
             println!("making image {} of {images}", number + 1);
             fs::write(tree.join("files/own"), number.to_string())?;
-            image_maker::named(&dir.join("images"), &name(number), &[&tree])?;
+            image_maker::pack_members(&dir.join("images"), &name(number), &tree, &[&["files"]])?;
         }
     }
     Ok(dir.join("images"))

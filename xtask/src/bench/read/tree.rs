@@ -67,11 +67,7 @@ pub(crate) fn make(scale: f64) -> Result<Tree> {
     }
     // Pages that are still to be written could not be dropped.
     script("sync -f \"$1\"", &[&tree.root])?;
-    let layers = dir.join("layers");
-    let link = "mkdir -p \"$2\"/large \"$2\"/others; cp -al \"$1\"/large \"$2\"/large; cp -al \"$1\"/[!l]* \"$2\"/others";
-    script(link, &[&tree.root, &layers])?;
-    image_maker::named(&tree.image.0, &tree.image.1, &[&layers.join("large"), &layers.join("others")])?;
-    fs::remove_dir_all(&layers)?;
+    image_maker::pack_members(&tree.image.0, &tree.image.1, &tree.root, &[&["large"], &["small", "many"]])?;
     Ok(tree)
 }
 
