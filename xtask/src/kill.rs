@@ -26,9 +26,9 @@ pub(crate) struct Args {
     /// Kills, for each way of serving block files
     #[arg(long, default_value_t = 100)]
     pub(crate) kills: u32,
-    /// Kill the release build instead of the one that tests use
+    /// An existing binary of sluice instead of the one that tests use
     #[arg(long)]
-    pub(crate) release: bool,
+    pub(crate) binary: Option<PathBuf>,
 }
 
 /// What a container saw.
@@ -44,7 +44,7 @@ struct Seen {
 pub(crate) fn kill(args: &Args) -> Result<()> {
     packages::install(&packages::RUNTIME)?;
     packages::install(&packages::TESTS)?;
-    let binary = if args.release { sluice::build()? } else { sluice::build_for_tests()? };
+    let binary = args.binary.clone().map_or_else(sluice::build_for_tests, Ok)?;
     let recipe = image_maker::recipe("medium")?;
     let images = image_maker::make(recipe)?;
     let work = target().join("sluice-kill");
@@ -157,9 +157,11 @@ impl Daemon {
         Ok(Self(command.spawn().context("cannot start the daemon")?))
     }
 
+    /// One that came too late, because a command had started a daemon meanwhile, has ended by itself.
     fn kill(&mut self) -> Result<()> {
-        ensure!(self.0.try_wait()?.is_none(), "the daemon ended by itself");
-        self.0.kill()?;
+        if self.0.try_wait()?.is_none() {
+            self.0.kill()?;
+        }
         self.0.wait()?;
         Ok(())
     }

@@ -26,6 +26,6 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
         return Ok(());
     }
     oracle::oracle()?;
-    kill::kill(&kill::Args { kills: 10, release: false })?;
+    kill::kill(&kill::Args { kills: 10, binary: None })?;
     soak::soak(&soak::Args::short())
 }

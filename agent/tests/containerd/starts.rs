@@ -3,6 +3,9 @@
 use crate::images::varied;
 use crate::rig::{Rig, ok};
 
+/// Lives long enough to be asked for its arguments.
+const SCRIPT: &str = "cat /data/top | cat; sleep 2";
+
 #[test]
 fn what_a_container_touches_is_learned_under_its_own_arguments() {
     let rig = Rig::new("[stream]\nfill = false\n");
@@ -10,9 +13,11 @@ fn what_a_container_touches_is_learned_under_its_own_arguments() {
     rig.images.add("app", varied(21), &["sh"]);
     rig.index("app");
     rig.ctr_pull("app");
-    assert_eq!(rig.run("sluice", "app", "first", "cat /data/top | cat"), "the top\n");
+    assert_eq!(rig.run("sluice", "app", "first", SCRIPT), "the top\n");
     let profiles = || ok(&rig.sluice(&["profile", "list"]));
-    rig.wait("the start is learned", || profiles().contains("`sh -c cat /data/top | cat`: 1 starts"));
+    rig.wait("the start is learned", || {
+        profiles().contains("`sh -c cat /data/top | cat; sleep #`: 1 starts")
+    });
     let shown = ok(&rig.sluice(&["profile", "show", &rig.reference("app")]));
     // Read, executed, and mapped by the loader.
     for path in ["  /data/top", "  /bin/sh", "  /bin/cat", "/libc.so.6"] {
@@ -20,6 +25,6 @@ fn what_a_container_touches_is_learned_under_its_own_arguments() {
     }
     assert!(!shown.contains("  /big"), "{shown}");
     // The pages are in memory now, and the image is in use: the next start is seen all the same.
-    assert_eq!(rig.run("sluice", "app", "second", "cat /data/top | cat"), "the top\n");
-    rig.wait("the second start is learned", || profiles().contains("/data/top | cat`: 2 starts"));
+    assert_eq!(rig.run("sluice", "app", "second", SCRIPT), "the top\n");
+    rig.wait("the second start is learned", || profiles().contains("/data/top | cat; sleep #`: 2 starts"));
 }
