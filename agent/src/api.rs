@@ -126,6 +126,21 @@ pub(crate) struct Acquired {
     pub(crate) fell_back: Option<String>,
 }
 
+/// What `sluice run --report` writes when the container ended.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct RunReport {
+    /// Why there was no container.
+    pub(crate) error: Option<String>,
+    pub(crate) served: Option<Served>,
+    /// Why the image was not streamed, if it was to be.
+    pub(crate) fell_back: Option<String>,
+    /// From the start of the command until the runtime starts the container's process, milliseconds.
+    pub(crate) ready_ms: u64,
+    /// Bytes of the image that came to this node meanwhile: of content, or of layers as in the registry if it was unpacked.
+    pub(crate) bytes: u64,
+    pub(crate) bytes_total: u64,
+}
+
 /// One line of a long operation's answer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]

@@ -1,11 +1,13 @@
 //! The command line, in one definition: help texts, man pages and shell completions all come from here.
 
+mod batch;
 mod traces;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+pub(crate) use batch::{BatchAction, SubmitArgs, Target};
 pub(crate) use traces::{ExportArgs, OtlpProtocol, RegressArgs, TraceAction, TraceFormat};
 
 /// Streams container images: start a container while its image is still in the registry.
@@ -109,6 +111,12 @@ pub(crate) enum Command {
     },
     /// Pull an image into containerd with the labels that its snapshotter needs to stream it
     CtrPull(CtrPullArgs),
+    /// Tell a Kubernetes cluster what happens on this node: Events, and the label sluice.dev/image-streaming
+    Kubernetes {
+        /// The Node's name
+        #[arg(long, env = "NODE_NAME")]
+        node: String,
+    },
     /// Show what happened to images on this node
     Events {
         /// Go on with what happens from now on
@@ -134,6 +142,17 @@ pub(crate) enum Command {
     Key {
         #[command(subcommand)]
         action: KeyAction,
+    },
+    /// Google Batch jobs, on this machine or a Kubernetes cluster
+    Batch {
+        #[command(subcommand)]
+        action: BatchAction,
+    },
+    /// Run a job that was submitted
+    #[command(hide = true)]
+    BatchRunner {
+        /// Identifier of the job
+        job: String,
     },
     /// Switch streaming of new images on or off, or end all that is streamed
     Node {
@@ -200,6 +219,15 @@ pub(crate) struct RunArgs {
     /// OCI runtime [default: runc, else crun]
     #[arg(long, value_name = "PATH")]
     pub(crate) runtime: Option<PathBuf>,
+    /// Write how the image came to this file when the container ended, as JSON
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(crate) report: Option<PathBuf>,
+    /// Control group that the container's is made in [default: /sluice]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) cgroup_parent: Option<String>,
+    /// End when this process, which is the parent, does
+    #[arg(long, value_name = "PID", hide = true)]
+    pub(crate) parent: Option<i32>,
     #[command(flatten)]
     pub(crate) ready: ReadyArgs,
     /// Image reference

@@ -132,6 +132,14 @@ fn http_client(config: &Config) -> Result<reqwest::Client> {
 fn start_daemon(config: &Config, global: &Global) -> Result<()> {
     std::fs::create_dir_all(&config.state)
         .with_context(|| format!("cannot create the state directory {}", config.state.display()))?;
+    // Who comes second finds the daemon that the first one started.
+    let lock_path = config.state.join("daemon.starting");
+    let lock =
+        std::fs::File::create(&lock_path).with_context(|| format!("cannot open {}", lock_path.display()))?;
+    lock.lock().with_context(|| format!("cannot lock {}", lock_path.display()))?;
+    if std::os::unix::net::UnixStream::connect(config.socket()).is_ok() {
+        return Ok(());
+    }
     let log_path = config.state.join("daemon.log");
     let log = std::fs::OpenOptions::new()
         .create(true)

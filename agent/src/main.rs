@@ -1,6 +1,7 @@
 //! The `sluice` binary: command line, daemon, and the wiring of the crates.
 
 mod api;
+mod batch;
 mod cli;
 mod client;
 mod commands;
@@ -9,12 +10,14 @@ mod credentials;
 mod daemon;
 mod doctor;
 mod journal;
+mod kubernetes;
 mod metrics;
 mod node;
 
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use anyhow::Context;
 use clap::Parser;
 
 use crate::cli::{Cli, Command};
@@ -26,6 +29,10 @@ fn main() -> ExitCode {
     if matches!(cli.command, Command::Daemon { .. }) {
         sluice_kernel::process::return_freed_memory();
     }
+    if let Err(error) = confine(&cli.command) {
+        anstream_error(&error);
+        return ExitCode::from(125);
+    }
     match run(cli) {
         Ok(code) => code,
         // As a shell reports SIGPIPE.
@@ -36,6 +43,17 @@ fn main() -> ExitCode {
             ExitCode::from(125)
         }
     }
+}
+
+/// What runs for long gives up what it does not need, before it has threads. The other commands do what their caller may.
+fn confine(command: &Command) -> anyhow::Result<()> {
+    let kept: &[u8] = match command {
+        Command::Daemon { .. } => &sluice_kernel::confine::NODE,
+        Command::BlockServer => &sluice_kernel::confine::SERVER,
+        _ => return Ok(()),
+    };
+    sluice_kernel::confine::keep_capabilities(kept).context("cannot give capabilities up")?;
+    sluice_kernel::confine::deny_system_calls().context("cannot deny system calls")
 }
 
 /// One line per failure, causes included, on standard error.

@@ -1,6 +1,7 @@
 //! `cargo xtask bench start`: time to ready, images × links × ways, alternating; medians, ratios and targets.
 
 pub(crate) mod cri;
+pub(crate) mod load;
 
 use std::path::PathBuf;
 

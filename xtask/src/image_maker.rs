@@ -74,8 +74,16 @@ pub(crate) fn of_trees(work: &Path, trees: &[&Path]) -> Result<PathBuf> {
     let layout = work.join("layout");
     fs::create_dir_all(layout.join("blobs/sha256"))?;
     let layers: Vec<Layer> = trees.iter().map(|tree| pack(tree, work)).collect::<Result<_>>()?;
-    write_layout(&layout, Recipe { name: "trees", layers: &[], command: &["sh"] }, &layers)?;
+    write_layout(&layout, &["sh"], &layers)?;
     Ok(layout)
+}
+
+/// The same as the image `name` among the layouts in `root`.
+pub(crate) fn named(root: &Path, name: &str, trees: &[&Path]) -> Result<()> {
+    let work = root.join(format!(".{name}"));
+    let layout = of_trees(&work, trees)?;
+    fs::rename(layout, root.join(name)).context("cannot move the image")?;
+    clean_dir(&work)
 }
 
 fn make_in(work: &Path, recipe: Recipe, progress: &ProgressBar) -> Result<()> {
@@ -90,7 +98,7 @@ fn make_in(work: &Path, recipe: Recipe, progress: &ProgressBar) -> Result<()> {
         layers.push(pack(&upper, work)?);
         lower.insert(0, upper);
     }
-    write_layout(&work.join("layout"), recipe, &layers)
+    write_layout(&work.join("layout"), recipe.command, &layers)
 }
 
 /// debootstrap's minimal system, cached by itself.
@@ -206,11 +214,11 @@ fn whiteouts(tree: &Path) -> Result<()> {
     Ok(())
 }
 
-fn write_layout(layout: &Path, recipe: Recipe, layers: &[Layer]) -> Result<()> {
+fn write_layout(layout: &Path, command: &[&str], layers: &[Layer]) -> Result<()> {
     let config = json!({
         "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
         "os": "linux",
-        "config": { "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": recipe.command },
+        "config": { "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": command },
         "rootfs": {
             "type": "layers",
             "diff_ids": layers.iter().map(|layer| format!("sha256:{}", layer.diff_id)).collect::<Vec<_>>(),

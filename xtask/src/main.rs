@@ -9,6 +9,7 @@ mod demo;
 mod dist;
 mod ebpf;
 mod foreign;
+mod fuzz;
 mod image_maker;
 mod images;
 mod install;
@@ -18,6 +19,7 @@ mod oracle;
 mod packages;
 mod run;
 mod sluice;
+mod soak;
 mod suites;
 mod test;
 mod tidy;
@@ -47,6 +49,10 @@ enum Command {
         #[command(subcommand)]
         bench: Bench,
     },
+    /// Fuzz the parsers of outside bytes
+    Fuzz(fuzz::Args),
+    /// A node under faults of all kinds: no wrong byte, no failed read, no deadlock, and all is complete in the end
+    Soak(soak::Args),
     /// Build the eBPF programs, and install what that needs
     Ebpf,
     /// Compare `sluice mount` with `umoci unpack`, path by path
@@ -82,6 +88,8 @@ enum Bench {
     Start(bench::Args),
     /// From CRI PullImage to the command's end: overlayfs, sluice, stargz
     Cri(bench::cri::Args),
+    /// Many containers, a storm of starts, ten thousand blocked reads, fairness between containers
+    Load(bench::load::Args),
 }
 
 fn main() -> Result<()> {
@@ -90,6 +98,9 @@ fn main() -> Result<()> {
         Command::Test { filter } => test::test(filter.as_deref()),
         Command::Bench { bench: Bench::Start(args) } => bench::start(&args),
         Command::Bench { bench: Bench::Cri(args) } => bench::cri::run(&args),
+        Command::Bench { bench: Bench::Load(args) } => bench::load::load(&args),
+        Command::Fuzz(args) => fuzz::fuzz(&args),
+        Command::Soak(args) => soak::soak(&args),
         Command::Ebpf => ebpf::build().map(|object| println!("{}", object.display())),
         Command::Oracle => oracle::oracle(),
         Command::Images(args) => images::images(&args),

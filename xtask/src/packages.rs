@@ -15,6 +15,9 @@ pub(crate) const RUNTIME: [(&str, &str); 5] = [
     ("attr", "compares extended attributes"),
 ];
 
+/// Packages that fuzzing needs.
+pub(crate) const FUZZ: [(&str, &str); 1] = [("g++", "compiles libFuzzer")];
+
 /// Packages that only tests need.
 pub(crate) const TESTS: [(&str, &str); 9] = [
     ("skopeo", "makes and copies test images"),

@@ -1,10 +1,13 @@
 //! The `sluice` binary, built and driven as a user does.
 
+use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::run::{output, show, target, top};
@@ -44,7 +47,8 @@ impl Sluice {
         Ok(this)
     }
 
-    fn command(&self) -> Command {
+    /// The binary with its directories, for a command.
+    pub(crate) fn command(&self) -> Command {
         let mut command = Command::new(&self.binary);
         command
             .arg("--root")
@@ -103,27 +107,37 @@ impl Drop for Sluice {
 /// The embedded registry. Stopped when dropped.
 #[derive(Debug)]
 pub(crate) struct Registry {
-    child: Child,
+    /// How it is started, but for where it listens.
+    command: Vec<OsString>,
+    child: Mutex<Child>,
     address: String,
 }
 
 impl Registry {
     /// Serves `root` through a link, e.g. `1gbit`, `2ms`.
     pub(crate) fn start(binary: &Path, root: &Path, rate: &str, delay: &str) -> Result<Self> {
-        let mut child = Command::new(binary)
-            .arg("registry")
-            .arg(root)
-            .args(["--listen", "127.0.0.1:0", "--rate", rate, "--delay", delay])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("cannot start the registry")?;
-        let mut line = String::new();
-        if let Some(stdout) = child.stdout.take() {
-            BufReader::new(stdout).read_line(&mut line)?;
-        }
-        let address = line.trim().rsplit(' ').next().unwrap_or_default().to_owned();
-        Ok(Self { child, address })
+        let words: [&OsStr; 7] = [
+            binary.as_ref(),
+            "registry".as_ref(),
+            root.as_ref(),
+            "--rate".as_ref(),
+            rate.as_ref(),
+            "--delay".as_ref(),
+            delay.as_ref(),
+        ];
+        let command: Vec<OsString> = words.iter().map(|word| (*word).to_owned()).collect();
+        let (child, address) = serve(&command, "127.0.0.1:0")?;
+        Ok(Self { command, child: Mutex::new(child), address })
+    }
+
+    /// Kills it and starts it again after a while, where it was.
+    pub(crate) fn outage(&self, duration: Duration) -> Result<()> {
+        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        child.kill()?;
+        child.wait()?;
+        std::thread::sleep(duration);
+        *child = serve(&self.command, &self.address)?.0;
+        Ok(())
     }
 
     /// A reference to an image of it.
@@ -133,7 +147,7 @@ impl Registry {
 
     /// Bytes of bodies sent since the last reset.
     pub(crate) fn bytes_sent(&self) -> Result<u64> {
-        let stats: Value = serde_json::from_str(&self.control("GET", "stats")?)?;
+        let stats: Value = serde_json::from_str(&self.control("GET", "stats", "")?)?;
         stats
             .get("bytes_sent")
             .and_then(Value::as_u64)
@@ -142,27 +156,55 @@ impl Registry {
 
     /// Sets its counters to zero.
     pub(crate) fn reset(&self) -> Result<()> {
-        self.control("POST", "reset").map(|_| ())
+        self.control("POST", "reset", "").map(|_| ())
+    }
+
+    /// Faults from now on; `{}` ends them.
+    pub(crate) fn faults(&self, faults: &Value) -> Result<()> {
+        self.control("POST", "faults", &faults.to_string()).map(|_| ())
     }
 
     /// One small HTTP request, by hand: nothing else here needs a client.
-    fn control(&self, method: &str, path: &str) -> Result<String> {
+    fn control(&self, method: &str, path: &str, body: &str) -> Result<String> {
         use std::io::{Read, Write};
         let mut socket = std::net::TcpStream::connect(&self.address)?;
         write!(
             socket,
-            "{method} /_sluice/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            "{method} /_sluice/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+            body.len()
         )?;
         let mut answer = String::new();
         socket.read_to_string(&mut answer)?;
-        Ok(answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default())
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_default();
+        if !head.starts_with("HTTP/1.1 2") {
+            bail!("the registry refuses {path}: {answer}");
+        }
+        Ok(body.to_owned())
     }
 }
 
 impl Drop for Registry {
     fn drop(&mut self) {
-        if let Err(error) = self.child.kill().and_then(|()| self.child.wait()) {
+        let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = child.kill().and_then(|()| child.wait()) {
             eprintln!("cannot stop the registry: {error}");
         }
     }
+}
+
+fn serve(command: &[OsString], listen: &str) -> Result<(Child, String)> {
+    let (program, arguments) = command.split_first().context("no program")?;
+    let mut child = Command::new(program)
+        .args(arguments)
+        .args(["--listen", listen])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start the registry")?;
+    let mut line = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        BufReader::new(stdout).read_line(&mut line)?;
+    }
+    let address = line.trim().rsplit(' ').next().unwrap_or_default().to_owned();
+    Ok((child, address))
 }

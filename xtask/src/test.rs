@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 
 use crate::run::{cargo, show};
-use crate::{ebpf, foreign, kernel_tests, oracle, packages, tidy};
+use crate::{ebpf, foreign, fuzz, kernel_tests, oracle, packages, soak, tidy};
 
 /// Installs what tests need and runs them; root, FUSE and loop devices are needed.
 pub(crate) fn test(filter: Option<&str>) -> Result<()> {
@@ -26,5 +26,7 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
         return Ok(());
     }
     oracle::oracle()?;
+    soak::soak(&soak::Args::short())?;
+    fuzz::fuzz(&fuzz::Args::short())?;
     kernel_tests::quick()
 }

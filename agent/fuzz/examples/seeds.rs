@@ -1,4 +1,4 @@
-//! Writes the seed corpora in `seeds/`: `cargo +nightly run --example seeds` in this directory. Output is always the same.
+//! Writes the seed corpora in `seeds/`: `cargo run --example seeds` in this directory. Output is always the same.
 
 use std::fs;
 use std::io::Write;

@@ -21,7 +21,13 @@ use crate::daemon::{self, Stop};
 pub(crate) async fn serve(config: Arc<Config>, announce: bool) -> Result<()> {
     // Before anybody is told that we run, and may want to end us.
     let interrupted = super::interrupted()?;
-    let running = daemon::start(config).await?;
+    let running = daemon::start(Arc::clone(&config)).await?;
+    // Whoever waits for the daemon does not wait for jobs.
+    tokio::task::spawn_blocking(move || {
+        if let Err(error) = crate::batch::resume(&config) {
+            tracing::error!(error = format!("{error:#}"), "batch jobs do not go on");
+        }
+    });
     notify_systemd()?;
     if announce {
         say_ready()?;

@@ -8,6 +8,7 @@ macro_rules! say {
     };
 }
 
+mod batch;
 mod check;
 mod ctr_pull;
 mod daemon;
@@ -23,6 +24,7 @@ mod ready;
 mod registry;
 mod regress;
 mod run;
+mod run_report;
 mod shell;
 mod status;
 mod trace;
@@ -88,11 +90,14 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
         Command::Fsck => return images::fsck(&config, &global).await,
         Command::CtrPull(args) => ctr_pull::pull(&config, args).await?,
         Command::Events { follow, json } => events::events(&config, follow, json).await?,
+        Command::Kubernetes { node } => crate::kubernetes::report(&config, &node, interrupted()?).await?,
         Command::Node { action } => node::node(&config, &global, action).await?,
         Command::Key { action: KeyAction::Generate { name } } => {
             crate::node::generate_key(&name)?;
             say!("{}\n{}", name.with_extension("key").display(), name.with_extension("pub").display());
         }
+        Command::Batch { action } => return batch::batch(&config, &global, action).await,
+        Command::BatchRunner { job } => batch::run(config, &job).await?,
         Command::Daemon { announce } => daemon::serve(config, announce).await?,
         Command::Stop => daemon::stop(&config).await?,
         Command::BlockServer => daemon::serve_blocks(&config)?,

@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 
 use super::progress::Progress;
 use super::ready::{self, Output};
+use super::run_report::Reporter;
 use super::with_client;
 use crate::api::{AcquireRequest, Acquired, Holder, ReleaseRequest, StartReport, StartRequest};
 use crate::cli::{self, Global, ReadyArgs, RunArgs};
@@ -31,8 +32,40 @@ pub(crate) async fn run(
     args: RunArgs,
     record: bool,
 ) -> Result<ExitCode> {
+    if let Some(parent) = args.parent {
+        end_with_parent(parent)?;
+    }
+    let reporter = Reporter::new(args.report.as_deref(), &args.image);
+    let ran = run_reported(config, global, &args, record, &reporter).await;
+    reporter.write(ran.as_ref().err())?;
+    ran
+}
+
+/// This process is asked to end when `parent` ended, however that did.
+fn end_with_parent(parent: i32) -> Result<()> {
+    let parent = Pid::from_raw(parent);
+    let pidfd = sluice_kernel::process::pidfd_open(parent).context("whoever started this is gone")?;
+    if nix::unistd::getppid() != parent {
+        anyhow::bail!("process {parent} did not start this, or is gone");
+    }
+    std::thread::spawn(move || {
+        let ended = sluice_kernel::process::wait_for_end(&pidfd, None);
+        if let Err(error) = ended.and_then(|_| kill(Pid::this(), Signal::SIGTERM)) {
+            tracing::warn!(%error, "cannot end after the one that started this");
+        }
+    });
+    Ok(())
+}
+
+async fn run_reported(
+    config: &Arc<Config>,
+    global: &Global,
+    args: &RunArgs,
+    record: bool,
+    reporter: &Reporter,
+) -> Result<ExitCode> {
     let runtime = find_runtime(args.runtime.as_deref())?;
-    let spec = spec_options(&args)?;
+    let spec = spec_options(args)?;
     let holder = Holder::Process(std::process::id());
     with_client(config, global, async |client| {
         let request = AcquireRequest {
@@ -45,9 +78,16 @@ pub(crate) async fn run(
                 window_ms: args.ready.ready_timeout.map(|time| time.as_millis() as u64),
             }),
         };
+        reporter.before(client).await;
         let progress = Progress::new(&args.image);
-        let acquired: Acquired = client.follow("acquire", &request, |event| progress.show(event)).await?;
+        let acquired: Acquired = client
+            .follow("acquire", &request, |event| {
+                reporter.hear(event);
+                progress.show(event);
+            })
+            .await?;
         drop(progress);
+        reporter.acquired(&acquired);
         let ended = ReleaseRequest { holder: holder.clone() };
         let mut report: Option<StartReport> = None;
         let over = async {
@@ -57,7 +97,8 @@ pub(crate) async fn run(
                 None
             });
         };
-        let code = contain(config, &args, &spec, runtime.clone(), &acquired, over).await;
+        let code = contain(config, args, &spec, runtime.clone(), &acquired, reporter, over).await;
+        reporter.after(client).await;
         if record {
             if report.is_none() {
                 report = client.ask("ready", &ended).await?;
@@ -111,6 +152,7 @@ fn spec_options(args: &RunArgs) -> Result<SpecOptions> {
         terminal: args.ready.ready_log.is_none()
             && std::io::stdin().is_terminal()
             && std::io::stdout().is_terminal(),
+        cgroup_parent: args.cgroup_parent.clone(),
     })
 }
 
@@ -120,6 +162,7 @@ async fn contain(
     spec: &SpecOptions,
     runtime: std::path::PathBuf,
     acquired: &Acquired,
+    reporter: &Reporter,
     over: impl Future<Output = ()>,
 ) -> Result<ExitCode> {
     let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
@@ -132,6 +175,7 @@ async fn contain(
         runtime,
     };
     let bundle = Bundle::create(options, spec)?;
+    reporter.ready();
     let code = supervise(&bundle, &args.ready, over).await;
     bundle.remove(args.keep)?;
     if args.keep {

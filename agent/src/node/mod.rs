@@ -305,9 +305,12 @@ impl Node {
     }
 
     /// Reads everything in the store again.
-    pub(crate) async fn fsck(&self) -> Result<FsckReport> {
+    pub(crate) async fn fsck(self: &Arc<Self>) -> Result<FsckReport> {
         let store = self.store.clone();
         let report = tokio::task::spawn_blocking(move || store.fsck()).await??;
+        for digest in &report.damaged {
+            self.fetch_again(digest)?;
+        }
         Ok(FsckReport {
             layers: report.layers,
             chunks_checked: report.chunks_checked,

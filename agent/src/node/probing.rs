@@ -287,7 +287,9 @@ pub(super) fn watch(node: &Weak<Node>) {
 
 /// Gives a descriptor that is readable when there is something to take.
 fn load(node: &Weak<Node>) -> Result<OwnedFd> {
-    let probes = Probes::load(&Options::default())?;
+    let probes = Probes::load(&Options::default());
+    sluice_kernel::process::trim_heap();
+    let probes = probes?;
     let ready = probes.as_fd().try_clone_to_owned().context("cannot copy a descriptor")?;
     let levels = probes.levels().clone();
     let (recordings, foreign, failed) = (Vec::new(), HashSet::new(), Vec::new());

@@ -32,6 +32,11 @@ impl Node {
         let mut tried = Some(tried);
         let mut pause = FIRST_PAUSE;
         while let Err(error) = self.complete(&layer).await {
+            let current = self.lock(&self.layers).get(layer.layer().digest()).cloned();
+            if current.is_some_and(|current| !Arc::ptr_eq(&current, &layer)) {
+                // The layer began anew: others see to it.
+                return;
+            }
             let error = format!("{error:#}");
             tracing::error!(layer = layer.layer().digest(), error, "the layer cannot be completed yet");
             layer.fail(Some(error));
@@ -55,6 +60,18 @@ impl Node {
         }
     }
 
+    /// A layer of which something on the disk was lost: fetched again, at once if an image in use has it.
+    pub(super) fn fetch_again(self: &Arc<Self>, digest: &str) -> Result<()> {
+        self.lock(&self.layers).remove(digest);
+        let used = self.lock(&self.images).values().any(|image| image.layers.iter().any(|one| one == digest));
+        if let Some(image) = self.image_with(digest)?.filter(|_| used)
+            && let Some(layer) = self.node_layer(&image, digest)?
+        {
+            self.fill_in_background(&[layer]);
+        }
+        Ok(())
+    }
+
     async fn examine(
         self: &Arc<Self>,
         layer: &Arc<NodeLayer>,
@@ -62,6 +79,11 @@ impl Node {
         error: StreamError,
     ) -> Result<()> {
         let digest = layer.layer().digest().to_owned();
+        // One judgement at a time, and what it led to is there for the next.
+        let _turn = self.turn(&digest).await;
+        if self.store.layer(&digest)?.is_some_and(|layer| layer.is_complete()) {
+            return Ok(());
+        }
         if matches!(error, StreamError::DiffId { .. }) {
             let (store, on_disk) = (self.store.clone(), Arc::clone(streamed.layer()));
             let report = tokio::task::spawn_blocking(move || store.check(&on_disk)).await??;

@@ -201,7 +201,7 @@ impl Node {
         }
     }
 
-    fn image_with(&self, layer: &str) -> Result<Option<ResolvedImage>> {
+    pub(super) fn image_with(&self, layer: &str) -> Result<Option<ResolvedImage>> {
         for record in self.store.images()? {
             if record.layers.iter().any(|one| one == layer) {
                 return Ok(Some(resolved_by_last_name(&record)?));

@@ -47,15 +47,7 @@ fn credentials_of_a_pull_serve_lazy_reads_when_tokens_are_old_and_agents_new() {
     let mut kubelet = Kubelet::with_images_at(&rig, "state/cri.sock");
     let read = kubelet.exec(&container, READ_ALL);
     rig.registry.set_access(None);
-    rig.ctr(&[
-        "images",
-        "pull",
-        "--local",
-        "--plain-http",
-        "--snapshotter",
-        "overlayfs",
-        &rig.reference("app"),
-    ]);
+    rig.ctr(&["images", "pull", "--plain-http", "--snapshotter", "overlayfs", &rig.reference("app")]);
     assert_eq!(read, rig.run("overlayfs", "app", "o", READ_ALL));
     kubelet.remove(pod);
     let log = std::fs::read_to_string(rig.path("agent.log")).unwrap();

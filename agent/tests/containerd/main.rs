@@ -11,6 +11,7 @@
 mod credentials;
 mod cri;
 mod images;
+mod kubernetes;
 mod lifetime;
 mod policy;
 #[allow(

@@ -123,7 +123,8 @@ fn probes_see_all_that_the_agent_served_and_what_a_warm_start_touches() {
     assert!(0 < for_us && for_us <= blocked, "{blocked} µs blocked, {for_us} µs for us");
     assert!(cold.iter().any(|record| matches!(record.what, What::Blocked { .. })));
 
-    // The mount of `inodes` keeps the image's pages in memory: nothing is read any more, all is still seen.
+    // The mount of `inodes` keeps in memory what another start reads: then nothing is read any more, and all is still seen.
+    node.shell(SCRIPT);
     let (_, warm, said) = record(&node, &["sh", "-c", SCRIPT]);
     assert!(said.contains("recorded 0 reads"), "{said}");
     let (cold, warm) = (pages(&cold, &ACCESSES), pages(&warm, &ACCESSES));
@@ -148,7 +149,7 @@ fn programs_and_their_mapped_pages_are_seen_on_a_fully_local_image() {
     let node = with_probes("");
     node.ok(&["pull", &node.image()]);
     node.shell("cat /data/changed > /dev/null");
-    let (header, records, said) = record(&node, &["sh", "-c", "exec sha256sum /data/large"]);
+    let (header, records, said) = record(&node, &["sha256sum", "/data/large"]);
     assert!(said.contains("recorded 0 reads"), "{said}");
     let inodes = inodes(&node);
     let (busybox, large) = (inodes[b"bin/busybox".as_slice()], inodes[b"data/large".as_slice()]);
@@ -159,7 +160,7 @@ fn programs_and_their_mapped_pages_are_seen_on_a_fully_local_image() {
             _ => None,
         })
         .collect();
-    assert!(started.len() >= 2 && started.iter().any(|path| path.ends_with(b"sha256sum")), "{started:?}");
+    assert!(started.iter().any(|path| path.ends_with(b"sha256sum")), "{started:?}");
     assert!(records.iter().any(|one| matches!(one.what, What::Open { inode } if inode == large)));
     let mapped = pages(&records, &[AccessKind::Fault, AccessKind::Around]);
     assert!(mapped.iter().any(|(inode, _)| *inode == busybox), "the program's pages");

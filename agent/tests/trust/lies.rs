@@ -145,6 +145,25 @@ fn an_index_that_invents_digests_is_found_out() {
     caught(&node);
 }
 
+/// Every checkpoint's window is another: what decodes from there is nothing that the digests allow.
+fn wrong_windows(index: &mut Index) {
+    for byte in &mut index.sections[4] {
+        *byte ^= 0x55;
+    }
+}
+
+#[test]
+fn checkpoints_that_decode_elsewhere_show_nothing_wrong_and_the_layer_comes_whole() {
+    let node = with_a_lie(wrong_windows);
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    wait_until("the image is local", || node.status()["images"][0]["state"] == "local");
+    assert_content(&dir.join("data/large"), &large());
+    // Its contents were true: who has it mounted goes on.
+    assert_eq!(node.status()["indexes_quarantined"], 0);
+    node.ok(&["umount", &dir.to_string_lossy()]);
+}
+
 #[test]
 fn a_mount_made_by_a_lie_ends_with_errors_and_not_with_lies() {
     let node = with_a_lie(set_user_id);

@@ -23,6 +23,41 @@ fn sockets_are_the_owners_alone() {
     node.ok(&["umount", &dir.to_string_lossy()]);
 }
 
+/// Capabilities that neither daemon nor block server has: modules, ports, rebooting, the clock, the network's configuration.
+const GIVEN_UP: [u32; 5] = [16, 17, 22, 25, 12];
+
+#[test]
+fn daemon_and_block_server_give_up_what_they_do_not_need() {
+    let node = Node::indexed("");
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    let state = node.path("state").to_string_lossy().into_owned();
+    let mut seen = 0;
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        if !line.contains(&state) || !(line.contains(" daemon") || line.contains(" block-server")) {
+            continue;
+        }
+        seen += 1;
+        let status = std::fs::read_to_string(entry.path().join("status")).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_else(|| panic!("{name}: {status}")).trim().to_owned()
+        };
+        assert_eq!((field("NoNewPrivs:").as_str(), field("Seccomp:").as_str()), ("1", "2"), "{line}");
+        for set in ["CapPrm:", "CapEff:", "CapBnd:"] {
+            let bits = u64::from_str_radix(&field(set), 16).unwrap();
+            assert!(GIVEN_UP.iter().all(|bit| bits >> bit & 1 == 0), "{line}: {set} {bits:x}");
+        }
+        let bounding = u64::from_str_radix(&field("CapBnd:"), 16).unwrap();
+        let most = if line.contains(" daemon") { 21 } else { 4 };
+        assert!(bounding.count_ones() <= most, "{line}: {bounding:x}");
+    }
+    assert_eq!(seen, 2, "the daemon and the block server");
+    node.ok(&["umount", &dir.to_string_lossy()]);
+}
+
 #[test]
 fn a_password_is_in_no_log_trace_profile_event_or_file() {
     const SECRET: &str = "hunter2-correct-horse";

@@ -12,11 +12,13 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 /// All of them. The host's table has the same names.
-const CASES: [(&str, fn(bool) -> Result<()>); 13] = [
+const CASES: [(&str, fn(bool) -> Result<()>); 15] = [
     ("overlay", overlay::overlay),
     ("overlay-control", overlay::control),
     ("start", system::start),
     ("one-device", system::one_device),
+    ("doctor", system::doctor),
+    ("btf-missing", system::btf_missing),
     ("cgroup-v1", system::cgroup_v1),
     ("lockdown", system::lockdown),
     ("uring-off", system::uring_off),

@@ -107,6 +107,58 @@ pub(super) fn uring_off(broken: bool) -> Result<()> {
     Ok(())
 }
 
+/// What `sluice doctor` says of this kernel: everything can be seen by probes, and how.
+pub(super) fn doctor(broken: bool) -> Result<()> {
+    if broken {
+        hide("/sys/kernel/tracing")?;
+    }
+    let levels = levels(Path::new("/var/tmp/doctor"))?;
+    let unseen: Vec<_> =
+        levels.iter().filter(|(_, level)| level == "none").map(|(name, _)| name.as_str()).collect();
+    ensure!(!levels.is_empty() && unseen.is_empty(), "not seen by probes: {unseen:?}");
+    let mut kinds: Vec<_> = levels.iter().map(|(_, level)| level.as_str()).collect();
+    kinds.sort_unstable();
+    kinds.dedup();
+    say(&format!("@ note doctor probes by {}", kinds.join(", ")));
+    Ok(())
+}
+
+/// A kernel without descriptions of its types: containers start all the same, and it is said what is not seen for want of them.
+pub(super) fn btf_missing(broken: bool) -> Result<()> {
+    if !broken {
+        hide("/sys/kernel/btf")?;
+    }
+    let levels = levels(Path::new("/var/tmp/btf"))?;
+    let by_types: Vec<_> =
+        levels.iter().filter(|(_, level)| ["fexit", "kprobe"].contains(&level.as_str())).collect();
+    ensure!(!levels.is_empty() && by_types.is_empty(), "seen by what needs types: {by_types:?}");
+    start(false)
+}
+
+/// Nothing is in this directory any more.
+fn hide(dir: &str) -> Result<()> {
+    let none: Option<&str> = None;
+    mount(Some("none"), dir, Some("tmpfs"), MsFlags::empty(), none)
+        .with_context(|| format!("cannot hide {dir}"))
+}
+
+/// What probes can see, and by which kind of hook.
+fn levels(dir: &Path) -> Result<Vec<(String, String)>> {
+    let node = Node::new(dir, "", &[])?;
+    let said = node.ok(&["doctor", "--json"])?;
+    let diagnosis: serde_json::Value = serde_json::from_str(&said)?;
+    ensure!(diagnosis.get("streaming") == Some(&true.into()), "streaming is impossible here: {said}");
+    let probes = diagnosis.get("probes").and_then(serde_json::Value::as_array).context("no probes")?;
+    let text = |probe: &serde_json::Value, name: &str| {
+        probe.get(name).and_then(serde_json::Value::as_str).unwrap_or("none").to_owned()
+    };
+    let levels: Vec<_> =
+        probes.iter().map(|probe| (text(probe, "capability"), text(probe, "level"))).collect();
+    println!("{levels:?}\n{said}");
+    drop(node);
+    Ok(levels)
+}
+
 /// Metadata and layers in one EROFS device, as kernels before 5.16 need it: contents are right, and one device is all there is.
 pub(super) fn one_device(broken: bool) -> Result<()> {
     let mut node = Node::new(Path::new("/var/tmp/one"), "[blocks]\none_device = true\n", &[])?;

@@ -79,7 +79,7 @@ const fn guest(name: &'static str, about: &'static str) -> Case {
 }
 
 /// All cases, in the order in which a guest runs them.
-pub(super) const CASES: [Case; 14] = [
+pub(super) const CASES: [Case; 16] = [
     Case { quick: true, ..guest("start", "a container starts from a streamed image, time to ready") },
     Case {
         quick: true,
@@ -132,6 +132,11 @@ pub(super) const CASES: [Case; 14] = [
         needs: Needs::FuseUring,
         ..guest("uring-off", "FUSE over io_uring switched off and on by the module's parameter")
     },
+    guest("doctor", "`sluice doctor`: everything can be seen by probes, by what kind of hook"),
+    guest(
+        "btf-missing",
+        "no descriptions of the kernel's types: containers start, and it is said what is not seen",
+    ),
     guest("killed", "kill -9 of the daemon while its image is read; the next one takes over"),
     guest("store-full", "no room on the store's disk"),
     guest("clock", "the wall clock jumps by a year, forth and back"),

@@ -236,7 +236,9 @@ fn carry_out(job: &Job<'_>, pack: &Pack, args: &Args, accelerator: &str) -> Resu
         let ended = heard.ended.iter().find(|ended| ended.name == case.name);
         outcomes.push(judged(kernel, case, ended, heard.died.as_deref().unwrap_or_default(), args.broken));
     }
-    if !args.keep {
+    if args.keep {
+        println!("{name}: kept {}", scratch.display());
+    } else {
         std::fs::remove_file(&scratch)?;
     }
     Ok(outcomes)

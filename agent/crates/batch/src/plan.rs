@@ -122,8 +122,8 @@ pub struct Surroundings {
     pub job_id: String,
     /// Path of the file of hosts, if asked for.
     pub hosts_file: Option<String>,
-    /// Directory of what stands for disks.
-    pub volumes_dir: String,
+    /// Name of the machine, the only one.
+    pub hostname: String,
 }
 
 /// A job, resolved.
@@ -222,7 +222,9 @@ impl Plan {
         set("BATCH_TASK_RETRY_ATTEMPT", attempt.to_string());
         set("BATCH_JOB_UID", around.job_uid.clone());
         set("BATCH_JOB_ID", around.job_id.clone());
-        set("BATCH_VOLUMES_DIR", around.volumes_dir.clone());
+        set("BATCH_NODE_COUNT", "1".to_owned());
+        set("BATCH_NODE_INDEX", "0".to_owned());
+        set("BATCH_MAIN_NODE_HOSTNAME", around.hostname.clone());
         if let Some(file) = &around.hosts_file {
             set("BATCH_HOSTS_FILE", file.clone());
         }

@@ -6,7 +6,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::job::Action;
 use crate::plan::Plan;
+use crate::record::ImageReport;
 
+/// Reserved exit code: the machine was not heard of while the task ran; here: whoever ran the job died.
+pub const NOT_HEARD_OF: i32 = 50_002;
+/// Reserved exit code: the machine was started anew while the task ran.
+pub const REBOOTED: i32 = 50_003;
 /// Reserved exit code: the task or a runnable of it ran longer than it may.
 pub const TIMED_OUT: i32 = 50_005;
 /// Reserved exit code: the task failed, and not by an exit code of its own.
@@ -92,6 +97,21 @@ pub enum TaskState {
 }
 
 impl TaskState {
+    /// Nothing follows.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Failed | Self::Succeeded | Self::Unexecuted)
+    }
+
+    /// Whether `next` may follow. A task that is tried once more is pending again.
+    pub fn may_become(self, next: Self) -> bool {
+        match self {
+            Self::Pending => matches!(next, Self::Assigned | Self::Unexecuted),
+            Self::Assigned => matches!(next, Self::Running | Self::Pending | Self::Failed),
+            Self::Running => matches!(next, Self::Succeeded | Self::Pending | Self::Failed),
+            Self::Failed | Self::Succeeded | Self::Unexecuted => false,
+        }
+    }
+
     /// As in documents.
     pub fn name(self) -> &'static str {
         match self {
@@ -123,6 +143,13 @@ pub struct StatusEvent {
     pub task_state: Option<TaskState>,
 }
 
+impl StatusEvent {
+    /// One of a job.
+    pub(crate) fn new(kind: &str, description: String, time: &str) -> Self {
+        Self { r#type: kind.to_owned(), description, event_time: time.to_owned(), ..Self::default() }
+    }
+}
+
 /// How an attempt ended.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -142,12 +169,9 @@ pub struct TaskStatus {
     /// Exit code of the last attempt.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,
-    /// From the start of the first container's runnable to the start of its process, milliseconds.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ready_ms: Option<u64>,
-    /// How that image was served: `streamed`, `local` or `unpacked`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub served: Option<String>,
+    /// Of the last attempt, in the order in which its containers ended.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub images: Vec<ImageReport>,
     /// Oldest first.
     pub status_events: Vec<StatusEvent>,
 }
@@ -160,6 +184,8 @@ pub struct JobStatus {
     pub state: JobState,
     /// Oldest first.
     pub status_events: Vec<StatusEvent>,
+    /// When it began to run, and stopped, RFC 3339.
+    pub ran: (Option<String>, Option<String>),
     /// By index.
     pub tasks: Vec<TaskStatus>,
 }
@@ -172,21 +198,6 @@ impl JobStatus {
             *counts.entry(task.state.name()).or_insert(0) += 1;
         }
         counts
-    }
-
-    /// Moves on, if that may follow; says whether it did.
-    pub fn become_state(&mut self, next: JobState, time: &str) -> bool {
-        let may = self.state.may_become(next);
-        if may {
-            self.status_events.push(StatusEvent {
-                r#type: "STATUS_CHANGED".to_owned(),
-                description: format!("Job state is set from {} to {}", self.state.name(), next.name()),
-                event_time: time.to_owned(),
-                ..StatusEvent::default()
-            });
-            self.state = next;
-        }
-        may
     }
 }
 

@@ -148,6 +148,9 @@ impl Rules {
 
     fn job(&mut self, job: &Job) {
         self.range("priority".to_owned(), job.priority, 0, 99);
+        if job.priority.is_some_and(|priority| priority != Int64(0)) {
+            self.note("priority", "not applied: jobs of this machine do not wait for each other");
+        }
         if job.allocation_policy.is_some() {
             self.note("allocationPolicy", "not applied: the job runs on this machine as it is");
         }
@@ -247,7 +250,7 @@ impl Rules {
             );
         }
         for (number, runnable) in spec.runnables.iter().enumerate() {
-            self.runnable(&at(&format!("runnables[{number}]")), runnable, spec, group);
+            self.runnable(&at(&format!("runnables[{number}]")), runnable, group);
         }
     }
 
@@ -274,7 +277,7 @@ impl Rules {
         }
         if let Some(device) = &volume.device_name {
             if valid_device(device) {
-                self.note(format!("{path}.deviceName"), "a directory of the job stands for the disk; containers see it at mountPath, scripts at $BATCH_VOLUMES_DIR/deviceName");
+                self.note(format!("{path}.deviceName"), "a directory of the job stands for the disk");
             } else {
                 self.refuse(
                     format!("{path}.deviceName"),
@@ -287,7 +290,7 @@ impl Rules {
         }
     }
 
-    fn runnable(&mut self, path: &str, runnable: &Runnable, spec: &TaskSpec, group: &TaskGroup) {
+    fn runnable(&mut self, path: &str, runnable: &Runnable, group: &TaskGroup) {
         let kinds = [runnable.container.is_some(), runnable.script.is_some(), runnable.barrier.is_some()];
         if kinds.iter().filter(|given| **given).count() != 1 {
             self.refuse(path, "exactly one of container, script and barrier is needed");
@@ -344,14 +347,7 @@ impl Rules {
             }
             return;
         }
-        for (field, _) in
-            others.iter().filter(|(field, given)| *given && field.ends_with("name") | field.ends_with("word"))
-        {
-            self.refuse(
-                format!("{path}.{field}"),
-                "not kept in job documents: credentials come from the machine's Docker configuration",
-            );
-        }
+        self.credentials(path, container);
         match docker_options(container.options.as_deref().unwrap_or("")) {
             Err(message) => self.refuse(format!("{path}.options"), message),
             Ok(options) if container.block_external_network && options.network.is_some() => {
@@ -361,6 +357,27 @@ impl Rules {
                 );
             }
             Ok(_) => {}
+        }
+    }
+
+    fn credentials(&mut self, path: &str, container: &Container) {
+        let given = [("username", &container.username), ("password", &container.password)];
+        if given.iter().filter(|(_, value)| value.is_some()).count() == 1 {
+            self.refuse(path, "username and password are needed together");
+        }
+        for (field, value) in given {
+            let Some(value) = value else { continue };
+            if value.starts_with("projects/") && value.contains("/secrets/") {
+                self.refuse(
+                    format!("{path}.{field}"),
+                    "not available here: the cloud's Secret Manager holds it",
+                );
+            } else {
+                self.note(
+                    format!("{path}.{field}"),
+                    "put into this machine's Docker configuration, as docker login does",
+                );
+            }
         }
     }
 

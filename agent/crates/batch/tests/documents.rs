@@ -134,6 +134,13 @@ fn each_rule_names_the_path() {
 fn relaxed_streams_with_the_other_fields_too() {
     let document = changed(CONTAINER, "options", json!("--network none -e A=1"));
     assert!(verdict_on(&document, true).is_ok());
+    let mut document = changed(CONTAINER, "username", json!("me"));
+    assert!(verdict_on(&document, true).unwrap_err().contains("needed together"));
+    document["taskGroups"][0]["taskSpec"]["runnables"][0]["container"]["password"] = json!("secret");
+    assert_eq!(verdict_on(&document, true).unwrap().len(), 3);
+    document["taskGroups"][0]["taskSpec"]["runnables"][0]["container"]["password"] =
+        json!("projects/p/secrets/s/versions/1");
+    assert!(verdict_on(&document, true).unwrap_err().contains("Secret Manager"));
     let document = changed(CONTAINER, "options", json!("--privileged"));
     assert!(verdict_on(&document, true).unwrap_err().contains("--privileged"));
 }
@@ -244,7 +251,7 @@ fn a_kubernetes_job() {
     spec["volumes"] = json!([{"deviceName": "d", "mountPath": "/mnt/d"}]);
     spec["runnables"].as_array_mut().unwrap().insert(0, json!({"script": {"text": "echo first"}}));
     let job = parse(document.to_string().as_bytes()).unwrap();
-    let made = to_kubernetes(&job, "demo").unwrap();
+    let made = serde_json::to_value(to_kubernetes(&job, "demo").unwrap()).unwrap();
     let pod = &made["spec"]["template"]["spec"];
     assert_eq!(made["metadata"]["name"], "demo");
     assert_eq!(made["spec"]["completionMode"], "Indexed");

@@ -97,6 +97,8 @@ pub struct SpecOptions {
     pub network: Network,
     /// There is a terminal.
     pub terminal: bool,
+    /// Control group in which the container's is made, absolute; none: `/sluice`.
+    pub cgroup_parent: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -152,7 +154,7 @@ pub(crate) fn build(
         "mounts": mounts(options),
         "annotations": { "org.opencontainers.image.stopSignal": image.stop_signal.unwrap_or_default() },
         "linux": {
-            "cgroupsPath": format!("/sluice/{id}"),
+            "cgroupsPath": format!("{}/{id}", options.cgroup_parent.as_deref().unwrap_or("/sluice")),
             "namespaces": namespaces,
             "maskedPaths": MASKED,
             "readonlyPaths": READ_ONLY,

@@ -5,6 +5,7 @@
 #![allow(unsafe_code, reason = "the one crate that talks to the kernel through ioctl and raw descriptors")]
 
 pub mod abilities;
+pub mod confine;
 pub mod file;
 mod fsopen;
 pub mod fuse;

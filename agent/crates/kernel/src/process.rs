@@ -49,6 +49,15 @@ pub fn die_with_parent(signal: Signal) -> Result<(), Errno> {
     nix::sys::prctl::set_pdeathsig(Some(signal))
 }
 
+/// Gives all freed memory back now, holes within the heap too (malloc_trim(3)): after work that took much and is not done again.
+pub fn trim_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the call takes a number and locks the heap's own state.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// `CLOCK_MONOTONIC` in nanoseconds: what `Instant` counts, and what eBPF programs stamp their records with.
 pub fn monotonic_ns() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };

@@ -76,7 +76,7 @@ pub(crate) fn load(bpf: &mut Ebpf, types: Option<&Btf>, hook: Hook) -> Result<()
 /// cannot be attached again: it is loaded anew.
 pub(crate) fn attach_again(
     bpf: &mut Ebpf,
-    types: Option<&Btf>,
+    types: impl Fn() -> Option<Btf>,
     hook: Hook,
 ) -> Result<Vec<Link>, AttachError> {
     let first = attach(bpf, hook);
@@ -88,7 +88,7 @@ pub(crate) fn attach_again(
     if !unloaded {
         return first;
     }
-    load(bpf, types, hook)?;
+    load(bpf, types().as_ref(), hook)?;
     attach(bpf, hook)
 }
 

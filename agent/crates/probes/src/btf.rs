@@ -3,8 +3,6 @@
 //! Format: Linux `Documentation/bpf/btf.rst`. What is read comes from the kernel, but is handled as untrusted: sizes and
 //! depths are bounded, nothing panics.
 
-use std::collections::HashMap;
-
 /// More than any kernel's: 6.18's is 5.5 MB.
 const MAX_BYTES: usize = 64 << 20;
 const MAGIC: u16 = 0xEB9F;
@@ -47,8 +45,9 @@ pub(crate) struct Btf {
     /// Where each type begins, by number; the first is `void`.
     types: Vec<usize>,
     strings: std::ops::Range<usize>,
-    /// Structures, unions, functions, enumerations and type names, by name.
-    named: HashMap<Vec<u8>, Vec<u32>>,
+    /// Structures, unions, functions, enumerations and type names, by the hash of their names: a map of the names themselves
+    /// would be several times as large as all else.
+    named: Vec<(u32, u32)>,
 }
 
 /// The head of a type.
@@ -81,7 +80,7 @@ impl Btf {
         if bytes.len() > MAX_BYTES {
             return Err(BtfError::Damaged { at: 0, what: "it is too long" });
         }
-        let mut btf = Self { bytes, types: vec![usize::MAX], strings: 0..0, named: HashMap::new() };
+        let mut btf = Self { bytes, types: vec![usize::MAX], strings: 0..0, named: Vec::new() };
         if btf.word(0)? & 0xFFFF != u32::from(MAGIC) {
             return Err(BtfError::Damaged { at: 0, what: "no magic number" });
         }
@@ -97,6 +96,7 @@ impl Btf {
         let types = section(8)?;
         btf.strings = section(16)?;
         btf.index(types)?;
+        btf.named.sort_unstable();
         Ok(btf)
     }
 
@@ -119,8 +119,8 @@ impl Btf {
             };
             let members = if one.kind == 3 { 0 } else { one.members * per_member };
             if matches!(one.kind, STRUCT | UNION | ENUM | ENUM64 | TYPEDEF | FUNC) && one.name != 0 {
-                let name = self.text(one.name).to_vec();
-                self.named.entry(name).or_default().push(id);
+                let hash = hash(self.text(one.name));
+                self.named.push((hash, id));
             }
             self.types.push(at);
             at += 12 + fixed + members;
@@ -156,9 +156,23 @@ impl Btf {
         self.head(at).ok()
     }
 
-    fn by_name(&self, name: &str, kinds: &[u32]) -> impl Iterator<Item = Type> {
-        let ids = self.named.get(name.as_bytes()).map(Vec::as_slice).unwrap_or_default();
-        ids.iter().filter_map(|id| self.by_id(*id)).filter(move |one| kinds.contains(&one.kind))
+    fn by_name<'a>(&'a self, name: &'a str, kinds: &'a [u32]) -> impl Iterator<Item = Type> + 'a {
+        self.ids(name).filter_map(|id| self.by_id(id)).filter(move |one| kinds.contains(&one.kind))
+    }
+
+    /// Numbers of what has this name.
+    fn ids<'a>(&'a self, name: &'a str) -> impl Iterator<Item = u32> + 'a {
+        let hash = hash(name.as_bytes());
+        let first = self.named.partition_point(|(one, _)| *one < hash);
+        let same =
+            self.named.get(first..).unwrap_or_default().iter().take_while(move |(one, _)| *one == hash);
+        same.map(|(_, id)| *id)
+            .filter(move |id| self.by_id(*id).is_some_and(|found| self.text(found.name) == name.as_bytes()))
+    }
+
+    /// The kernel's number of a function's type.
+    pub(crate) fn function(&self, name: &str) -> Option<u32> {
+        self.ids(name).find(|id| self.by_id(*id).is_some_and(|one| one.kind == FUNC))
     }
 
     /// Follows type names and qualifiers.
@@ -257,6 +271,11 @@ impl Btf {
             found.next().and_then(|at| self.word(at + 4).ok())
         })
     }
+}
+
+/// FNV-1a.
+fn hash(name: &[u8]) -> u32 {
+    name.iter().fold(0x811C_9DC5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
 }
 
 #[cfg(test)]

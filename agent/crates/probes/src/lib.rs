@@ -15,6 +15,7 @@ mod hooks;
 mod offsets;
 mod probes;
 mod resolve;
+mod trampoline;
 
 pub use btf::BtfError;
 pub use decode::{Event, RecordError};

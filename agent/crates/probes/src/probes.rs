@@ -17,7 +17,7 @@ use crate::attach::{self, Link};
 use crate::btf::{Btf, BtfError};
 use crate::decode::{self, Event, RecordError};
 use crate::hooks::{Hook, WAYS, Way};
-use crate::{Device, offsets, resolve};
+use crate::{Device, offsets, resolve, trampoline};
 
 #[cfg(with_object)]
 const OBJECT: Option<&[u8]> = Some(aya::include_bytes_aligned!(env!("SLUICE_EBPF_OBJECT_PATH")));
@@ -103,8 +103,6 @@ impl Losses {
 /// Loaded probes. Dropping them takes them out of the kernel.
 pub struct Probes {
     bpf: Ebpf,
-    /// For programs at functions, if there are any.
-    types: Option<KernelTypes>,
     levels: Levels,
     /// Attached while something is watched.
     recording: Vec<Hook>,
@@ -152,14 +150,15 @@ impl Probes {
         loader.map_max_entries("EVENTS", options.ring_bytes);
         let mut bpf = loader.load(object).map_err(|source| ProbeError::Refused(Box::new(source)))?;
         mount_tracefs();
-        let chosen = choose(&mut bpf, options, &offsets);
+        let no_trampolines = trampoline::refused(&types);
+        drop(types);
+        let chosen = choose(&mut bpf, options, &offsets, no_trampolines);
         Ok(Self {
             watched: map(&mut bpf, "WATCHED")?,
             events: map(&mut bpf, "EVENTS")?,
             filled: map(&mut bpf, "FILLED")?,
             drops: map(&mut bpf, "DROPS")?,
             bpf,
-            types: chosen.types,
             levels: chosen.levels,
             recording: chosen.recording,
             links: Vec::new(),
@@ -212,7 +211,7 @@ impl Probes {
             thread.join().unwrap_or_else(|_panic| tracing::error!("detaching probes failed"));
         }
         for hook in &self.recording {
-            match attach_one(&mut self.bpf, self.types.as_ref(), *hook) {
+            match attach_one(&mut self.bpf, *hook) {
                 Ok(links) => self.links.extend(links),
                 Err(error) => {
                     self.links.clear();
@@ -320,14 +319,20 @@ impl AsFd for Probes {
 #[derive(Default)]
 struct Chosen {
     levels: Levels,
-    types: Option<KernelTypes>,
     recording: Vec<Hook>,
     always: Vec<Link>,
 }
 
 /// Tries the ways to each capability, best first, until one can be loaded and attached.
-fn choose(bpf: &mut Ebpf, options: &Options, offsets: &sluice_events::Offsets) -> Chosen {
+fn choose(
+    bpf: &mut Ebpf,
+    options: &Options,
+    offsets: &sluice_events::Offsets,
+    no_trampolines: Option<nix::Error>,
+) -> Chosen {
     let mut chosen = Chosen::default();
+    // For trampolines, which the kernel knows by its own type numbers. Tens of MiB, not kept.
+    let mut types: Option<KernelTypes> = None;
     for way in WAYS {
         let capability = way.capability;
         if way.level > options.highest
@@ -336,14 +341,14 @@ fn choose(bpf: &mut Ebpf, options: &Options, offsets: &sluice_events::Offsets) -
         {
             continue;
         }
-        let tried = if way.is_possible(offsets) {
-            if way.level == Level::Fexit && chosen.types.is_none() {
-                // Trampolines are attached by the kernel's own type numbers; not to be had means that they are not.
-                chosen.types = KernelTypes::from_sys_fs()
-                    .map_err(|error| tracing::debug!(%error, "no trampolines"))
-                    .ok();
+        let refused = no_trampolines.filter(|_| way.level == Level::Fexit);
+        let tried = if let Some(errno) = refused {
+            Err(format!("programs at functions are refused: {errno}"))
+        } else if way.is_possible(offsets) {
+            if way.level == Level::Fexit && types.is_none() {
+                types = kernel_types();
             }
-            try_hooks(bpf, chosen.types.as_ref(), way)
+            try_hooks(bpf, types.as_ref(), way)
         } else {
             Err("the kernel's type information lacks what it needs".to_owned())
         };
@@ -394,16 +399,30 @@ fn try_hooks(bpf: &mut Ebpf, types: Option<&KernelTypes>, way: &Way) -> Result<V
     Ok(if is_permanent(way.capability) { links } else { Vec::new() })
 }
 
-fn attach_one(bpf: &mut Ebpf, types: Option<&KernelTypes>, hook: Hook) -> Result<Vec<Link>, ProbeError> {
-    attach::attach_again(bpf, types, hook).map_err(|error| ProbeError::Attach(words(&error)))
+fn kernel_types() -> Option<KernelTypes> {
+    // That they cannot be had means that trampolines cannot, which the attempt then says.
+    KernelTypes::from_sys_fs().map_err(|error| tracing::debug!(%error, "no trampolines")).ok()
+}
+
+fn attach_one(bpf: &mut Ebpf, hook: Hook) -> Result<Vec<Link>, ProbeError> {
+    attach::attach_again(bpf, kernel_types, hook).map_err(|error| ProbeError::Attach(words(&error)))
 }
 
 /// An error and its causes in one line; the verifier's log is left to the first line.
 fn words(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
-    let lines: Vec<String> =
-        causes.map(|cause| cause.to_string().lines().next().unwrap_or_default().to_owned()).collect();
-    lines.join(": ")
+    let mut text = String::new();
+    for cause in causes {
+        let cause = cause.to_string();
+        let line = cause.lines().next().unwrap_or_default();
+        // Some repeat their causes.
+        let line = line.split(" Verifier output").next().unwrap_or_default().trim_end_matches(['.', ' ']);
+        if !text.contains(line) {
+            text.push_str(if text.is_empty() { "" } else { ": " });
+            text.push_str(line);
+        }
+    }
+    text
 }
 
 fn map<T: TryFrom<Map, Error = MapError>>(bpf: &mut Ebpf, name: &'static str) -> Result<T, ProbeError> {

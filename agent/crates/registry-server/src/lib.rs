@@ -70,16 +70,26 @@ pub struct Faults {
     pub status: Option<u16>,
     /// With `status` 429 or 503: `Retry-After` in seconds.
     pub retry_after: Option<u64>,
+    /// With `status` 401: what it wants, as `WWW-Authenticate` says it.
+    pub challenge: Option<String>,
+    /// Answer requests for blobs with a redirect (307) to here.
+    pub redirect: Option<String>,
     /// Answer 200 with the whole blob to ranges.
     pub ignore_ranges: bool,
     /// Break the body off after so many bytes; longer bodies only.
     pub truncate_at: Option<u64>,
     /// Invert a bit of the byte in the middle of the body.
     pub flip: bool,
+    /// State one byte more than the range has, in `Content-Range` and `Content-Length`.
+    pub wrong_length: bool,
+    /// Send bodies so slowly: bytes per second, in pieces of a tenth of it.
+    pub bytes_per_second: Option<u32>,
     /// Never finish the body: it stands still after `truncate_at` bytes, or half-way.
     pub stall: bool,
     /// How many requests are affected; none: all. A request whose answer stays as it would be is not counted.
     pub times: Option<u64>,
+    /// Of the requests that could be affected one in so many is, always the same ones; 0 and 1: all.
+    pub one_in: u64,
 }
 
 /// How a server is started.
@@ -120,6 +130,8 @@ pub(crate) struct Shared {
     pub(crate) layouts: layout::Layouts,
     pub(crate) counters: Counters,
     pub(crate) faults: RwLock<Faults>,
+    /// Requests that a fault with `one_in` could have affected.
+    turn: AtomicU64,
     pub(crate) referrers_api: bool,
     pub(crate) gate: access::Gate,
 }
@@ -134,6 +146,10 @@ impl Shared {
     /// Counts one affected request; `false` if no more are to be affected.
     pub(crate) fn count_fault(&self) -> bool {
         let mut faults = self.faults.write().unwrap_or_else(PoisonError::into_inner);
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        if faults.one_in > 1 && mix(turn) % faults.one_in != 0 {
+            return false;
+        }
         match &mut faults.times {
             Some(0) => false,
             Some(times) => {
@@ -143,6 +159,13 @@ impl Shared {
             None => true,
         }
     }
+}
+
+/// Scatters numbers (SplitMix64's last step), so that every n-th is no pattern.
+fn mix(number: u64) -> u64 {
+    let mixed = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
 }
 
 /// A running registry. Dropped, it stops.
@@ -168,6 +191,7 @@ impl Server {
             layouts,
             counters: Counters::default(),
             faults: RwLock::new(config.faults),
+            turn: AtomicU64::new(0),
             referrers_api: config.referrers_api,
             gate: access::Gate::default(),
         });

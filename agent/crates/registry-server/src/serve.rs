@@ -10,7 +10,7 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::header::{
     ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderValue, LINK, LOCATION, RANGE,
-    RETRY_AFTER,
+    RETRY_AFTER, WWW_AUTHENTICATE,
 };
 use hyper::{Method, Request, Response, StatusCode};
 use serde_json::json;
@@ -50,6 +50,9 @@ fn refusal(faults: &Faults) -> Response<Body> {
     let mut response = error(status, "FAULT", "a fault that was asked for");
     if let Some(seconds) = faults.retry_after {
         response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    if let Some(challenge) = &faults.challenge {
+        set(&mut response, WWW_AUTHENTICATE.as_str(), challenge);
     }
     response
 }
@@ -201,6 +204,13 @@ async fn blob(
     trial: &mut Trial,
 ) -> Response<Body> {
     let unknown = || error(StatusCode::NOT_FOUND, "BLOB_UNKNOWN", "no such blob");
+    if let Some(target) =
+        trial.hits(|faults| faults.redirect.is_some()).and_then(|faults| faults.redirect.clone())
+    {
+        let mut response = empty(StatusCode::TEMPORARY_REDIRECT);
+        set(&mut response, LOCATION.as_str(), &target);
+        return response;
+    }
     let Some(path) = shared.layouts.blob(repository, digest) else { return unknown() };
     let size = match tokio::fs::metadata(&path).await {
         Ok(meta) => meta.len(),
@@ -233,9 +243,10 @@ async fn blob(
     set(&mut response, CONTENT_TYPE.as_str(), "application/octet-stream");
     set(&mut response, ACCEPT_RANGES.as_str(), "bytes");
     set(&mut response, "docker-content-digest", digest);
-    set(&mut response, CONTENT_LENGTH.as_str(), &(end - start).to_string());
+    let more = u64::from(!head && trial.hits(|faults| faults.wrong_length).is_some());
+    set(&mut response, CONTENT_LENGTH.as_str(), &(end - start + more).to_string());
     if partial {
-        set(&mut response, CONTENT_RANGE.as_str(), &format!("bytes {start}-{}/{size}", end - 1));
+        set(&mut response, CONTENT_RANGE.as_str(), &format!("bytes {start}-{}/{size}", end - 1 + more));
     }
     response
 }

@@ -3,9 +3,11 @@
 //! Faults act on the bytes of a body, wherever they come from; a fault is counted when it first changes something that the
 //! client sees.
 
+use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
@@ -65,10 +67,15 @@ impl Trial {
             damage.end_at = Some(cut(faults));
             damage.stall = faults.stall;
         }
+        let pace = if has_body { self.hits(|faults| faults.bytes_per_second.is_some()) } else { None };
+        damage.bytes_per_second = pace.and_then(|faults| faults.bytes_per_second);
         response.map(|inner| {
             let connection = Arc::clone(connection);
             let shared = self.shared;
-            BodyExt::boxed_unsync(Sent { inner, shared, blob, sent: 0, damage, connection, ending: false })
+            let (waiting, late) = (None, BytesMut::new());
+            let sent =
+                Sent { inner, shared, blob, sent: 0, damage, connection, ending: false, waiting, late };
+            BodyExt::boxed_unsync(sent)
         })
     }
 }
@@ -84,10 +91,13 @@ struct Damage {
     end_at: Option<u64>,
     /// At `end_at` nothing happens any more, instead of the connection's end.
     stall: bool,
+    bytes_per_second: Option<u32>,
 }
 
+/// How often a slow body sends a piece.
+const SLOW_PIECE: Duration = Duration::from_millis(100);
+
 /// A body on its way.
-#[derive(Debug)]
 struct Sent {
     inner: Body,
     shared: Arc<Shared>,
@@ -96,6 +106,10 @@ struct Sent {
     damage: Damage,
     connection: Arc<Flushes>,
     ending: bool,
+    /// Until the next piece of a slow body may go.
+    waiting: Option<Pin<Box<tokio::time::Sleep>>>,
+    /// What of the last piece a slow body has not sent yet.
+    late: BytesMut,
 }
 
 impl Sent {
@@ -144,9 +158,23 @@ impl hyper::body::Body for Sent {
         if self.damage.end_at.is_some_and(|end| self.sent >= end) {
             return self.poll_end(context);
         }
-        let frame = std::task::ready!(Pin::new(&mut self.inner).poll_frame(context));
-        let Some(Ok(frame)) = frame else { return Poll::Ready(frame) };
-        let Ok(data) = frame.into_data() else { return Poll::Ready(None) };
+        if let Some(waiting) = &mut self.waiting {
+            std::task::ready!(waiting.as_mut().poll(context));
+            self.waiting = None;
+        }
+        let mut data = self.late.split().freeze();
+        if data.is_empty() {
+            let frame = std::task::ready!(Pin::new(&mut self.inner).poll_frame(context));
+            let Some(Ok(frame)) = frame else { return Poll::Ready(frame) };
+            let Ok(next) = frame.into_data() else { return Poll::Ready(None) };
+            data = next;
+        }
+        if let Some(rate) = self.damage.bytes_per_second {
+            let most = (rate as usize / 10).max(1);
+            self.late.extend_from_slice(data.get(most..).unwrap_or(&[]));
+            data.truncate(most);
+            self.waiting = Some(Box::pin(tokio::time::sleep(SLOW_PIECE)));
+        }
         let data = self.damaged(data);
         self.sent += data.len() as u64;
         self.shared.counters.sent(data.len() as u64, self.blob);
@@ -154,7 +182,7 @@ impl hyper::body::Body for Sent {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.damage.end_at.is_none() && self.inner.is_end_stream()
+        self.damage.end_at.is_none() && self.late.is_empty() && self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {

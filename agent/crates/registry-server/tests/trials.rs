@@ -111,6 +111,52 @@ async fn one_bit_in_the_middle_of_whatever_is_read() {
 }
 
 #[tokio::test]
+async fn refusals_redirects_wrong_lengths_and_slow_bodies() {
+    let registry = registry(Link::default()).await;
+    let path = registry.push_blob(&noise(1000)).await;
+    let ask = || registry.http.get(registry.url(&path)).header(RANGE, "bytes=10-19").send();
+
+    registry.server.set_faults(faults(r#"{"status":401,"challenge":"Basic realm=\"r\""}"#));
+    let answer = ask().await.expect("an answer");
+    assert_eq!(
+        (answer.status().as_u16(), &answer.headers()["www-authenticate"]),
+        (401, &"Basic realm=\"r\"".parse().unwrap())
+    );
+
+    registry.server.set_faults(faults(r#"{"redirect":"http://127.0.0.1:1/x","times":1}"#));
+    ask().await.expect_err("it leads nowhere");
+    assert!(ask().await.is_ok());
+
+    registry.server.set_faults(faults(r#"{"wrong_length":true}"#));
+    let answer = ask().await.expect("an answer");
+    assert_eq!(answer.headers()["content-range"], "bytes 10-20/1000");
+    answer.bytes().await.expect_err("there is no such byte");
+
+    registry.server.set_faults(faults(r#"{"bytes_per_second":2500}"#));
+    let began = std::time::Instant::now();
+    assert_eq!(registry.get(&path).await.bytes().await.expect("whole").as_ref(), noise(1000));
+    assert!(began.elapsed() >= Duration::from_millis(300), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn one_request_in_so_many_is_always_the_same() {
+    let mut hit = Vec::new();
+    for _ in 0..2 {
+        let registry = registry(Link::default()).await;
+        let path = registry.push_blob(&noise(10)).await;
+        registry.server.set_faults(faults(r#"{"status":500,"one_in":4}"#));
+        let mut statuses = Vec::new();
+        for _ in 0..60 {
+            statuses.push(registry.get(&path).await.status().as_u16());
+        }
+        hit.push(statuses);
+    }
+    assert_eq!(hit[0], hit[1]);
+    let failed = hit[0].iter().filter(|status| **status == 500).count();
+    assert!((5..30).contains(&failed), "{failed} of 60");
+}
+
+#[tokio::test]
 async fn only_affected_requests_are_counted() {
     let registry = registry(Link::default()).await;
     let (small, large) = (registry.push_blob(&noise(10)).await, registry.push_blob(&noise(1000)).await);

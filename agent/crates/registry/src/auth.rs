@@ -9,6 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use docker_credential::{CredentialRetrievalError, DockerCredential};
 use reqwest::header::CONTENT_TYPE;
 use serde::Deserialize;
+use zeroize::Zeroizing;
 
 use crate::RegistryError;
 use crate::health::retry_after;
@@ -83,7 +84,7 @@ pub(crate) fn credentials(
     let bad =
         |why: String| RegistryError::Config(format!("Docker's configuration {}: {why}", path.display()));
     let text = match std::fs::read(path) {
-        Ok(text) => text,
+        Ok(text) => Zeroizing::new(text),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(bad(format!("it cannot be read: {error}"))),
     };
@@ -120,7 +121,8 @@ pub(crate) fn credentials(
 
 /// The header for name and password.
 pub(crate) fn basic(user: &str, password: &Secret) -> Authorization {
-    Authorization(Secret(format!("Basic {}", STANDARD.encode(format!("{user}:{}", password.0)))))
+    let pair = Zeroizing::new(format!("{user}:{}", password.0));
+    Authorization(Secret(format!("Basic {}", *Zeroizing::new(STANDARD.encode(pair.as_bytes())))))
 }
 
 #[derive(Deserialize)]
@@ -176,9 +178,9 @@ impl TokenRequest<'_> {
             return Err(wrong("it is not valid JSON"));
         };
         let token = answer.token.or(answer.access_token).filter(|token| !token.is_empty());
-        let Some(token) = token else { return Err(wrong("there is no token in it")) };
+        let Some(token) = token.map(Zeroizing::new) else { return Err(wrong("there is no token in it")) };
         let life = answer.expires_in.map_or(DEFAULT_LIFE, Duration::from_secs);
-        Ok((Authorization(Secret(format!("Bearer {token}"))), life))
+        Ok((Authorization(Secret(format!("Bearer {}", *token))), life))
     }
 
     fn request(&self, http: &reqwest::Client, credentials: Option<&Credentials>) -> reqwest::RequestBuilder {

@@ -17,6 +17,8 @@ pub struct FsckReport {
     pub chunks_checked: u64,
     /// One line each.
     pub problems: Vec<String>,
+    /// Digests of the layers of which something has to be fetched again.
+    pub damaged: Vec<String>,
 }
 
 impl Store {
@@ -25,6 +27,14 @@ impl Store {
         let mut report = FsckReport::default();
         for digest in self.layers()? {
             report.layers += 1;
+            let dir = self.layer_dir(&digest)?;
+            if ["data", "index", "chunks", "extents"].iter().any(|name| !dir.join(name).exists()) {
+                report.problems.push(format!("layer {digest}: files of it are gone; it is fetched again"));
+                // Whoever asks for it next begins it anew.
+                self.lock_open().remove(&digest);
+                report.damaged.push(digest);
+                continue;
+            }
             let checked = match self.layer(&digest) {
                 Ok(Some(layer)) => self.check_layer(&layer, &mut report),
                 Ok(None) => Ok(()),
@@ -83,6 +93,7 @@ impl Store {
             }
         }
         if bad {
+            report.damaged.push(layer.digest().to_owned());
             self.record_whole_map(layer)?;
         }
         tracing::debug!(layer = layer.digest(), dir = %layer.dir().display(), bad, "checked");

@@ -54,9 +54,51 @@ impl Store {
         }
         let Some((record, bits)) = self.inner.state.layer_and_bits(digest)? else { return Ok(None) };
         let dir = self.layer_dir(digest)?;
-        let layer = Arc::new(Layer::open(digest, dir, &record, &bits, Arc::clone(&self.inner.space))?);
+        let space = Arc::clone(&self.inner.space);
+        let index = dir.join("index");
+        let opened = fs::metadata(&index)
+            .on("find", &index)
+            .and_then(|_there| Layer::open(digest, dir.clone(), &record, &bits, Arc::clone(&space)));
+        let layer = match opened {
+            Err(error) if error.is_gone() => {
+                let Some(record) = self.rebuild(digest, &dir, record, &error)? else { return Ok(None) };
+                Layer::open(digest, dir, &record, &[], space)?
+            }
+            opened => opened?,
+        };
+        let layer = Arc::new(layer);
         open.insert(digest.to_owned(), Arc::downgrade(&layer));
         Ok(Some(layer))
+    }
+
+    /// Files of a layer were removed behind our back: with its index it begins anew, as a layer of which nothing is here yet; without
+    /// it is forgotten. Handles from before record nothing any more.
+    fn rebuild(
+        &self,
+        digest: &str,
+        dir: &Path,
+        mut record: LayerRecord,
+        error: &StoreError,
+    ) -> Result<Option<LayerRecord>, StoreError> {
+        let cause = error.to_string();
+        let index = fs::read(dir.join("index")).ok().and_then(|blob| LayerIndex::from_blob(blob).ok());
+        let Some(index) = index else {
+            tracing::error!(layer = digest, cause, "a layer is damaged and has no index: it is forgotten");
+            let gone = self.take_away(digest)?;
+            self.inner.state.remove_layer(digest)?;
+            return gone.as_deref().map_or(Ok(()), remove_dir).map(|()| None);
+        };
+        tracing::error!(layer = digest, cause, "files of a layer are gone: it is fetched again");
+        record.complete = false;
+        // The record first: it must not speak of bytes that a new file has not.
+        self.inner.state.put_layer(digest, record)?;
+        crate::records::write_tables(&index, dir)?;
+        let (staged, data) = (dir.join("data.new"), dir.join("data"));
+        File::create(&staged)
+            .and_then(|file| file.set_len(index.header().store_size.get()))
+            .and_then(|()| fs::rename(&staged, &data))
+            .on("create", &data)?;
+        Ok(self.inner.state.layer(digest)?)
     }
 
     /// Forgets a layer and its file; bytes freed. Handles of it go on reading, but nothing they verify is recorded any more.

@@ -126,6 +126,11 @@ pub(crate) fn is_full(error: &io::Error) -> bool {
 }
 
 impl StoreError {
+    /// Whether a file that must be there is not.
+    pub(crate) fn is_gone(&self) -> bool {
+        matches!(self, Self::File { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+
     /// Whether there is no space: trying again helps once there is.
     pub fn is_full(&self) -> bool {
         match self {

@@ -288,3 +288,28 @@ fn leftovers_of_a_crash_are_cleared_and_half_removed_layers_forgotten() {
     }
     assert_eq!(store.fsck().expect("fsck").problems, Vec::<String>::new());
 }
+
+#[test]
+fn files_that_vanish_are_fetched_again_and_never_read_as_holes() {
+    let sample = sample(&[noise(1, 300_000), noise(2, 5000)]);
+    for gone in ["data", "chunks", "extents", "index"] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::open(dir.path(), 0).expect("opened");
+        complete(&store, &sample);
+        let old = store.layer(&sample.digest()).expect("read").expect("there");
+        std::fs::remove_file(old.data_path().with_file_name(gone)).expect("removed");
+        let report = store.fsck().expect("checked");
+        assert_eq!((report.problems.len(), report.damaged.len()), (1, 1), "{gone}: {:?}", report.problems);
+        let new = store.layer(&sample.digest()).expect("opened");
+        assert_eq!(new.is_some(), gone != "index", "without its index it is forgotten");
+        // What an old handle learns says nothing of the new file.
+        sample.insert(&old, &sample.chunks, false);
+        assert!(store.flush(&old).is_ok() || new.is_some());
+        if let Some(new) = new {
+            assert!(!new.is_complete() && !sample.check(&new, &sample.chunks[0]));
+            sample.insert(&new, &sample.chunks, false);
+            assert!(sample.check(&new, &sample.chunks[0]));
+        }
+        assert!(store.fsck().expect("checked").damaged.is_empty(), "{gone}");
+    }
+}

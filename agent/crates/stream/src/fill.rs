@@ -111,7 +111,9 @@ impl StreamedLayer {
             _ => Ok(None),
         };
         let damaged = found.map_err(|error| self.io(&error))?.unwrap_or(*chunk);
-        let behind = self.spans.behind(layer, &damaged).map_err(|error| self.io(&error))?;
+        // Damage before the wanted chunk: its span does not decode from its beginning, so nothing of it comes.
+        let from = if damaged.store_offset.get() < chunk.store_offset.get() { chunk } else { &damaged };
+        let behind = self.spans.behind(layer, from).map_err(|error| self.io(&error))?;
         Ok(behind.max(bytes_of(chunk).end))
     }
 

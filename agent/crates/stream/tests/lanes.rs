@@ -122,3 +122,35 @@ async fn what_is_under_way_is_bounded() {
     assert!(held <= 19 * 700_000, "{held} bytes");
     fill.abort();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_comes_another_way_is_waited_for_and_fetched_only_if_it_does_not_come() {
+    let dir = tempfile::tempdir().expect("dir");
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    let sample = plain_sample(1, 10, 60_000);
+    let source = Source::new(&sample.layer);
+    let layer = sample.streamed(&store, source.clone(), &Scheduler::new(2), LONG);
+    let read = |at: usize| {
+        let (layer, (_, start, content)) = (Arc::clone(&layer), &sample.files[at]);
+        let (start, content) = (*start, content.clone());
+        tokio::spawn(async move { assert!(layer.read(start, content.len()).await.expect("read") == content) })
+    };
+    let pause = || tokio::time::sleep(Duration::from_millis(50));
+    let (first, second) = (sample.files[1].1, sample.files[8].1);
+    assert!(layer.wants(first).expect("known"));
+    let expected = layer.expect(vec![first]);
+    let reading = read(1);
+    pause().await;
+    assert!(!reading.is_finished() && source.asked().is_empty(), "{:?}", source.asked());
+    assert!(layer.offer(first, &sample.files[1].2.clone().into()).expect("as the index says"));
+    reading.await.expect("read");
+    assert!(source.asked().is_empty() && !layer.wants(first).expect("known"));
+    drop(expected);
+    let expected = layer.expect(vec![second]);
+    let reading = read(8);
+    pause().await;
+    assert!(!reading.is_finished() && source.asked().is_empty());
+    drop(expected);
+    reading.await.expect("read");
+    assert_eq!(source.asked().len(), 1);
+}

@@ -126,6 +126,9 @@ impl<'a> TocReader<'a> {
         let store_offset = match self.number()? {
             0 => {
                 let store_offset = self.layout.place(size)?;
+                if self.layout.next() > self.index.header().store_size.get() {
+                    return Err(IndexError::Corrupt("its files are larger than the layer's file"));
+                }
                 item.extents = extents(content, self.tar_offset, store_offset);
                 item.chunks = self.chunks(size, store_offset)?;
                 store_offset

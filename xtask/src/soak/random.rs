@@ -1,0 +1,39 @@
+//! Numbers that a seed decides (SplitMix64), and contents made of them.
+
+/// See the module text.
+#[derive(Debug, Clone)]
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    /// Below `limit`, which is more than 0.
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit.max(1)
+    }
+
+    pub(crate) fn pick<'a, T>(&mut self, of: &'a [T]) -> Option<&'a T> {
+        of.get(usize::try_from(self.below(of.len() as u64)).unwrap_or_default())
+    }
+
+    /// Content of which a compressor takes about half away.
+    pub(crate) fn content(&mut self, len: usize) -> Vec<u8> {
+        let mut out = Vec::with_capacity(len + 16);
+        while out.len() < len {
+            let word = self.next().to_le_bytes();
+            out.extend_from_slice(&word);
+            out.extend_from_slice(&word);
+        }
+        out.truncate(len);
+        out
+    }
+}
