@@ -1,12 +1,11 @@
 //! The command line, in one definition: help texts, man pages and shell completions all come from here.
 
+mod batch;
 mod traces;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-
-mod batch;
 
 pub(crate) use batch::{BatchAction, SubmitArgs, Target};
 pub(crate) use traces::{ExportArgs, OtlpProtocol, RegressArgs, TraceAction, TraceFormat};
