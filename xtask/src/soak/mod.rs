@@ -36,13 +36,6 @@ pub(crate) struct Args {
     debug: bool,
 }
 
-impl Args {
-    /// What `cargo xtask test` runs.
-    pub(crate) fn short() -> Self {
-        Self { minutes: 1.0, seed: Some(1), registry_only: true, debug: true }
-    }
-}
-
 /// Threads that read.
 const WORKERS: u64 = 4;
 /// After the last fault everything is complete within this time.
