@@ -1,5 +1,6 @@
 //! A layer on the node: its bytes, its block device, its background fill and its hand-over to the kernel.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -31,6 +32,10 @@ pub(super) struct NodeLayer {
 impl NodeLayer {
     pub(super) fn size(&self) -> u64 {
         self.layer.size()
+    }
+
+    fn open_data(&self) -> Result<File> {
+        self.layer.open_data().with_context(|| format!("the file of layer {}", self.layer.digest()))
     }
 
     /// Where its bytes come from, if it was not complete from the start.
@@ -67,12 +72,11 @@ impl NodeLayer {
         if let Some(device) = device.upgrade() {
             return Ok(device);
         }
-        let local = self.layer.is_complete() || self.fuse_path.is_none();
-        let path = match &self.fuse_path {
-            Some(path) if !local => path.clone(),
-            _ => self.layer.data_path(),
+        let attached = match &self.fuse_path {
+            Some(path) if !self.layer.is_complete() => Device::attach(path)?,
+            _ => Device::attach_file(&self.open_data()?)?,
         };
-        let attached = Arc::new(Device::attach(&path)?);
+        let attached = Arc::new(attached);
         *device = Arc::downgrade(&attached);
         Ok(attached)
     }
@@ -129,7 +133,8 @@ impl Node {
         digest: &str,
     ) -> Result<Option<Arc<NodeLayer>>> {
         let mut layers = self.lock(&self.layers);
-        if let Some(layer) = layers.get(digest) {
+        // One that was evicted, and maybe came anew for another image, must not be taken for what is in the store now.
+        if let Some(layer) = layers.get(digest).filter(|layer| layer.layer.open_data().is_ok()) {
             return Ok(Some(Arc::clone(layer)));
         }
         let Some(layer) = self.store.layer(digest)? else { return Ok(None) };
@@ -217,7 +222,7 @@ impl Node {
         // Held while devices are switched, so that no new one appears on the FUSE file.
         let _device = layer.device.lock().unwrap_or_else(PoisonError::into_inner);
         for device in Device::all_on(fuse_path)? {
-            device.hand_over(&layer.layer.data_path())?;
+            device.hand_over_to(&layer.open_data()?)?;
         }
         if let Some(blockfs) = self.lock(&self.blockfs).as_ref() {
             blockfs.remove(fuse_path)?;

@@ -133,7 +133,7 @@ impl Node {
                     Arc::clone(source),
                     Arc::clone(&self.reads),
                 )?)),
-                None => PartBytes::Local(File::open(layer.layer().data_path())?),
+                None => PartBytes::Local(layer.layer().open_data()?),
             };
             blocks.push(layer.size(), bytes);
         }

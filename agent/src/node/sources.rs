@@ -92,7 +92,7 @@ pub(super) struct LayerBlocks {
 
 impl LayerBlocks {
     pub(super) fn new(layer: Arc<StreamedLayer>, log: Arc<ReadLog>) -> std::io::Result<Self> {
-        let local = Arc::new(File::open(layer.layer().data_path())?);
+        let local = Arc::new(layer.layer().open_data()?);
         Ok(Self { layer, local, log })
     }
 }

@@ -29,13 +29,17 @@ pub struct Device {
 impl Device {
     /// Attaches the file at `path`.
     pub fn attach(path: &Path) -> Result<Self, BlockFsError> {
-        let file = open(path)?;
+        Self::attach_file(&open(path)?)
+    }
+
+    /// Attaches an open file.
+    pub fn attach_file(file: &File) -> Result<Self, BlockFsError> {
         let options = LoopOptions::default();
         let device = match LoopDevice::attach(file.as_fd(), options) {
             Ok(device) => device,
             // Some file systems have no direct I/O (tmpfs before 6.6): their files are in memory anyway.
             Err(error) => {
-                tracing::debug!(%error, path = %path.display(), "no direct I/O");
+                tracing::debug!(%error, "no direct I/O");
                 LoopDevice::attach(file.as_fd(), LoopOptions { direct_io: false, ..options })?
             }
         };
@@ -70,7 +74,12 @@ impl Device {
 
     /// Switches the device, in use, to another file of the same size and content.
     pub fn hand_over(&self, path: &Path) -> Result<(), BlockFsError> {
-        Ok(self.device.change_backing(open(path)?.as_fd())?)
+        self.hand_over_to(&open(path)?)
+    }
+
+    /// The same with an open file.
+    pub fn hand_over_to(&self, file: &File) -> Result<(), BlockFsError> {
+        Ok(self.device.change_backing(file.as_fd())?)
     }
 }
 

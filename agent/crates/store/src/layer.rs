@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -96,6 +96,17 @@ impl Layer {
     /// The local file, for hand-over once the layer is complete.
     pub fn data_path(&self) -> PathBuf {
         self.dir.join("data")
+    }
+
+    /// The local file, read-only. `NotFound` if the layer was removed, also if it came anew: this one's map is not that one's.
+    pub fn open_data(&self) -> io::Result<File> {
+        let file = File::open(self.data_path())?;
+        let (named, own) = (file.metadata()?, self.file.metadata()?);
+        if (named.dev(), named.ino()) == (own.dev(), own.ino()) {
+            return Ok(file);
+        }
+        let replaced = format!("layer {} was removed, and came anew", self.digest);
+        Err(io::Error::new(io::ErrorKind::NotFound, replaced))
     }
 
     /// The index blob, as far as it is here.

@@ -41,6 +41,7 @@ fn an_old_handle_records_nothing_for_its_successor() {
     assert!(matches!(store.flush(&old), Err(StoreError::Superseded(_))));
     assert!(matches!(store.mark_complete(&old), Err(StoreError::Superseded(_))));
     assert!(!new.is_complete() && new.local_bytes() == 0);
+    assert!(old.open_data().is_err() && new.open_data().is_ok(), "the path is the successor's");
     // The old handle still reads its own file.
     assert!(sample.check(&old, &sample.chunks[0]) && !sample.check(&new, &sample.chunks[0]));
     drop((old, new, store));
