@@ -148,7 +148,7 @@ impl Node {
             (None, None)
         } else {
             let streamed = self.streamed(image, &layer)?;
-            let blocks = Arc::new(LayerBlocks::new(Arc::clone(&streamed), Arc::clone(&self.reads))?);
+            let blocks = Arc::new(LayerBlocks::new(Arc::clone(&streamed), self)?);
             let blockfs = self.lock(&self.blockfs);
             let path = blockfs.as_ref().map(|blockfs| blockfs.add(name, blocks)).transpose()?;
             (Some(streamed), path)

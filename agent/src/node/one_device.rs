@@ -117,7 +117,7 @@ impl BlockSource for ImageBlocks {
 
 impl Node {
     /// The block file of a whole image, whose metadata is in the store as `key`. Blocks the thread.
-    pub(super) fn serve_whole(&self, key: &str, layers: &[Arc<NodeLayer>]) -> Result<PathBuf> {
+    pub(super) fn serve_whole(self: &Arc<Self>, key: &str, layers: &[Arc<NodeLayer>]) -> Result<PathBuf> {
         let mut whole = self.lock(&self.whole_images);
         if let Some(path) = whole.get(key) {
             return Ok(path.clone());
@@ -129,10 +129,7 @@ impl Node {
         blocks.push(metadata.metadata()?.len(), PartBytes::Local(metadata));
         for layer in layers {
             let bytes = match layer.source() {
-                Some(source) => PartBytes::Streamed(Arc::new(LayerBlocks::new(
-                    Arc::clone(source),
-                    Arc::clone(&self.reads),
-                )?)),
+                Some(source) => PartBytes::Streamed(Arc::new(LayerBlocks::new(Arc::clone(source), self)?)),
                 None => PartBytes::Local(layer.layer().open_data()?),
             };
             blocks.push(layer.size(), bytes);

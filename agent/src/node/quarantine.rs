@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use futures::FutureExt;
 use sluice_image::index::LayerIndex;
 use sluice_registry::ResolvedImage;
+use sluice_store::Layer;
 use sluice_stream::{StreamError, StreamedLayer, first_pull};
 
 use super::Node;
@@ -52,12 +53,29 @@ impl Node {
         let Some(streamed) = layer.source() else { return Ok(()) };
         match streamed.fill().await {
             Ok(()) => Ok(()),
-            Err(
-                error
-                @ (StreamError::DiffId { .. } | StreamError::Corrupt { .. } | StreamError::Index { .. }),
-            ) => self.examine(layer, streamed, error).await,
+            Err(error) if error.is_of_the_layer() => self.examine(layer, streamed, error).await,
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// The layer as an ordinary pull brought it, for a process whose read failed on the way by the index: if they say the same.
+    pub(super) async fn come_whole(
+        self: &Arc<Self>,
+        streamed: &Arc<StreamedLayer>,
+        error: &StreamError,
+    ) -> Option<Arc<Layer>> {
+        let digest = streamed.layer().digest();
+        let layer = self.lock(&self.layers).get(digest).cloned();
+        let layer = layer.filter(|layer| layer.source().is_some_and(|source| Arc::ptr_eq(source, streamed)));
+        // Where the ordinary pull failed too, it is tried again in the background, not for each read.
+        if let Some(layer) = layer.filter(|layer| layer.failure().is_none())
+            && let Err(ordinary) = self.examine(&layer, streamed, error.clone()).await
+        {
+            layer.fail(Some(format!("{ordinary:#}")));
+            return None;
+        }
+        let replaced = *streamed.completion().borrow();
+        self.store.layer(digest).ok().flatten().filter(|layer| replaced && layer.is_complete())
     }
 
     /// A layer of which something on the disk was lost: fetched again, at once if an image in use has it.

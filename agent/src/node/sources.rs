@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -12,11 +12,11 @@ use futures::{FutureExt, StreamExt};
 use sluice_blockfs::{BlockSource, ReadError};
 use sluice_registry::artifact::{ArtifactBlob, ArtifactReader, ArtifactStore};
 use sluice_registry::{Blob, RegistryError, ResolvedImage};
-use sluice_stream::{BlobSource, Lane, SourceError, StreamedLayer};
+use sluice_stream::{BlobSource, Lane, SourceError, StreamError, StreamedLayer};
 use sluice_trace::Origin;
 
 use super::reads::ReadLog;
-use super::{HEADER_ANNOTATION, Trust};
+use super::{HEADER_ANNOTATION, Node, Trust};
 
 fn source_error(error: &RegistryError) -> SourceError {
     SourceError { message: error.to_string(), transient: error.may_pass() }
@@ -88,12 +88,27 @@ pub(super) struct LayerBlocks {
     local: Arc<File>,
     /// Told of every read that was answered.
     log: Arc<ReadLog>,
+    node: Weak<Node>,
 }
 
 impl LayerBlocks {
-    pub(super) fn new(layer: Arc<StreamedLayer>, log: Arc<ReadLog>) -> std::io::Result<Self> {
+    pub(super) fn new(layer: Arc<StreamedLayer>, node: &Arc<Node>) -> std::io::Result<Self> {
         let local = Arc::new(layer.layer().open_data()?);
-        Ok(Self { layer, local, log })
+        Ok(Self { layer, local, log: Arc::clone(&node.reads), node: Arc::downgrade(node) })
+    }
+
+    async fn read_by_any_way(&self, offset: u64, len: usize) -> Result<Bytes, StreamError> {
+        let error = match self.layer.read(offset, len).await {
+            Err(error) if error.is_of_the_layer() => error,
+            other => return other,
+        };
+        let Some(node) = self.node.upgrade() else { return Err(error) };
+        let Some(whole) = node.come_whole(&self.layer, &error).await else { return Err(error) };
+        let mut buffer = vec![0; len];
+        match whole.try_read(offset, &mut buffer) {
+            Ok(true) => Ok(Bytes::from(buffer)),
+            _ => Err(error),
+        }
     }
 }
 
@@ -114,7 +129,7 @@ impl BlockSource for LayerBlocks {
     fn read(self: Arc<Self>, offset: u64, len: usize) -> BoxFuture<'static, Result<Bytes, ReadError>> {
         async move {
             let asked = Instant::now();
-            let read = self.layer.read(offset, len).await;
+            let read = self.read_by_any_way(offset, len).await;
             if read.is_ok() {
                 self.log.served(self.layer.layer().digest(), offset, len, asked, Origin::Registry);
             }

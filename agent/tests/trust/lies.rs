@@ -157,8 +157,9 @@ fn checkpoints_that_decode_elsewhere_show_nothing_wrong_and_the_layer_comes_whol
     let node = with_a_lie(wrong_windows);
     let dir = node.room("mount");
     node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
-    wait_until("the image is local", || node.status()["images"][0]["state"] == "local");
+    // Who reads by the lie waits for the whole.
     assert_content(&dir.join("data/large"), &large());
+    wait_until("the image is local", || node.status()["images"][0]["state"] == "local");
     // Its contents were true: who has it mounted goes on.
     assert_eq!(node.status()["indexes_quarantined"], 0);
     node.ok(&["umount", &dir.to_string_lossy()]);

@@ -67,6 +67,10 @@ impl Trial {
             damage.end_at = Some(cut(faults));
             damage.stall = faults.stall;
         }
+        if has_body && blob && self.hits(|faults| faults.wrong_length).is_some() {
+            // The body ends where the bytes do, one before what was stated.
+            damage.end_at.get_or_insert(len.saturating_sub(1));
+        }
         let pace = if has_body { self.hits(|faults| faults.bytes_per_second.is_some()) } else { None };
         damage.bytes_per_second = pace.and_then(|faults| faults.bytes_per_second);
         response.map(|inner| {

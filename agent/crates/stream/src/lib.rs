@@ -124,6 +124,11 @@ impl StreamError {
         Self::Index { layer: layer.to_owned(), message: with_causes(error) }
     }
 
+    /// Whether the layer's bytes are not what its index says, whichever of the two is wrong.
+    pub fn is_of_the_layer(&self) -> bool {
+        matches!(self, Self::DiffId { .. } | Self::Corrupt { .. } | Self::Index { .. })
+    }
+
     /// Whether trying again may help.
     pub fn is_transient(&self) -> bool {
         match self {
