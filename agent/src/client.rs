@@ -125,7 +125,12 @@ impl LineBuffer {
 }
 
 fn http_client(config: &Config) -> Result<reqwest::Client> {
-    reqwest::Client::builder().unix_socket(config.socket()).no_proxy().build().context("cannot make a client")
+    reqwest::Client::builder()
+        .unix_socket(config.socket())
+        .no_proxy()
+        .tls_certs_only([])
+        .build()
+        .context("cannot make a client")
 }
 
 /// Starts `sluice daemon` in a session of its own and waits until its socket is open.

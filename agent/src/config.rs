@@ -26,6 +26,7 @@ struct RawConfig {
     state: Option<PathBuf>,
     index_store: Option<String>,
     publish_index: Option<bool>,
+    memory_limit_mib: Option<u64>,
     registry: RawRegistry,
     stream: RawStream,
     store: RawStore,
@@ -176,6 +177,41 @@ impl RawRegressions {
     }
 }
 
+/// The daemon's memory if nothing is configured, in MiB.
+const DEFAULT_MEMORY_MIB: u64 = 128;
+/// What it takes with nothing under way, in MiB: program, probes, certificates, tables of the layers in use.
+const IDLE_MIB: u64 = 64;
+/// With less, too few transfers fit.
+const LEAST_MEMORY_MIB: u64 = 96;
+/// More transfers at once gain nothing.
+const MOST_TRANSFERS: u64 = 64;
+
+/// What a limit of memory is divided into: the idle daemon, verified bytes that wait for the disk, transfers for blocked processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Memory {
+    /// All of it.
+    pub(crate) limit_bytes: u64,
+    /// Verified bytes that wait for a full disk.
+    pub(crate) waiting_bytes: u64,
+    /// Transfers at once; more reads wait for their turn.
+    pub(crate) transfers: usize,
+}
+
+impl Memory {
+    fn divide(limit_mib: u64) -> Result<Self> {
+        if limit_mib < LEAST_MEMORY_MIB {
+            bail!("memory_limit_mib = {limit_mib} is too little: the daemon needs at least {LEAST_MEMORY_MIB}");
+        }
+        let limit_bytes = limit_mib << 20;
+        let waiting_bytes = limit_bytes / 16 * 3;
+        let left = limit_bytes - (IDLE_MIB << 20) - waiting_bytes;
+        // Background fetches and the start's prefetch take as many again as they may be under way at once.
+        let background = (crate::node::BACKGROUND_FETCHES as u64) * sluice_stream::FETCH_BYTES;
+        let transfers = (left.saturating_sub(background) / sluice_stream::FETCH_BYTES).clamp(1, MOST_TRANSFERS);
+        Ok(Self { limit_bytes, waiting_bytes, transfers: transfers as usize })
+    }
+}
+
 /// The resolved configuration of this process.
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
@@ -203,6 +239,8 @@ pub(crate) struct Config {
     pub(crate) outage_timeout: Duration,
     /// Fetch the rest of a streamed image in the background.
     pub(crate) fill: bool,
+    /// What the daemon's memory is divided into.
+    pub(crate) memory: Memory,
     /// What the layer store may take.
     pub(crate) store_limits: StoreLimits,
     /// How block files are served.
@@ -264,6 +302,7 @@ impl Config {
         }
         let mut plain_http = raw.registry.plain_http;
         plain_http.extend(global.plain_http.iter().cloned());
+        let memory = Memory::divide(raw.memory_limit_mib.unwrap_or(DEFAULT_MEMORY_MIB))?;
         let home = std::env::var_os("HOME").map(PathBuf::from);
         let docker_dir = std::env::var_os("DOCKER_CONFIG")
             .map(PathBuf::from)
@@ -284,8 +323,12 @@ impl Config {
             longest_retry_after: Duration::from_secs(raw.registry.longest_retry_after_s.unwrap_or(120)),
             outage_timeout: Duration::from_secs(raw.stream.outage_timeout_s.unwrap_or(600)),
             fill: raw.stream.fill.unwrap_or(true),
+            memory,
             store_limits: StoreLimits {
-                memory_budget_bytes: raw.store.memory_budget_mib.unwrap_or(24) << 20,
+                memory_budget_bytes: raw
+                    .store
+                    .memory_budget_mib
+                    .map_or(memory.waiting_bytes, |mib| mib << 20),
                 quota_bytes: raw.store.quota_mib.map(|mib| mib << 20),
                 reserve_bytes: raw.store.reserve_mib.unwrap_or(64) << 20,
             },
@@ -359,6 +402,19 @@ mod tests {
     fn an_unknown_key_is_refused_by_name() {
         let error = toml::from_str::<RawConfig>("[stream]\noutage = 3\n").expect_err("accepted");
         assert!(error.to_string().contains("outage"), "{error}");
+    }
+
+    #[test]
+    fn memory_is_divided_without_rest_and_refused_if_too_little() {
+        let error = Memory::divide(40).expect_err("accepted").to_string();
+        assert!(error.contains("memory_limit_mib = 40") && error.contains("96"), "{error}");
+        for mib in [LEAST_MEMORY_MIB, DEFAULT_MEMORY_MIB, 256, 1024] {
+            let memory = Memory::divide(mib).expect("enough");
+            let background = crate::node::BACKGROUND_FETCHES as u64;
+            let transfers = (memory.transfers as u64 + background) * sluice_stream::FETCH_BYTES;
+            let all = (IDLE_MIB << 20) + memory.waiting_bytes + transfers;
+            assert!(memory.transfers >= 4 && all <= memory.limit_bytes, "{mib}: {memory:?}");
+        }
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! `sluice kubernetes`: tells the API server what happens on this node — an Event on the Node for each thing that happens to an
-//! image, and the label that pods select nodes by, kept true to the switch.
+//! `sluice kubernetes`: tells the API server what happens on this node — an Event on the Node, and on the pods that have the image,
+//! for each thing that happens to an image, and the label that pods select nodes by, kept true to the switch.
 //!
 //! It runs in the DaemonSet's pod, with the pod's own account: the agent, which is privileged, has no key to the cluster.
 
@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
-use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::Api;
-use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
+use kube::api::{ListParams, ObjectMeta, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
@@ -22,7 +22,7 @@ use crate::journal::NodeEvent;
 const LABEL: &str = "sluice.dev/image-streaming";
 /// How often the node is asked, and the agent if it is away.
 const PERIOD: Duration = Duration::from_secs(5);
-/// Events on Nodes are in this namespace, by kubelet's example.
+/// Events on Nodes are in this namespace.
 const NAMESPACE: &str = "default";
 /// Events that wait for a slow API server; more are lost, with a line in the log.
 const WAITING: usize = 256;
@@ -109,9 +109,17 @@ async fn set_label(nodes: &Api<Node>, node: &str, streaming: bool) -> Result<(),
 
 async fn tell(client: &kube::Client, node: &str, event: &NodeEvent) {
     let told = async {
-        let object = serde_json::from_value(object(node, event)?)?;
-        let events: Api<k8s_openapi::api::core::v1::Event> = Api::namespaced(client.clone(), NAMESPACE);
-        events.create(&PostParams::default(), &object).await?;
+        let mut about = vec![json!({ "kind": "Node", "apiVersion": "v1", "name": node, "uid": node })];
+        match pods_of(client, node, &event.image).await {
+            Ok(pods) => about.extend(pods),
+            Err(error) => tracing::warn!(%error, "the pods that an event is about are not found"),
+        }
+        for involved in about {
+            let object: k8s_openapi::api::core::v1::Event =
+                serde_json::from_value(object(node, event, &involved)?)?;
+            let namespace = object.metadata.namespace.clone().unwrap_or_default();
+            Api::namespaced(client.clone(), &namespace).create(&PostParams::default(), &object).await?;
+        }
         anyhow::Ok(())
     };
     if let Err(error) = told.await {
@@ -119,17 +127,49 @@ async fn tell(client: &kube::Client, node: &str, event: &NodeEvent) {
     }
 }
 
+/// Containers on this node that have the image and are not over, as Events name them.
+async fn pods_of(client: &kube::Client, node: &str, image: &str) -> Result<Vec<Value>, kube::Error> {
+    let Ok(image) = sluice_registry::Client::parse(image) else { return Ok(Vec::new()) };
+    let here = ListParams::default().fields(&format!("spec.nodeName={node}")).match_any();
+    let mut found = Vec::new();
+    for pod in Api::<Pod>::all(client.clone()).list(&here).await? {
+        let phase = pod.status.and_then(|status| status.phase);
+        if phase.is_some_and(|phase| phase == "Succeeded" || phase == "Failed") {
+            continue;
+        }
+        let Some(spec) = pod.spec else { continue };
+        let first = spec.init_containers.into_iter().flatten().map(|container| ("initContainers", container));
+        let containers = first.chain(spec.containers.into_iter().map(|container| ("containers", container)));
+        let has = |name: &str| sluice_registry::Client::parse(name).is_ok_and(|name| name == image);
+        for (list, container) in containers {
+            if container.image.as_deref().is_some_and(has) {
+                found.push(json!({
+                    "kind": "Pod",
+                    "apiVersion": "v1",
+                    "name": pod.metadata.name,
+                    "namespace": pod.metadata.namespace,
+                    "uid": pod.metadata.uid,
+                    "fieldPath": format!("spec.{list}{{{}}}", container.name),
+                }));
+            }
+        }
+    }
+    Ok(found)
+}
+
 /// The Event as the API has it. kubelet gives a Node's name as its UID, and so does `kubectl describe node` look for them.
-fn object(node: &str, event: &NodeEvent) -> Result<Value> {
+fn object(node: &str, event: &NodeEvent, involved: &Value) -> Result<Value> {
     let time = chrono::DateTime::from_timestamp_millis(i64::try_from(event.time_ms)?).context("no time")?;
+    let text = |name: &str| involved.get(name).and_then(Value::as_str).map(str::to_owned);
     let metadata = ObjectMeta {
-        generate_name: Some(format!("{node}.")),
-        namespace: Some(NAMESPACE.to_owned()),
+        generate_name: text("name").map(|name| format!("{name}.")),
+        // An Event is where what it is about is; one about a Node, which is nowhere, by kubelet's example here.
+        namespace: Some(text("namespace").unwrap_or_else(|| NAMESPACE.to_owned())),
         ..ObjectMeta::default()
     };
     Ok(json!({
         "metadata": metadata,
-        "involvedObject": { "kind": "Node", "apiVersion": "v1", "name": node, "uid": node },
+        "involvedObject": involved,
         "type": event.r#type,
         "reason": format!("{:?}", event.reason),
         "message": event.message,

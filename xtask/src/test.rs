@@ -1,5 +1,7 @@
 //! `cargo xtask test`: everything that passes without hardware of its own.
 
+use std::time::Instant;
+
 use anyhow::{Result, bail};
 
 use crate::run::{cargo, show};
@@ -11,19 +13,26 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
     {
         bail!("the tests mount file systems and run containers: run them as root");
     }
+    let began = Instant::now();
     packages::install(&packages::RUNTIME)?;
     packages::install(&packages::TESTS)?;
     foreign::install()?;
     tidy::tidy()?;
     ebpf::build()?;
+    let tools = began.elapsed();
     let mut command = cargo();
     command.args(["test", "--workspace", "--no-fail-fast"]);
     if let Some(filter) = filter {
         command.arg(filter);
     }
-    show(&mut command)?;
+    let tested = show(&mut command);
+    let tests = began.elapsed() - tools;
+    println!("took: {} s to have the tools, {} s to build and run the tests", tools.as_secs(), tests.as_secs());
+    tested?;
     if filter.is_some() {
         return Ok(());
     }
-    oracle::oracle()
+    oracle::oracle()?;
+    println!("took: {} s in all", began.elapsed().as_secs());
+    Ok(())
 }

@@ -62,7 +62,7 @@ pub(crate) use switch::fits;
 pub(crate) use trust::{HEADER_ANNOTATION, Mode, SIGNATURES_ANNOTATION, Trust, header_digest, sign};
 
 /// Background fetches under way on a node at once.
-const BACKGROUND_FETCHES: usize = 3;
+pub(crate) const BACKGROUND_FETCHES: usize = 3;
 
 /// `sluice mount` mounts what it was given within this time, or is gone.
 const MOUNTED_WITHIN: std::time::Duration = std::time::Duration::from_secs(60);
@@ -180,7 +180,7 @@ impl Node {
             registry,
             learned,
             granted: Mutex::default(),
-            scheduler: Scheduler::new(BACKGROUND_FETCHES),
+            scheduler: Scheduler::with_demand(BACKGROUND_FETCHES, config.memory.transfers),
             blockfs: Mutex::new(None),
             layers: Mutex::default(),
             images: Mutex::default(),

@@ -252,9 +252,9 @@ impl State {
 }
 
 /// Loads the probes, and serves them as long as the node lives. Says in the log why there are none.
-pub(super) fn watch(node: &Weak<Node>) {
+pub(super) fn watch(weak: &Weak<Node>) {
     let began = Instant::now();
-    let ready = match load(node) {
+    let ready = match load(weak) {
         Ok(ready) => ready,
         Err(error) => {
             tracing::info!(
@@ -264,18 +264,27 @@ pub(super) fn watch(node: &Weak<Node>) {
             return;
         }
     };
-    if let Some(node) = node.upgrade() {
+    if let Some(node) = weak.upgrade() {
         let levels = node.probing.levels().map(|levels| &levels.reached);
         tracing::info!(?levels, took = ?began.elapsed(), "probes are loaded");
     }
+    let mut left = false;
     loop {
-        let busy = node.upgrade().is_some_and(|node| node.probing.is_recording());
+        let Some(node) = weak.upgrade() else { return };
+        if !left {
+            left = leave_attached(&node).unwrap_or_else(|error| {
+                tracing::warn!(error = format!("{error:#}"), "the daemon's end will wait until its probes are detached");
+                true
+            });
+        }
+        let busy = node.probing.is_recording();
+        drop(node);
         let at_most = PollTimeout::from(if busy { BUSY_MS } else { IDLE_MS });
         match poll(&mut [PollFd::new(ready.as_fd(), PollFlags::POLLIN)], at_most) {
             Ok(_) | Err(nix::Error::EINTR) => {}
             Err(error) => return tracing::error!(%error, "cannot wait for probes any more"),
         }
-        let Some(node) = node.upgrade() else { return };
+        let Some(node) = weak.upgrade() else { return };
         match node.probing.drain() {
             Ok(failed) => failed.iter().for_each(|event| node.report_failed_call(event)),
             Err(error) => {
@@ -298,6 +307,20 @@ fn load(node: &Weak<Node>) -> Result<OwnedFd> {
     // Loaded once, by this thread.
     node.probing.loaded.get_or_init(|| Loaded { levels, state });
     Ok(ready)
+}
+
+/// Leaves what keeps the probes attached to the server of block files too: the kernel takes up to 70 ms for each tracepoint of a
+/// system call, one after the other, and the next agent must not wait for that.
+///
+/// `false`: there is no such server (yet).
+fn leave_attached(node: &Node) -> Result<bool> {
+    let blockfs = node.lock(&node.blockfs);
+    let Some(blockfs) = blockfs.as_ref() else { return Ok(false) };
+    let attached = |name: &str| name == "anon_inode:[perf_event]" || name == "anon_inode:bpf_link";
+    for attachment in sluice_kernel::process::copy_descriptors(attached)? {
+        blockfs.hold(attachment)?;
+    }
+    Ok(true)
 }
 
 /// A process and its ancestors, as far as they are still there.

@@ -1,4 +1,4 @@
-//! Room in the layer store: what is in use is known here, so here images are evicted when the disk or the quota is full.
+//! Room in the layer store, and in memory: what is in use is known here, so here images are evicted when the disk or the quota is full.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Weak};
@@ -8,7 +8,7 @@ use anyhow::Result;
 use sluice_kernel::loop_device::LoopListing;
 use sluice_store::InUse;
 
-use super::{Node, recover};
+use super::{Node, recover, status};
 
 /// How often the store is asked whether it found no space.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -112,8 +112,23 @@ impl Node {
                 {
                     tracing::warn!(error = format!("{error:#}"), "no room can be made");
                 }
+                node.keep_below_memory_limit();
             }
         });
+    }
+
+    /// The limit bounds what is under way; what the heap keeps of work that is done is given back here.
+    fn keep_below_memory_limit(&self) {
+        let limit = self.config.memory.limit_bytes;
+        let resident = || status::resident_bytes_of(std::process::id()).0;
+        if resident() <= limit {
+            return;
+        }
+        sluice_kernel::process::trim_heap();
+        let resident = resident();
+        if resident > limit {
+            tracing::warn!(resident, limit, "the daemon takes more memory than memory_limit_mib says");
+        }
     }
 
     async fn make_room(self: &Arc<Self>) -> Result<()> {

@@ -106,7 +106,7 @@ impl Node {
 }
 
 /// Resident bytes of a process, now and at its peak (proc_pid_status(5)).
-fn resident_bytes_of(pid: u32) -> (u64, u64) {
+pub(super) fn resident_bytes_of(pid: u32) -> (u64, u64) {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let field = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name));

@@ -14,12 +14,34 @@ use crate::rig::{Rig, ok};
 
 type Recorded = Arc<Mutex<Vec<(String, Value)>>>;
 
+/// A pod that has the image which was made known by a first record, one that had it, and one that has another.
+fn pods(recorded: &Recorded) -> Value {
+    let image = recorded.lock().unwrap()[0].1.clone();
+    let pod = |name: &str, image: &Value, phase: &str| {
+        json!({
+            "metadata": { "name": name, "namespace": "shop", "uid": format!("uid-of-{name}") },
+            "spec": { "containers": [{ "name": "main", "image": image }] },
+            "status": { "phase": phase },
+        })
+    };
+    let items = [
+        pod("web", &image, "Pending"),
+        pod("old", &image, "Succeeded"),
+        pod("other", &json!("debian"), "Running"),
+    ];
+    json!({ "apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": items })
+}
+
 async fn answer(
     State(recorded): State<Recorded>,
     method: Method,
     uri: Uri,
     body: String,
 ) -> (StatusCode, axum::Json<Value>) {
+    if method == Method::GET && uri.path() == "/api/v1/pods" {
+        assert!(uri.query().is_some_and(|query| query.contains("spec.nodeName%3Dnode-a")), "{uri}");
+        return (StatusCode::OK, axum::Json(pods(&recorded)));
+    }
     let body: Value = serde_json::from_str(&body).unwrap();
     recorded.lock().unwrap().push((format!("{method} {}", uri.path()), body.clone()));
     let object = if method == Method::PATCH {
@@ -35,7 +57,7 @@ fn the_cluster_has_the_nodes_label_and_its_events() {
     let rig = Rig::new("[stream]\nfill = false\n");
     rig.images.add("app", varied(70), &["sh"]);
     rig.index("app");
-    let recorded = Recorded::default();
+    let recorded = Recorded::new(Mutex::new(vec![("image".to_owned(), json!(rig.reference("app")))]));
     let router = axum::Router::new().fallback(answer).with_state(Arc::clone(&recorded));
     let listener = rig.runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
     let address = listener.local_addr().unwrap();
@@ -67,13 +89,19 @@ fn the_cluster_has_the_nodes_label_and_its_events() {
     };
     rig.wait("the label is set", || labels() == ["true"]);
     rig.ctr_pull("app");
-    let told = || -> Vec<Value> {
+    let told = |namespace: &str| -> Vec<Value> {
         let requests = recorded.lock().unwrap();
-        let posts = requests.iter().filter(|(what, _)| what == "POST /api/v1/namespaces/default/events");
-        posts.map(|(_, body)| body.clone()).collect()
+        let wanted = format!("POST /api/v1/namespaces/{namespace}/events");
+        requests.iter().filter(|(what, _)| *what == wanted).map(|(_, body)| body.clone()).collect()
     };
-    rig.wait("the events are told", || told().iter().any(|event| event["reason"] == "ImageStreaming"));
-    let events = told();
+    rig.wait("the events are told", || told("shop").iter().any(|event| event["reason"] == "ImageStreaming"));
+    for event in told("shop") {
+        let about = &event["involvedObject"];
+        assert_eq!((&about["kind"], &about["name"]), (&json!("Pod"), &json!("web")), "{event}");
+        assert_eq!((&about["uid"], &about["fieldPath"]), (&json!("uid-of-web"), &json!("spec.containers{main}")));
+    }
+    assert_eq!(told("shop").len(), 3);
+    let events = told("default");
     let reasons: Vec<&str> = events.iter().map(|event| event["reason"].as_str().unwrap()).collect();
     assert_eq!(reasons, ["Pulling", "Pulled", "ImageStreaming"]);
     let event = &events[2];

@@ -45,7 +45,7 @@ impl Rig {
         };
         let registry = runtime.block_on(Server::start(server)).unwrap();
         let socket = dir.path().join("c.sock");
-        // The kernel takes a second to detach probes, and containerd 1.6 waits no longer for an agent that restarts.
+        // An unoptimised agent takes half a second to load probes, and containerd 1.6 waits a second for one that restarts.
         let probes = if config.contains("[probes]") { "" } else { "[probes]\nenabled = false\n" };
         let text = format!(
             "{config}\n{probes}[registry]\nplain_http = [\"*\"]\n[containerd]\naddress = {socket:?}\n"

@@ -44,3 +44,16 @@ fn a_configuration_that_is_not_understood_is_named() {
     assert!(complaint.contains("config.toml") && complaint.contains("outage"), "{complaint}");
     std::fs::write(node.path("config.toml"), "").unwrap();
 }
+
+#[test]
+fn a_machine_without_ca_certificates_reaches_plain_registries() {
+    let node = Node::new("");
+    let (nothing, nowhere) = (node.path("no-certificates"), node.room("no-directory-of-certificates"));
+    std::fs::write(&nothing, "").unwrap();
+    let mut command = node.command(&["run", &node.image(), "cat", "/data/changed"]);
+    command.env("SSL_CERT_FILE", &nothing).env("SSL_CERT_DIR", &nowhere);
+    let output = command.output().expect("sluice starts");
+    assert!(output.status.success(), "{}\n{}", String::from_utf8_lossy(&output.stderr), node.log());
+    assert_eq!(output.stdout, b"after");
+    assert!(node.log().contains("ca-certificates"), "{}", node.log());
+}

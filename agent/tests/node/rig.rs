@@ -103,7 +103,7 @@ impl Node {
     #[track_caller]
     pub(crate) fn ok(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let said = String::from_utf8_lossy(&[&output.stdout[..], &output.stderr].concat()).into_owned();
         assert!(output.status.success(), "sluice {arguments:?}: {said}\n{}", self.log());
         String::from_utf8(output.stdout).expect("text")
     }

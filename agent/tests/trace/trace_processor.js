@@ -18,7 +18,7 @@
     return answer();
   };
   const [APPEND, FINALIZE, QUERY] = [1, 2, 3];
-  const trace = new Uint8Array(await (await fetch("/trace")).arrayBuffer());
+  const trace = new Uint8Array(await (await fetch("/trace", { cache: "no-store" })).arrayBuffer());
   const said = [await ask(APPEND, field(101, trace)), await ask(FINALIZE, [])];
   for (const query of QUERIES) said.push(await ask(QUERY, field(103, field(1, new TextEncoder().encode(query)))));
   worker.terminate();

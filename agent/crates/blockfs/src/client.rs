@@ -1,9 +1,8 @@
 //! The agent's side of its block files: where sources are added, and reads that are not local are answered.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -107,7 +106,7 @@ impl BlockFs {
         self.client.state().sources.insert(inode, Arc::clone(&source));
         let head = Head { a: source.size(), ..Head::new(Kind::Add, inode) };
         let file = source.file();
-        self.client.say_with(head, name.as_bytes(), file.as_deref()).map_err(failed)?;
+        self.client.say_with(head, name.as_bytes(), file.as_deref().map(AsFd::as_fd)).map_err(failed)?;
         self.client.tell_local(inode, source.as_ref(), 0, source.size()).map_err(failed)?;
         added.recv().map_err(|_closed| failed(io::ErrorKind::ConnectionAborted.into()))?;
         Ok(self.dir.join(file_name(inode, name)))
@@ -121,6 +120,13 @@ impl BlockFs {
         self.client.state().sources.remove(&inode);
         let failed = |source| BlockFsError::Server { path: self.dir.clone(), source };
         self.client.say(Head::new(Kind::Remove, inode), &[]).map_err(failed)
+    }
+
+    /// Has the server keep a descriptor open until this agent is gone, so that the agent's end does not wait for what the kernel does
+    /// when the last one is closed.
+    pub fn hold(&self, descriptor: OwnedFd) -> Result<(), BlockFsError> {
+        let failed = |source| BlockFsError::Server { path: self.dir.clone(), source };
+        self.client.say_with(Head::new(Kind::Hold, 0), &[], Some(descriptor.as_fd())).map_err(failed)
     }
 
     /// Takes the mount out of the tree and ends the server. Loop devices that still read a file of it fail once the
@@ -257,9 +263,9 @@ impl Client {
     }
 
     /// The server reads at once whatever comes, so this does not wait for anything but copying.
-    fn say_with(&self, head: Head, bytes: &[u8], file: Option<&File>) -> io::Result<()> {
+    fn say_with(&self, head: Head, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let _whole = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        head.send(&self.stream, bytes, file.map(AsFd::as_fd))
+        head.send(&self.stream, bytes, descriptor)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

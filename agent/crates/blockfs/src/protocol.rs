@@ -41,9 +41,11 @@ pub(crate) enum Kind {
     Unmount = 10,
     /// Server: done; a = errno, 0 if it went well.
     Unmounted = 11,
+    /// Agent: a descriptor to keep open as long as this agent is connected.
+    Hold = 12,
 }
 
-const KINDS: [Kind; 11] = [
+const KINDS: [Kind; 12] = [
     Kind::Hello,
     Kind::Add,
     Kind::Added,
@@ -55,6 +57,7 @@ const KINDS: [Kind; 11] = [
     Kind::Failed,
     Kind::Unmount,
     Kind::Unmounted,
+    Kind::Hold,
 ];
 
 /// A message; see [`Kind`] for what it holds.

@@ -1,5 +1,6 @@
 //! Processes: descriptors for them, orphans, dying with the parent, and the heap and the clock of this one.
 
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,28 @@ pub fn become_subreaper() -> Result<(), Errno> {
 /// This process gets `signal` when the thread that made it ends. May be called between fork and exec.
 pub fn die_with_parent(signal: Signal) -> Result<(), Errno> {
     nix::sys::prctl::set_pdeathsig(Some(signal))
+}
+
+/// Copies of this process's descriptors whose names in `/proc` satisfy `wanted`: `anon_inode:[perf_event]`, say.
+pub fn copy_descriptors(wanted: impl Fn(&str) -> bool) -> io::Result<Vec<OwnedFd>> {
+    let mut copies = Vec::new();
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        let entry = entry?;
+        let number = entry.file_name().to_str().and_then(|name| name.parse::<RawFd>().ok());
+        let name = std::fs::read_link(entry.path()).ok();
+        let (Some(number), Some(name)) = (number, name) else { continue };
+        if !name.to_str().is_some_and(&wanted) {
+            continue;
+        }
+        // SAFETY: F_DUPFD_CLOEXEC takes no pointers; a number that was closed meanwhile gives EBADF.
+        match Errno::result(unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 0) }) {
+            // SAFETY: the kernel just returned this descriptor to us and nobody else owns it.
+            Ok(copy) => copies.push(unsafe { OwnedFd::from_raw_fd(copy) }),
+            Err(Errno::EBADF) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(copies)
 }
 
 /// Gives all freed memory back now, holes within the heap too (malloc_trim(3)): after work that took much and is not done again.

@@ -200,7 +200,7 @@ impl Client {
     /// As `new`, with other limits than the usual ones.
     pub fn with_limits(config: RegistryConfig, limits: Limits) -> Result<Self, RegistryError> {
         install_crypto();
-        let build = |insecure: bool| -> Result<reqwest::Client, RegistryError> {
+        let build = |insecure: bool, system_roots: bool| -> Result<reqwest::Client, RegistryError> {
             let mut builder = reqwest::Client::builder()
                 .user_agent(concat!("sluice/", env!("CARGO_PKG_VERSION")))
                 .redirect(reqwest::redirect::Policy::none())
@@ -222,14 +222,25 @@ impl Client {
                     builder = builder.add_root_certificate(certificate);
                 }
             }
+            if !system_roots {
+                builder = builder.tls_certs_only([]);
+            }
             builder
                 .build()
-                .map_err(|error| RegistryError::Config(format!("cannot make an HTTP client: {error}")))
+                .map_err(|error| RegistryError::Config(format!("cannot make an HTTP client: {error:?}")))
         };
+        // A machine without CA certificates can still reach registries by plain HTTP.
+        let http = build(false, true).or_else(|error| match config.extra_ca.is_empty() {
+            true => {
+                tracing::warn!(%error, "no registry can be reached by HTTPS; install the package ca-certificates");
+                build(false, false)
+            }
+            false => Err(error),
+        })?;
         Ok(Self {
             inner: Arc::new(Inner {
-                http: build(false)?,
-                insecure: build(true)?,
+                http,
+                insecure: build(true, false)?,
                 hosts: Hosts::new(config.hosts_dir.clone()),
                 health: Health::new(limits.backoff),
                 config,

@@ -21,33 +21,36 @@ pub struct FsckReport {
     pub damaged: Vec<String>,
 }
 
+impl FsckReport {
+    fn add(&mut self, other: Self) {
+        self.layers += other.layers;
+        self.chunks_checked += other.chunks_checked;
+        self.problems.extend(other.problems);
+        self.damaged.extend(other.damaged);
+    }
+}
+
 impl Store {
     /// Reads everything. Blocks the thread.
     pub fn fsck(&self) -> Result<FsckReport, StoreError> {
         let mut report = FsckReport::default();
         for digest in self.layers()? {
-            report.layers += 1;
-            let dir = self.layer_dir(&digest)?;
-            if ["data", "index", "chunks", "extents"].iter().any(|name| !dir.join(name).exists()) {
-                report.problems.push(format!("layer {digest}: files of it are gone; it is fetched again"));
-                // Whoever asks for it next begins it anew.
-                self.lock_open().remove(&digest);
-                report.damaged.push(digest);
-                continue;
-            }
-            let checked = match self.layer(&digest) {
-                Ok(Some(layer)) => self.check_layer(&layer, &mut report),
-                Ok(None) => Ok(()),
-                Err(error) => Err(error),
-            };
+            let mut found = FsckReport::default();
             // One layer that cannot be read does not keep the others from being looked at.
-            if let Err(error) = checked {
-                report.problems.push(format!("layer {digest}: {}", with_causes(&error)));
+            if let Err(error) = self.check_by_digest(&digest, &mut found) {
+                found.problems.push(format!("layer {digest}: {}", with_causes(&error)));
+            }
+            // One that was removed meanwhile has none.
+            if found.problems.is_empty() || self.is_there(&digest)? {
+                report.add(found);
             }
         }
         for image in self.images()? {
             for layer in &image.layers {
-                if self.inner.state.layer(layer)?.is_none() && !self.unpacked_path(layer)?.exists() {
+                if self.inner.state.layer(layer)?.is_none()
+                    && !self.unpacked_path(layer)?.exists()
+                    && self.inner.state.image(&image.manifest_digest)?.is_some()
+                {
                     report
                         .problems
                         .push(format!("image {}: layer {layer} is missing", image.manifest_digest));
@@ -55,6 +58,31 @@ impl Store {
             }
         }
         Ok(report)
+    }
+
+    fn check_by_digest(&self, digest: &str, report: &mut FsckReport) -> Result<(), StoreError> {
+        report.layers = 1;
+        let dir = self.layer_dir(digest)?;
+        if ["data", "index", "chunks", "extents"].iter().any(|name| !dir.join(name).exists()) {
+            if !self.is_there(digest)? {
+                return Ok(());
+            }
+            report.problems.push(format!("layer {digest}: files of it are gone; it is fetched again"));
+            // Whoever asks for it next begins it anew.
+            self.lock_open().remove(digest);
+            report.damaged.push(digest.to_owned());
+            return Ok(());
+        }
+        match self.layer(digest)? {
+            Some(layer) => self.check_layer(&layer, report),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the store has a layer, and nobody is about to remove it.
+    fn is_there(&self, digest: &str) -> Result<bool, StoreError> {
+        let _removal = self.lock_open();
+        Ok(self.inner.state.layer(digest)?.is_some())
     }
 
     /// Reads all of a layer that is verified. Blocks the thread.

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -18,7 +18,7 @@ use crate::claims::{Claim, Claims, RunState};
 use crate::outage::Outage;
 use crate::run::{self, Run};
 use crate::spans::{Place, Spans};
-use crate::watch::FetchDone;
+use crate::told::Told;
 use crate::windows::Windows;
 use crate::{BlobSource, Lane, Scheduler, SourceError, StreamError};
 
@@ -62,10 +62,10 @@ pub struct StreamedLayer {
     broken: Mutex<Option<StreamError>>,
     /// Digest of so many zeros, the last asked for.
     zeros: Mutex<(u32, [u8; 32])>,
-    made: Instant,
+    pub(crate) made: Instant,
     /// Milliseconds after `made` when bytes last came.
-    last_byte_ms: AtomicU64,
-    last_failure: Mutex<Option<StreamError>>,
+    pub(crate) last_byte_ms: AtomicU64,
+    pub(crate) last_failure: Mutex<Option<StreamError>>,
     looked_up: Mutex<Option<Instant>>,
     /// Store offsets of chunks that are on their way by another way than the blob.
     pub(crate) expected: Mutex<HashSet<u64>>,
@@ -131,11 +131,12 @@ impl StreamedLayer {
         let _waiting = Waiting::new(&counters.waiting);
         let range = offset..offset.saturating_add(len as u64);
         let _demand = self.parts.scheduler.demand();
-        let mut buffer = vec![0; len];
         loop {
             if let Err(error) = self.ensure(range.clone()).await {
                 return Err(self.failed(error, range).await);
             }
+            // Not before: thousands may be waiting.
+            let mut buffer = vec![0; len];
             match self.parts.layer.try_read(offset, &mut buffer) {
                 Ok(true) => return Ok(Bytes::from(buffer)),
                 // On a full disk it may have had to make way for others' bytes already.
@@ -291,14 +292,7 @@ impl StreamedLayer {
             },
         };
         let state = (&*claim.run, claim.ticket());
-        let told = Told {
-            layer: self,
-            lane,
-            compressed: run.compressed.clone(),
-            began: Instant::now(),
-            first_byte: OnceLock::new(),
-            bytes: AtomicU64::new(0),
-        };
+        let told = Told::new(self, lane, run.compressed.clone());
         let fetched =
             run::fetch(run, Arc::clone(layer), &*self.parts.blob, &self.parts.scheduler, state, &told).await;
         told.ended(fetched.is_ok());
@@ -454,49 +448,6 @@ impl StreamedLayer {
 
     pub(crate) fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
         mutex.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Keeps account of a run.
-struct Told<'a> {
-    layer: &'a StreamedLayer,
-    lane: Lane,
-    compressed: Range<u64>,
-    began: Instant,
-    first_byte: OnceLock<Instant>,
-    bytes: AtomicU64,
-}
-
-impl Told<'_> {
-    fn ended(&self, whole: bool) {
-        let Some(watcher) = self.layer.parts.scheduler.watcher() else { return };
-        watcher.fetched(FetchDone {
-            layer: self.layer.parts.layer.digest(),
-            lane: self.lane,
-            offset: self.compressed.start,
-            len: self.bytes.load(Ordering::Relaxed),
-            began: self.began,
-            first_byte: self.first_byte.get().copied(),
-            whole,
-        });
-    }
-}
-
-impl run::Progress for Told<'_> {
-    fn came(&self, bytes: u64) {
-        self.first_byte.get_or_init(Instant::now);
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.layer.parts.scheduler.counters().add_bytes(self.lane, bytes);
-        self.layer.last_byte_ms.store(self.layer.made.elapsed().as_millis() as u64, Ordering::Relaxed);
-    }
-
-    fn broke(&self, source: &SourceError) {
-        *self.layer.lock(&self.layer.last_failure) = Some(StreamError::Fetch {
-            layer: self.layer.parts.layer.digest().to_owned(),
-            start: self.compressed.start,
-            end: self.compressed.end,
-            source: source.clone(),
-        });
     }
 }
 

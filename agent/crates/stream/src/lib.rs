@@ -15,13 +15,14 @@ mod run;
 mod scheduler;
 mod source;
 mod spans;
+mod told;
 mod watch;
 mod windows;
 
 pub use ahead::Expected;
 pub use first_pull::{FirstPull, first_pull};
 pub use layer::{LayerParts, StreamedLayer};
-pub use scheduler::{Counters, Lane, Prefetching, Scheduler};
+pub use scheduler::{Counters, FETCH_BYTES, Lane, Prefetching, Scheduler};
 pub use source::{BlobSource, MemorySource, SourceError};
 pub use watch::{FetchDone, Watcher};
 

@@ -17,8 +17,9 @@ const STARVED: Duration = Duration::from_secs(2);
 /// A prefetch waits so long at most while other bytes are demanded: what it brings is what will be asked for next.
 const PREFETCH_PAUSE: Duration = Duration::from_millis(50);
 
-/// Demand fetches under way on a node at once. Each takes up to 1.2 MiB (body waiting, decoder, chunk) and a thread; zstd takes its
-/// window besides.
+/// Memory of a fetch under way: body waiting, decoder, chunk, a thread. zstd takes its window besides.
+pub const FETCH_BYTES: u64 = 3 << 19;
+/// Demand fetches under way on a node at once, if nothing else is said.
 const DEMAND_RUNS: usize = 16;
 
 /// How urgent a fetch is.
@@ -78,6 +79,7 @@ struct Inner {
     changed: Notify,
     background: Arc<Semaphore>,
     demand_runs: Arc<Semaphore>,
+    most_demand_runs: usize,
     watcher: OnceLock<Arc<dyn Watcher>>,
 }
 
@@ -112,6 +114,11 @@ impl Drop for Demand {
 impl Scheduler {
     /// `background` is how many background fetches may be under way at once on this node.
     pub fn new(background: usize) -> Self {
+        Self::with_demand(background, DEMAND_RUNS)
+    }
+
+    /// As `new`, with so many fetches at once for processes that are blocked.
+    pub fn with_demand(background: usize, demand_runs: usize) -> Self {
         Self {
             inner: Arc::new(Inner {
                 counters: Counters::default(),
@@ -121,7 +128,8 @@ impl Scheduler {
                 start: Instant::now(),
                 changed: Notify::new(),
                 background: Arc::new(Semaphore::new(background.max(1))),
-                demand_runs: Arc::new(Semaphore::new(DEMAND_RUNS)),
+                demand_runs: Arc::new(Semaphore::new(demand_runs)),
+                most_demand_runs: demand_runs,
                 watcher: OnceLock::new(),
             }),
         }
@@ -174,7 +182,7 @@ impl Scheduler {
             tokio::pin!(changed);
             // Registered before looking, so that no change in between is missed.
             changed.as_mut().enable();
-            if self.inner.demand_runs.available_permits() == DEMAND_RUNS
+            if self.inner.demand_runs.available_permits() == self.inner.most_demand_runs
                 || tokio::time::timeout_at(deadline, changed).await.is_err()
             {
                 return;

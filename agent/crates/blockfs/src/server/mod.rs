@@ -14,6 +14,7 @@ mod wire;
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -209,6 +210,7 @@ impl Shared {
             ..Head::new(Kind::Hello, std::process::id().into())
         };
         say(hello, self.introduction().into_bytes())?;
+        let mut held = Held(Vec::new());
         loop {
             let message = Message::receive(stream)?;
             let (id, a, b) = (message.id, message.a, message.b);
@@ -229,6 +231,7 @@ impl Shared {
                 Kind::Failed => {
                     self.misses.answer(id, |_| Supply::Failed(i32::try_from(a).unwrap_or(0)));
                 }
+                Kind::Hold => held.0.extend(message.descriptor),
                 Kind::Unmount => {
                     let errno = self.unmount().err().map_or(0, |error| error.raw_os_error().unwrap_or(5));
                     say(Head { a: errno as u64, ..Head::new(Kind::Unmounted, 0) }, Vec::new())?;
@@ -252,6 +255,18 @@ impl Shared {
         let mut text = format!("{way}\n{}\n", reason.replace('\n', " "));
         self.files.list().iter().for_each(|file| text.push_str(&file.line()));
         text
+    }
+}
+
+/// What an agent left here to be closed after its end, which may take the kernel seconds: no reader waits for it.
+struct Held(Vec<OwnedFd>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let descriptors = std::mem::take(&mut self.0);
+        if !descriptors.is_empty() {
+            std::thread::spawn(move || drop(descriptors));
+        }
     }
 }
 
