@@ -200,14 +200,17 @@ pub(crate) struct Memory {
 impl Memory {
     fn divide(limit_mib: u64) -> Result<Self> {
         if limit_mib < LEAST_MEMORY_MIB {
-            bail!("memory_limit_mib = {limit_mib} is too little: the daemon needs at least {LEAST_MEMORY_MIB}");
+            bail!(
+                "memory_limit_mib = {limit_mib} is too little: the daemon needs at least {LEAST_MEMORY_MIB}"
+            );
         }
         let limit_bytes = limit_mib << 20;
         let waiting_bytes = limit_bytes / 16 * 3;
         let left = limit_bytes - (IDLE_MIB << 20) - waiting_bytes;
         // Background fetches and the start's prefetch take as many again as they may be under way at once.
         let background = (crate::node::BACKGROUND_FETCHES as u64) * sluice_stream::FETCH_BYTES;
-        let transfers = (left.saturating_sub(background) / sluice_stream::FETCH_BYTES).clamp(1, MOST_TRANSFERS);
+        let transfers =
+            (left.saturating_sub(background) / sluice_stream::FETCH_BYTES).clamp(1, MOST_TRANSFERS);
         Ok(Self { limit_bytes, waiting_bytes, transfers: transfers as usize })
     }
 }

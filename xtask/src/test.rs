@@ -27,7 +27,11 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
     }
     let tested = show(&mut command);
     let tests = began.elapsed() - tools;
-    println!("took: {} s to have the tools, {} s to build and run the tests", tools.as_secs(), tests.as_secs());
+    println!(
+        "took: {} s to have the tools, {} s to build and run the tests",
+        tools.as_secs(),
+        tests.as_secs()
+    );
     tested?;
     if filter.is_some() {
         return Ok(());

@@ -273,7 +273,10 @@ pub(super) fn watch(weak: &Weak<Node>) {
         let Some(node) = weak.upgrade() else { return };
         if !left {
             left = leave_attached(&node).unwrap_or_else(|error| {
-                tracing::warn!(error = format!("{error:#}"), "the daemon's end will wait until its probes are detached");
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "the daemon's end will wait until its probes are detached"
+                );
                 true
             });
         }

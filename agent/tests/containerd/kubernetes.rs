@@ -98,7 +98,10 @@ fn the_cluster_has_the_nodes_label_and_its_events() {
     for event in told("shop") {
         let about = &event["involvedObject"];
         assert_eq!((&about["kind"], &about["name"]), (&json!("Pod"), &json!("web")), "{event}");
-        assert_eq!((&about["uid"], &about["fieldPath"]), (&json!("uid-of-web"), &json!("spec.containers{main}")));
+        assert_eq!(
+            (&about["uid"], &about["fieldPath"]),
+            (&json!("uid-of-web"), &json!("spec.containers{main}"))
+        );
     }
     assert_eq!(told("shop").len(), 3);
     let events = told("default");
