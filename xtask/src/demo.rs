@@ -65,6 +65,8 @@ pub(crate) fn demo(args: &Args) -> Result<()> {
     let image = registry.image(&name);
     println!("registry behind a link of {} with {} round trip; image {image}", args.rate, args.delay);
     print!("{}", bench.index(&image)?);
+    println!("another node starts it once, and publishes what it learned");
+    bench.learn(&image, &command)?;
     let progress = ProgressBar::new((args.rounds * Way::ALL.len()) as u64);
     let mut rows = Vec::new();
     for way in Way::ALL {

@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 use super::Node;
 use super::files::ImageFiles;
 use super::layers::NodeLayer;
+use super::pack_bytes::PackBytes;
 use super::profiles::{self, Learned, now};
 use super::reads::{Recording, Step};
 use crate::api::StartRequest;
@@ -24,7 +25,7 @@ use crate::api::StartRequest;
 pub(super) struct Lookup {
     pub(super) key: ProfileKey,
     pub(super) window: Duration,
-    found: JoinHandle<(Option<Learned>, Step)>,
+    found: JoinHandle<(Option<Learned>, Option<PackBytes>, Step)>,
     /// The fill waits until what is known has been fetched.
     before_fill: Prefetching,
 }
@@ -62,8 +63,12 @@ impl Node {
         let (node, image, own) = (Arc::clone(self), image.clone(), key.clone());
         let found = tokio::spawn(async move {
             let began = Instant::now();
-            let found = node.known(&image, &own).await;
-            (found, Step::since(Phase::Profile, began))
+            let mut found = node.known(&image, &own).await;
+            let step = Step::since(Phase::Profile, began);
+            let pack = found.as_mut().and_then(|learned| learned.pack.take());
+            // Where the link is rationed nothing comes before its turn.
+            let early = node.config.prefetch_bytes_per_second.is_none();
+            (found, pack.map(|pack| PackBytes::new(pack, early)), step)
         });
         Lookup { key, window, found, before_fill: self.scheduler.prefetching() }
     }
@@ -108,7 +113,7 @@ impl Node {
         let node = Arc::clone(self);
         tokio::spawn(async move {
             let _before_fill = before_fill;
-            let Ok((learned, step)) = found.await else { return };
+            let Ok((learned, pack, step)) = found.await else { return };
             if let Some(recording) = &recorded {
                 recording.step(step);
             }
@@ -117,7 +122,8 @@ impl Node {
                 None => node.inherit(&key, &layers).await,
             };
             if let Some(learned) = learned
-                && let Err(error) = node.prefetch(&key, learned, layers, streamed, recorded.as_deref()).await
+                && let Err(error) =
+                    node.prefetch(&key, (learned.profile, pack), layers, streamed, recorded.as_deref()).await
             {
                 tracing::warn!(entry = key.entry, error = format!("{error:#}"), "cannot prefetch");
             }
@@ -165,13 +171,13 @@ impl Node {
     async fn prefetch(
         self: &Arc<Self>,
         key: &ProfileKey,
-        learned: Learned,
+        (learned, pack): (Profile, Option<PackBytes>),
         layers: Vec<String>,
         streamed: HashMap<String, Arc<StreamedLayer>>,
         recorded: Option<&Recording>,
     ) -> Result<()> {
         let pace = Pace::new(self.config.prefetch_bytes_per_second);
-        if let Some(pack) = &learned.pack
+        if let Some(pack) = pack
             && let Err(error) = self.take_pack(pack, &streamed, &pace, recorded).await
         {
             let error = format!("{error:#}");
@@ -182,7 +188,7 @@ impl Node {
             );
         }
         let store = self.store.clone();
-        let profile = learned.profile.clone();
+        let profile = learned.clone();
         let read = tokio::task::spawn_blocking(move || -> Result<_> {
             Ok(wanted(&profile, &ImageFiles::read(&store, &layers)?.layers))
         });
@@ -196,7 +202,7 @@ impl Node {
         let (node, key) = (Arc::clone(self), key.clone());
         tokio::task::spawn_blocking(move || {
             node.profiles.change(&key, |own| {
-                own.merge(learned.profile)?;
+                own.merge(learned)?;
                 own.last_used = now();
                 Ok(())
             })

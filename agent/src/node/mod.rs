@@ -15,6 +15,7 @@ mod layers;
 mod metadata;
 mod one_device;
 mod pack;
+mod pack_bytes;
 mod prepare;
 mod probing;
 mod profiles;

@@ -10,16 +10,16 @@ use anyhow::Result;
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, TryStreamExt};
 use sluice_prefetch::{Head, PACK_HEAD, Pace, PackFrame, PackTable};
-use sluice_registry::artifact::ArtifactReader;
 use sluice_stream::{Expected, FetchDone, Lane, StreamedLayer};
 
 use super::Node;
+use super::pack_bytes::PackBytes;
 use super::reads::{ReadLog, Recording};
 
 /// Bytes asked for at once, if a frame has not more. Small, since what is asked for is waited for by demand too.
-const PIECE: u64 = 1 << 20;
+pub(super) const PIECE: u64 = 1 << 20;
 /// Pieces under way at once: enough for 200 Mbit/s with 20 ms round trip, and 1 Gbit/s with 2 ms.
-const IN_FLIGHT: usize = 3;
+pub(super) const IN_FLIGHT: usize = 3;
 
 type Layers = HashMap<String, Arc<StreamedLayer>>;
 
@@ -46,16 +46,18 @@ impl Node {
     /// about to, is left out; for what was asked for demand waits.
     pub(super) async fn take_pack(
         &self,
-        pack: &ArtifactReader,
+        pack: PackBytes,
         layers: &Layers,
         pace: &Pace,
         recorded: Option<&Recording>,
     ) -> Result<()> {
         let began = Instant::now();
         let mut taken = Taken::default();
-        let (table, beginning) = self.pack_table(pack, &mut taken).await?;
-        self.pack_came(recorded, began, 0..taken.bytes);
-        let table = Arc::new(table);
+        let early = pack.stop();
+        if early > 0 {
+            self.count_pack(&mut taken, recorded, pack.began, 0..early);
+        }
+        let (pack, table) = (&pack, Arc::new(self.pack_table(&pack, &mut taken, recorded).await?));
         let mut next = 0;
         let pieces = std::iter::from_fn(|| {
             let piece = next_piece(&table, &mut next, layers);
@@ -65,34 +67,23 @@ impl Node {
                 .flatten()
         });
         // Looked for only when there is a place for it: what demand took by then is left out.
-        let fetches = futures::stream::iter(pieces).map(|piece| {
-            let (pack, beginning) = (pack.clone(), beginning.clone());
-            async move {
-                let known =
-                    usize::try_from(piece.bytes.start).ok().zip(usize::try_from(piece.bytes.end).ok());
-                let known = known
-                    .and_then(|(start, end)| (end <= beginning.len()).then(|| beginning.slice(start..end)));
-                let (bytes, fetched) = match known {
-                    Some(bytes) => (bytes, false),
-                    None => {
-                        self.scheduler.prefetch_turn().await;
-                        pace.wait().await;
-                        let began = Instant::now();
-                        let bytes = pack.read_all(piece.bytes.clone()).await?;
-                        self.pack_came(recorded, began, piece.bytes.clone());
-                        (bytes, true)
-                    }
-                };
-                anyhow::Ok((piece, bytes, fetched))
-            }
+        let fetches = futures::stream::iter(pieces).map(|piece| async move {
+            let (bytes, began) = match pack.early(&piece.bytes).await {
+                Some(bytes) => (bytes, None),
+                None => {
+                    self.scheduler.prefetch_turn().await;
+                    pace.wait().await;
+                    let began = Instant::now();
+                    (pack.read(piece.bytes.clone()).await?, Some(began))
+                }
+            };
+            anyhow::Ok((piece, bytes, began))
         });
         let mut fetches = fetches.buffered(IN_FLIGHT);
-        while let Some((piece, bytes, fetched)) = fetches.try_next().await? {
-            if fetched {
-                let len = bytes.len() as u64;
-                (taken.requests, taken.bytes) = (taken.requests + 1, taken.bytes + len);
-                self.scheduler.counters().add_bytes(Lane::Prefetch, len);
-                pace.spend(len);
+        while let Some((piece, bytes, began)) = fetches.try_next().await? {
+            if let Some(began) = began {
+                self.count_pack(&mut taken, recorded, began, piece.bytes.clone());
+                pace.spend(bytes.len() as u64);
             }
             let (table, layers, log) = (Arc::clone(&table), layers.clone(), Arc::clone(&self.reads));
             // Decompression, digests and writes: not on the threads that serve reads.
@@ -105,9 +96,11 @@ impl Node {
         Ok(())
     }
 
-    /// Counts a request for a part of the pack, and records it.
-    fn pack_came(&self, recorded: Option<&Recording>, began: Instant, bytes: Range<u64>) {
+    /// Counts a part of the pack that came, and records it.
+    fn count_pack(&self, taken: &mut Taken, recorded: Option<&Recording>, began: Instant, bytes: Range<u64>) {
         let len = bytes.end.saturating_sub(bytes.start);
+        (taken.requests, taken.bytes) = (taken.requests + len.div_ceil(PIECE), taken.bytes + len);
+        self.scheduler.counters().add_bytes(Lane::Prefetch, len);
         crate::metrics::count(&self.reads.metrics.packs);
         self.reads.metrics.pack_bytes.fetch_add(len, Ordering::Relaxed);
         if let Some(recording) = recorded {
@@ -117,19 +110,28 @@ impl Node {
         }
     }
 
-    /// The table, and the bytes that came with it.
-    async fn pack_table(&self, pack: &ArtifactReader, taken: &mut Taken) -> Result<(PackTable, Bytes)> {
+    async fn pack_table(
+        &self,
+        pack: &PackBytes,
+        taken: &mut Taken,
+        recorded: Option<&Recording>,
+    ) -> Result<PackTable> {
         let mut beginning = BytesMut::new();
         let mut wanted = PACK_HEAD;
         loop {
             let range = beginning.len() as u64..wanted.min(pack.size());
-            let bytes = pack.read_all(range).await?;
-            taken.requests += 1;
-            taken.bytes += bytes.len() as u64;
-            self.scheduler.counters().add_bytes(Lane::Prefetch, bytes.len() as u64);
+            let bytes = match pack.early(&range).await {
+                Some(bytes) => bytes,
+                None => {
+                    let began = Instant::now();
+                    let bytes = pack.read(range.clone()).await?;
+                    self.count_pack(taken, recorded, began, range);
+                    bytes
+                }
+            };
             beginning.extend_from_slice(&bytes);
             match PackTable::parse(&beginning, pack.size())? {
-                Head::Table(table) => return Ok((table, beginning.freeze())),
+                Head::Table(table) => return Ok(table),
                 Head::Needs(bytes) => wanted = bytes,
             }
         }

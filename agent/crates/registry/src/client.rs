@@ -255,9 +255,9 @@ impl Client {
 
     /// A reference in the usual notation.
     pub fn parse(reference: &str) -> Result<Reference, RegistryError> {
-        reference.parse().map_err(|error: oci_spec::distribution::ParseError| RegistryError::Reference {
+        crate::reference::parse(reference).ok_or_else(|| RegistryError::Reference {
             reference: reference.to_owned(),
-            reason: why_not(reference).map_or_else(|| error.to_string(), str::to_owned),
+            reason: why_not(reference).unwrap_or("it is not [HOST[:PORT]/]PATH[:TAG][@DIGEST]").to_owned(),
         })
     }
 
@@ -458,6 +458,8 @@ fn why_not(reference: &str) -> Option<&'static str> {
         Some("there is a space in it")
     } else if repository.bytes().any(|byte| byte.is_ascii_uppercase()) {
         Some("names of repositories are lower-case")
+    } else if reference.split_once('@').is_some_and(|(_, digest)| !crate::reference::is_digest(digest)) {
+        Some("its digest is not `sha256:` and 64 hexadecimal digits")
     } else {
         None
     }

@@ -14,6 +14,7 @@ mod hosts;
 mod image;
 mod platform;
 mod redact;
+mod reference;
 mod referrers;
 mod transport;
 

@@ -359,10 +359,13 @@ fn wrong_references_say_what_is_wrong() {
         ("r.io/Team/app:1", "names of repositories are lower-case"),
         ("https://r.io/app", "it begins with a scheme; leave that out"),
         ("r.io/a b", "there is a space in it"),
-        ("r.io/app:", "invalid reference format"),
-        ("r.io/app@sha256:12", "invalid reference format"),
-        ("r.io/app@sha256:abababababababababababababababab", "invalid checksum digest length"),
-        ("/app", "invalid reference format"),
+        ("r.io/app:", "it is not [HOST[:PORT]/]PATH[:TAG][@DIGEST]"),
+        ("r.io/app@sha256:12", "its digest is not `sha256:` and 64 hexadecimal digits"),
+        (
+            "r.io/app@sha256:abababababababababababababababab",
+            "its digest is not `sha256:` and 64 hexadecimal digits",
+        ),
+        ("/app", "it is not [HOST[:PORT]/]PATH[:TAG][@DIGEST]"),
     ];
     for (given, wanted) in table {
         let error = Client::parse(given).expect_err("refused");

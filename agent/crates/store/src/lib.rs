@@ -20,6 +20,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -108,6 +109,8 @@ struct Inner {
     open: Mutex<HashMap<String, Weak<Layer>>>,
     /// Held while a layer is put in its place: two must not put the same one there.
     placing: Mutex<()>,
+    /// Layers staged so far.
+    staged: AtomicU64,
     space: Arc<space::Space>,
     _lock: File,
 }
@@ -139,6 +142,7 @@ impl Store {
                 state,
                 open: Mutex::default(),
                 placing: Mutex::default(),
+                staged: AtomicU64::default(),
                 space: Arc::new(space::Space::new(root, limits)),
                 _lock: lock,
             }),

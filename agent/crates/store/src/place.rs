@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 
 use sluice_image::index::LayerIndex;
@@ -18,15 +19,15 @@ impl Store {
     /// Adds a layer whose contents are to come. A layer that is there already stays.
     pub fn add_layer(&self, index: &LayerIndex) -> Result<Arc<Layer>, StoreError> {
         let digest = index.header().layer_digest_text();
-        let _placing = self.inner.placing.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(layer) = self.layer(&digest)? {
             return Ok(layer);
         }
-        self.place(index, false, |data| {
+        let write_data = |data: &Path| {
             File::create(data)
                 .and_then(|file| file.set_len(index.header().store_size.get()))
                 .on("create", data)
-        })
+        };
+        self.place(index, |_| true, write_data, false)
     }
 
     /// Begins a layer that is decoded as it arrives.
@@ -37,13 +38,13 @@ impl Store {
     /// Ends an ingest: the layer is complete. The caller has compared its digest and diffID with the manifest and config.
     pub fn commit_ingest(&self, ingest: Ingest, index: &LayerIndex) -> Result<Arc<Layer>, StoreError> {
         let digest = index.header().layer_digest_text();
-        let _placing = self.inner.placing.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(layer) = self.layer(&digest)?
             && layer.is_complete()
         {
             return Ok(layer);
         }
-        self.place(index, true, |data| ingest.finish(data, index.header().store_size.get()))
+        let write_data = |data: &Path| ingest.finish(data, index.header().store_size.get());
+        self.place(index, Layer::is_complete, write_data, true)
     }
 
     /// A layer of the store.
@@ -130,35 +131,44 @@ impl Store {
         Ok(self.inner.root.join("layers").join(hex_of(digest)?))
     }
 
-    /// Stages a layer and publishes it; leaves nothing if that fails.
+    /// Stages a layer, at the same time as others, and publishes it unless one that will `do` came meanwhile; leaves nothing if
+    /// that fails.
     fn place(
         &self,
         index: &LayerIndex,
-        complete: bool,
+        will_do: impl Fn(&Layer) -> bool,
         write_data: impl FnOnce(&Path) -> Result<(), StoreError>,
+        complete: bool,
     ) -> Result<Arc<Layer>, StoreError> {
         let digest = index.header().layer_digest_text();
-        let staged = self.temporary().join(format!("staged-{}", hex_of(&digest)?));
-        remove_dir(&staged)?;
+        let number = self.inner.staged.fetch_add(1, Ordering::Relaxed);
+        let staged = self.temporary().join(format!("staged-{number}-{}", hex_of(&digest)?));
         let placed = stage(index, &staged)
             .and_then(|()| write_data(&staged.join("data")))
-            .and_then(|()| self.publish(&staged, index, complete));
-        if let Err(error) = placed {
-            remove_dir(&staged)?;
-            return Err(error);
+            .and_then(|()| flush(&staged))
+            .and_then(|()| {
+                let _placing = self.inner.placing.lock().unwrap_or_else(PoisonError::into_inner);
+                match self.layer(&digest)?.filter(|layer| will_do(layer)) {
+                    Some(layer) => remove_dir(&staged).map(|()| Some(layer)),
+                    None => {
+                        self.publish(&staged, index, complete)?;
+                        self.layer(&digest)
+                    }
+                }
+            });
+        match placed {
+            Ok(layer) => layer.ok_or(StoreError::NoLayer(digest)),
+            Err(error) => {
+                remove_dir(&staged)?;
+                Err(error)
+            }
         }
-        self.layer(&digest)?.ok_or(StoreError::NoLayer(digest))
     }
 
     /// Moves a staged layer to its place and records it.
     fn publish(&self, staged: &Path, index: &LayerIndex, complete: bool) -> Result<(), StoreError> {
         let digest = index.header().layer_digest_text();
         let dir = self.layer_dir(&digest)?;
-        for name in ["data", "index", "chunks", "extents", "digests"] {
-            let path = staged.join(name);
-            File::open(&path).and_then(|file| file.sync_data()).on("flush", &path)?;
-        }
-        sync_dir(staged)?;
         let record = LayerRecord {
             diff_id: index.header().diff_id_text(),
             store_size: index.header().store_size.get(),
@@ -220,6 +230,15 @@ fn stage(index: &LayerIndex, dir: &Path) -> Result<(), StoreError> {
     let path = dir.join("index");
     fs::write(&path, index.blob()).on("write", &path)?;
     crate::records::write_tables(index, dir)
+}
+
+/// Makes a staged layer durable.
+fn flush(staged: &Path) -> Result<(), StoreError> {
+    for name in ["data", "index", "chunks", "extents", "digests"] {
+        let path = staged.join(name);
+        File::open(&path).and_then(|file| file.sync_data()).on("flush", &path)?;
+    }
+    sync_dir(staged)
 }
 
 pub(crate) fn sync_dir(dir: &Path) -> Result<(), StoreError> {
