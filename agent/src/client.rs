@@ -4,8 +4,9 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use futures::StreamExt;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -14,6 +15,10 @@ use crate::api::Event;
 use crate::cli::Global;
 use crate::config::Config;
 use crate::daemon;
+
+/// How often a daemon that went is followed by the next, for one question.
+const ATTEMPTS: u32 = 8;
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// A way to the node's daemon, or to one inside this process with `--standalone`.
 #[derive(Debug)]
@@ -57,44 +62,64 @@ impl Client {
         self.follow(path, body, |_| {}).await
     }
 
-    /// A long operation: `on_event` sees notes and progress, the result is returned.
+    /// A long operation: `on_event` sees notes and progress, the result is returned. A daemon that goes before it answers is nothing
+    /// to the caller: the next one is asked. One that goes while it works on what can be done again is asked again, too.
     pub(crate) async fn follow<A: DeserializeOwned>(
         &self,
         path: &str,
         body: &impl Serialize,
         mut on_event: impl FnMut(&Event),
     ) -> Result<A> {
-        let request = || self.http.post(format!("http://sluice/v1/{path}")).json(body).send();
-        let mut response = request().await;
-        if let Err(error) = &response
-            && error.is_request()
-        {
-            // It went before it answered: the next one is asked.
-            if let Some((config, global)) = &self.starter
-                && !Self::alive(config).await
-            {
+        let mut attempts = 0;
+        loop {
+            let error = match self.follow_once(path, body, &mut on_event).await {
+                Ok(answer) => return Ok(answer),
+                Err(Broken::Unanswered(error)) if attempts < ATTEMPTS => error,
+                Err(Broken::Midway(error)) if attempts < ATTEMPTS && path == "acquire" => error,
+                Err(Broken::Unanswered(error) | Broken::Midway(error) | Broken::Told(error)) => {
+                    return Err(error);
+                }
+            };
+            let Some((config, global)) = &self.starter else { return Err(error) };
+            attempts += 1;
+            // A process that is being killed still takes connections for a moment.
+            tokio::time::sleep(PAUSE).await;
+            if !Self::alive(config).await {
                 start_daemon(config, global)?;
             }
-            response = request().await;
         }
-        let response = response.context("the daemon does not answer; see its log in the state directory")?;
+    }
+
+    async fn follow_once<A: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        on_event: &mut impl FnMut(&Event),
+    ) -> Result<A, Broken> {
+        let response = self.http.post(format!("http://sluice/v1/{path}")).json(body).send().await;
+        let response = response
+            .context("the daemon does not answer; see its log in the state directory")
+            .map_err(Broken::Unanswered)?;
         let mut lines = LineBuffer::default();
         let mut body = response.bytes_stream();
         while let Some(piece) = body.next().await {
-            lines.push(
-                &piece.context("the daemon ended while it worked; see its log in the state directory")?,
-            );
+            let piece = piece.context("the daemon ended while it worked; see its log in the state directory");
+            lines.push(&piece.map_err(Broken::Midway)?);
             while let Some(line) = lines.next_line() {
-                match serde_json::from_slice(&line).context("the daemon's answer is not understood")? {
+                let event = serde_json::from_slice(&line).context("the daemon's answer is not understood");
+                match event.map_err(Broken::Told)? {
                     Event::Done { result } => {
-                        return serde_json::from_value(result).context("the daemon is of another version");
+                        return serde_json::from_value(result)
+                            .context("the daemon is of another version")
+                            .map_err(Broken::Told);
                     }
-                    Event::Failed { message } => bail!("{message}"),
+                    Event::Failed { message } => return Err(Broken::Told(anyhow!(message))),
                     event => on_event(&event),
                 }
             }
         }
-        bail!("the daemon ended its answer early; see its log in the state directory")
+        let early = "the daemon ended its answer early; see its log in the state directory";
+        Err(Broken::Midway(anyhow!(early)))
     }
 
     /// Ends an in-process daemon in good order.
@@ -104,6 +129,16 @@ impl Client {
             None => Ok(()),
         }
     }
+}
+
+/// How a question came to nothing.
+enum Broken {
+    /// Nobody answered.
+    Unanswered(anyhow::Error),
+    /// The answer broke off.
+    Midway(anyhow::Error),
+    /// The answer is that it failed.
+    Told(anyhow::Error),
 }
 
 /// Splits a byte stream at line ends.

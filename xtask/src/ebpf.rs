@@ -41,8 +41,15 @@ pub(crate) fn build() -> Result<PathBuf> {
     output(&mut cargo).context("cannot build the eBPF programs")?;
     let built = build.join("bpfel-unknown-none/release/sluice-ebpf");
     let place = target().join("ebpf/sluice-ebpf.o");
-    compiler.strip(&built, &place)?;
+    // What is not new keeps its time, or all that embeds it would be built again.
+    if modified(&place).is_none_or(|time| modified(&built).is_none_or(|built| built > time)) {
+        compiler.strip(&built, &place)?;
+    }
     Ok(place)
+}
+
+fn modified(path: &Path) -> Option<std::time::SystemTime> {
+    std::fs::metadata(path).ok()?.modified().ok()
 }
 
 /// The compiler that builds everything else, too.
