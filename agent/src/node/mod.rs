@@ -230,30 +230,29 @@ impl Node {
     pub(crate) async fn release(self: &Arc<Self>, holder: &Holder) -> Result<()> {
         let (node, ended) = (Arc::clone(self), holder.clone());
         tokio::spawn(async move { node.end_start(&ended, starts::Over::Ended).await });
-        let mut unused = Vec::new();
-        self.lock(&self.images).retain(|digest, image| {
-            let held = image.holders.len();
-            image.holders.retain(|one| one != holder);
-            if image.holders.len() < held
-                && let Err(error) = self.store.touch_image(digest)
-            {
-                tracing::warn!(%digest, %error, "its last use is not recorded");
-            }
-            if image.holders.is_empty() {
-                unused.extend(image.mount.take().map(|mount| (digest.clone(), mount)));
-                return false;
-            }
-            true
-        });
-        self.keep();
-        let node = Arc::clone(self);
+        let (node, holder) = (Arc::clone(self), holder.clone());
         tokio::task::spawn_blocking(move || {
-            for (digest, mount) in unused {
-                if let Err(error) = mount.unmount() {
-                    tracing::warn!(%digest, %error, "cannot unmount");
+            // Unmounted before anybody can see that it is gone: who comes next mounts in the same place.
+            node.lock(&node.images).retain(|digest, image| {
+                let held = image.holders.len();
+                image.holders.retain(|one| *one != holder);
+                if image.holders.len() < held
+                    && let Err(error) = node.store.touch_image(digest)
+                {
+                    tracing::warn!(%digest, %error, "its last use is not recorded");
                 }
-                node.stop_serving_whole(&digest);
-            }
+                if !image.holders.is_empty() {
+                    return true;
+                }
+                if let Some(mount) = image.mount.take() {
+                    if let Err(error) = mount.unmount() {
+                        tracing::warn!(%digest, %error, "cannot unmount");
+                    }
+                    node.stop_serving_whole(digest);
+                }
+                false
+            });
+            node.keep();
         })
         .await
         .context("unmounting was cut short")
