@@ -236,9 +236,11 @@ impl Node {
             node.lock(&node.images).retain(|digest, image| {
                 let held = image.holders.len();
                 image.holders.retain(|one| *one != holder);
-                if image.holders.len() < held
-                    && let Err(error) = node.store.touch_image(digest)
-                {
+                if image.holders.len() == held {
+                    // Not this one's: it may have none yet.
+                    return true;
+                }
+                if let Err(error) = node.store.touch_image(digest) {
                     tracing::warn!(%digest, %error, "its last use is not recorded");
                 }
                 if !image.holders.is_empty() {
