@@ -1,7 +1,7 @@
 //! Makes an image's root file system available: streamed, local, or pulled the ordinary way.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
@@ -32,8 +32,7 @@ impl Node {
         let pull = Pull::begin(&image.reference.whole());
         let digest = image.manifest_digest.clone();
         let lookup = request.start.as_ref().map(|start| self.look_up(&image, start));
-        let turn = Arc::clone(self.lock(&self.preparing).entry(digest.clone()).or_default());
-        let _turn = turn.lock().await;
+        let _turn = self.turn(&digest).await;
         let fresh = !self.lock(&self.images).contains_key(&digest);
         if fresh {
             self.journal.pulling(&pull);
@@ -198,7 +197,10 @@ impl Node {
             layers.push((layer, *blocks));
         }
         let metadata = self.store.erofs_path(key)?;
-        let dir = self.config.state.join("images").join(key.trim_start_matches("sha256:"));
+        // A place of its own: the last mount of this image may still be on its way out.
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let name = format!("{}-{:x}", key.trim_start_matches("sha256:"), now.as_nanos());
+        let dir = self.config.state.join("images").join(name);
         let (node, named) = (Arc::clone(self), key.to_owned());
         let all: Vec<_> = layers.iter().map(|(layer, _)| Arc::clone(layer)).collect();
         let with_content: Vec<_> =

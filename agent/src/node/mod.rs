@@ -246,15 +246,17 @@ impl Node {
                 if !image.holders.is_empty() {
                     return true;
                 }
-                if let Some(mount) = image.mount.take() {
-                    if let Err(error) = mount.unmount() {
-                        tracing::warn!(%digest, %error, "cannot unmount");
-                    }
-                    node.stop_serving_whole(digest);
-                }
+                node.stop_serving_whole(digest);
+                ended.extend(image.mount.take());
                 false
             });
             node.keep();
+            // This waits for reads that are under way, which may need all else of the node.
+            for mount in ended {
+                if let Err(error) = mount.unmount() {
+                    tracing::warn!(%error, "cannot unmount");
+                }
+            }
         })
         .await
         .context("unmounting was cut short")

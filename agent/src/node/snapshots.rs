@@ -44,18 +44,7 @@ impl ImageMounts for NodeImages {
     }
 
     async fn release(&self, holder: &str) {
-        let snapshot = Holder::Snapshot(holder.to_owned());
-        let held: Vec<String> = {
-            let images = self.0.lock(&self.0.images);
-            let of_holder = images.iter().filter(|(_, image)| image.holders.contains(&snapshot));
-            of_holder.map(|(key, _)| key.clone()).collect()
-        };
-        // In turn with `acquire`: an unmount under way must not take the next mount away.
-        let mut turns = Vec::new();
-        for key in held {
-            turns.push(self.0.turn(&key).await);
-        }
-        if let Err(error) = self.0.release(&snapshot).await {
+        if let Err(error) = self.0.release(&Holder::Snapshot(holder.to_owned())).await {
             tracing::warn!(holder, error = format!("{error:#}"), "cannot release an image");
         }
     }

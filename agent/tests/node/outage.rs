@@ -43,6 +43,28 @@ fn only_after_the_time_out_a_read_fails() {
     node.ok(&["umount", &dir.to_string_lossy()]);
 }
 
+/// The end of a mount waits for what was read ahead; all else of the node goes on, without which that would never come.
+#[test]
+fn an_image_is_given_back_while_reads_of_it_wait() {
+    let mut node = Node::indexed("[stream]\nfill = false\n");
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    node.kill_registry();
+    let file = std::fs::File::open(dir.join("data/large")).unwrap();
+    nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_WILLNEED).unwrap();
+    drop(file);
+    let mut umount = node.command(&["umount", &dir.to_string_lossy()]).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(umount.try_wait().unwrap().is_none(), "it has nothing to wait for");
+    assert_eq!(node.status()["reads"]["waiting"].as_u64().map(|waiting| waiting > 0), Some(true));
+    node.revive_registry();
+    assert!(umount.wait().unwrap().success());
+    let again = node.room("again");
+    node.ok(&["mount", &node.image(), &again.to_string_lossy()]);
+    assert_content(&again.join("data/large"), &large());
+    node.ok(&["umount", &again.to_string_lossy()]);
+}
+
 #[test]
 fn a_flipped_bit_never_reaches_a_reader() {
     let node = Node::indexed("[stream]\nfill = false\noutage_timeout_s = 1\n");
