@@ -27,6 +27,10 @@ use sluice_kernel::{OverlayMount, mount_overlay, unmount};
 /// A rename that takes longer waits for somebody to open the pipe.
 const PATIENCE: Duration = Duration::from_secs(2);
 const PIPE: &str = "pipe";
+/// What the names of scratch directories begin with.
+const SCRATCH: &str = "sluice-doctor-";
+/// An attempt that is older was killed.
+const LONGEST: Duration = Duration::from_secs(60);
 
 /// What came of one operation on a lower file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -51,7 +55,15 @@ pub(crate) struct Links {
 impl Links {
     /// Tries everything in the first of `rooms` where it can be tried: directories on a disk or in memory.
     pub(crate) fn probe(rooms: &[&Path]) -> Self {
-        Self { on_erofs: in_rooms(rooms, on_erofs), on_noatime: in_rooms(rooms, on_noatime) }
+        // A thread of its own, with its own mounts: they and their devices go when this process is killed in the midst of it.
+        let probe = || {
+            sluice_kernel::mount::enter_own_namespace().map_err(|errno| format!("no own mounts: {errno}"))?;
+            Ok(Self { on_erofs: in_rooms(rooms, on_erofs), on_noatime: in_rooms(rooms, on_noatime) })
+        };
+        let probed = std::thread::scope(|scope| scope.spawn(probe).join());
+        probed.unwrap_or_else(|_panic| Err("the attempt failed".to_owned())).unwrap_or_else(|reason: String| {
+            Self { on_erofs: Err(reason.clone()), on_noatime: Err(reason) }
+        })
     }
 
     /// Operations that fail on our mounts: containers on them would not be safe.
@@ -72,8 +84,9 @@ fn failed(outcome: &Outcome) -> Vec<&Tried> {
 fn in_rooms(rooms: &[&Path], probe: impl Fn(&Path) -> Result<Vec<Tried>>) -> Outcome {
     let mut reasons = Vec::new();
     for room in rooms.iter().filter(|room| room.is_dir()) {
+        sweep(room);
         let tried = tempfile::Builder::new()
-            .prefix("sluice-doctor-")
+            .prefix(SCRATCH)
             .tempdir_in(room)
             .context("cannot make a directory")
             .and_then(|scratch| probe(scratch.path()));
@@ -83,6 +96,20 @@ fn in_rooms(rooms: &[&Path], probe: impl Fn(&Path) -> Result<Vec<Tried>>) -> Out
         }
     }
     Err(reasons.join("; "))
+}
+
+/// Removes the files of attempts that were killed.
+fn sweep(room: &Path) {
+    let old = |entry: &fs::DirEntry| {
+        let ours = entry.file_name().as_encoded_bytes().starts_with(SCRATCH.as_bytes());
+        let age = entry.metadata().and_then(|metadata| metadata.modified()).map(|made| made.elapsed());
+        ours && age.is_ok_and(|age| age.is_ok_and(|age| age > LONGEST))
+    };
+    for left in fs::read_dir(room).into_iter().flatten().flatten().filter(old) {
+        if let Err(error) = fs::remove_dir_all(left.path()) {
+            tracing::debug!(%error, path = %left.path().display(), "a scratch directory stays");
+        }
+    }
 }
 
 /// The operations, each on a link of its own.

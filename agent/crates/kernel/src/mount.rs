@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
+use nix::sched::CloneFlags;
 use thiserror::Error;
 
 use crate::fsopen::{self, Context};
@@ -178,6 +179,14 @@ pub struct UnmountOptions {
 /// Whether a mount stands exactly at `path` (absolute, without symbolic links).
 pub fn is_mount_point(path: &Path) -> Result<bool, MountInfoError> {
     Ok(mounts()?.iter().any(|mount| mount.target == path))
+}
+
+/// Gives the calling thread, and those it starts, a mount namespace of its own: what they mount is seen by nobody else and goes
+/// with the last of them, however it ends. Mounts made elsewhere come and go in it as they do there.
+pub fn enter_own_namespace() -> Result<(), Errno> {
+    nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
+    let none: Option<&str> = None;
+    nix::mount::mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
 }
 
 /// Unmounts what is on top at `target`; a symbolic link there is not followed.
