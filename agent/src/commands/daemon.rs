@@ -4,10 +4,11 @@ use std::io::Write;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::os::unix::process::CommandExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::unistd::Pid;
 use sluice_kernel::process::{pidfd_open, wait_for_end};
 
@@ -35,6 +36,7 @@ pub(crate) async fn serve(config: Arc<Config>, announce: bool) -> Result<()> {
     let how = tokio::select! {
         () = interrupted => Stop::Leave,
         how = running.asked_to_stop() => how,
+        () = running.needs_another() => return start_over(),
     };
     tracing::info!(?how, "stopping");
     running.stop(how == Stop::Drain).await
@@ -46,6 +48,19 @@ pub(crate) fn serve_blocks(config: &Config) -> Result<()> {
     Ok(sluice_blockfs::serve(&config.state.join("blocks"), &socket, config.blocks, || {
         say_ready().map_err(std::io::Error::other)
     })?)
+}
+
+/// The server of block files died. This process becomes a new daemon, which starts another one and moves the devices in use to it:
+/// what a daemon does that was killed, so nothing is put in order before.
+fn start_over() -> Result<()> {
+    if daemon::has_inherited_sockets() {
+        bail!("the server of block files died: the service manager starts the next daemon");
+    }
+    tracing::error!("the server of block files died: the daemon starts over");
+    let binary = std::env::current_exe().context("cannot find the sluice binary")?;
+    // Whoever waited for the announcement has heard it.
+    let arguments = std::env::args_os().skip(1).filter(|argument| argument != "--announce");
+    Err(std::process::Command::new(binary).args(arguments).exec()).context("cannot start over")
 }
 
 fn say_ready() -> Result<()> {

@@ -28,6 +28,8 @@ mod local;
 mod snapshots;
 mod sockets;
 
+pub(crate) use sockets::are_inherited as has_inherited_sockets;
+
 /// Events that may wait for a slow reader before the work is held up.
 const EVENTS_WAITING: usize = 64;
 
@@ -58,6 +60,11 @@ impl Running {
         self.server.await.context("the server ended badly")??;
         self.snapshots.await.context("the snapshotter ended badly")?;
         if drain { self.node.drain().await } else { self.node.leave().await }
+    }
+
+    /// Ready when this daemon cannot go on, and another one can.
+    pub(crate) async fn needs_another(&self) {
+        self.node.server_lost().await;
     }
 
     /// Waits until a client asked the daemon to stop.

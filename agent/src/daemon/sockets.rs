@@ -6,6 +6,15 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+/// Whether the service manager listens for this process.
+pub(crate) fn are_inherited() -> bool {
+    number("LISTEN_PID") == Some(std::process::id())
+}
+
+fn number(name: &str) -> Option<u32> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
 /// See the module text. Empty without systemd.
 #[derive(Debug)]
 pub(super) struct Inherited(Vec<UnixListener>);
@@ -13,8 +22,7 @@ pub(super) struct Inherited(Vec<UnixListener>);
 impl Inherited {
     /// Takes what the environment speaks of, if it speaks of this process.
     pub(super) fn take() -> Result<Self> {
-        let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok());
-        if number("LISTEN_PID") != Some(std::process::id()) {
+        if !are_inherited() {
             return Ok(Self(Vec::new()));
         }
         let count = u16::try_from(number("LISTEN_FDS").unwrap_or(0)).context("LISTEN_FDS")?;

@@ -226,13 +226,22 @@ impl Node {
         &self.learned
     }
 
+    /// Ready when the server of block files died: reads of what is not local fail until another agent starts one.
+    pub(crate) async fn server_lost(&self) {
+        let lost = self.lock(&self.blockfs).as_ref().map(BlockFs::lost);
+        match lost {
+            Some(lost) => lost.await,
+            None => std::future::pending().await,
+        }
+    }
+
     /// Gives an image back; the last holder's leave unmounts it.
     pub(crate) async fn release(self: &Arc<Self>, holder: &Holder) -> Result<()> {
         let (node, ended) = (Arc::clone(self), holder.clone());
         tokio::spawn(async move { node.end_start(&ended, starts::Over::Ended).await });
         let (node, holder) = (Arc::clone(self), holder.clone());
         tokio::task::spawn_blocking(move || {
-            // Unmounted before anybody can see that it is gone: who comes next mounts in the same place.
+            let mut ended = Vec::new();
             node.lock(&node.images).retain(|digest, image| {
                 let held = image.holders.len();
                 image.holders.retain(|one| *one != holder);

@@ -95,6 +95,23 @@ fn a_killed_server_of_block_files_is_replaced() {
     node.ok(&["umount", &dir.to_string_lossy()]);
 }
 
+/// The daemon that lives on takes it for what it is.
+#[test]
+fn a_server_of_block_files_that_dies_alone_is_replaced() {
+    let node = Node::indexed("[stream]\nfill = false\n");
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    assert_content(&dir.join("data/many/7"), &one_of_many(7));
+    let daemon = node.daemon_pid();
+    node.kill_block_server();
+    // Reads of what is not local fail until there is another one.
+    crate::rig::wait_until("the image is read again", || std::fs::read(dir.join("data/large")).is_ok());
+    assert_content(&dir.join("data/large"), &large());
+    assert_eq!(node.daemon_pid(), daemon, "it started over in its place");
+    assert!(node.log().contains("the daemon starts over"), "{}", node.log());
+    node.ok(&["umount", &dir.to_string_lossy()]);
+}
+
 /// Layers have the same names on all nodes: what another one's dead server left is not ours to move.
 #[test]
 fn another_nodes_devices_are_left_alone() {

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 
 use crate::options::{Options, Way};
 use crate::protocol::{FileRecord, Head, Kind, Message, VERSION};
@@ -37,6 +38,8 @@ struct Client {
     /// Messages must not be mixed.
     writing: Mutex<()>,
     state: Mutex<State>,
+    /// True once the server is gone though this side did not part from it.
+    lost: watch::Sender<bool>,
 }
 
 #[derive(Debug, Default)]
@@ -45,6 +48,8 @@ struct State {
     /// Who waits for the server's word: by inode, and 0 for the unmounting.
     expected: HashMap<u64, Sender<u64>>,
     closed: bool,
+    /// This side ends the conversation.
+    parting: bool,
 }
 
 impl BlockFs {
@@ -72,7 +77,8 @@ impl BlockFs {
         let way = if lines.next() == Some("io_uring") { Way::IoUring } else { Way::Classic };
         let reason = lines.next().unwrap_or_default().to_owned();
         let left = lines.filter_map(FileRecord::parse).map(|file| (file.name.clone(), file)).collect();
-        let client = Arc::new(Client { stream, writing: Mutex::default(), state: Mutex::default() });
+        let (lost, _) = watch::channel(false);
+        let client = Arc::new(Client { stream, writing: Mutex::default(), state: Mutex::default(), lost });
         let reader = Arc::clone(&client);
         let read = move || reader.listen(&runtime);
         std::thread::Builder::new().name("block-agent".to_owned()).spawn(read).map_err(failed)?;
@@ -129,11 +135,23 @@ impl BlockFs {
         self.client.say_with(Head::new(Kind::Hold, 0), &[], Some(descriptor.as_fd())).map_err(failed)
     }
 
+    /// Ready when the server died. Block files are served again by one that is started in its place, and
+    /// after [`crate::Device::hand_over`] of the devices that were on its files.
+    pub fn lost(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut lost = self.client.lost.subscribe();
+        async move {
+            if lost.wait_for(|lost| *lost).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
     /// Takes the mount out of the tree and ends the server. Loop devices that still read a file of it fail once the
     /// server's process ends.
     pub fn unmount(self) -> Result<(), BlockFsError> {
         let failed = |source| BlockFsError::Server { path: self.dir.clone(), source };
         let unmounted = self.client.expect(0).map_err(failed)?;
+        self.client.state().parting = true;
         self.client.say(Head::new(Kind::Unmount, 0), &[]).map_err(failed)?;
         match unmounted.recv() {
             Ok(0) => Ok(()),
@@ -147,6 +165,7 @@ impl BlockFs {
 
 impl Drop for BlockFs {
     fn drop(&mut self) {
+        self.client.state().parting = true;
         if let Err(error) = self.client.stream.shutdown(std::net::Shutdown::Both) {
             tracing::debug!(%error, "the server is gone already");
         }
@@ -180,6 +199,9 @@ impl Client {
         state.closed = true;
         // Whoever waits for a word of the server learns that none will come.
         state.expected.clear();
+        if !state.parting {
+            self.lost.send_replace(true);
+        }
     }
 
     /// Answers a read, now or when its bytes are there; nobody is held up by it but the reader.
