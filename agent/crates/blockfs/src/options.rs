@@ -52,7 +52,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             choice: Choice::Auto,
-            queue_depth: 256,
+            queue_depth: 16,
             registered: 4,
             request_bytes: 256 << 10,
             patience: Duration::from_secs(300),

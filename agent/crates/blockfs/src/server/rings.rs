@@ -27,8 +27,8 @@ use crate::{Options, Way};
 const MAX_BACKGROUND: u16 = u16::MAX;
 /// A request by `/dev/fuse` is no longer (`FUSE_MIN_READ_BUFFER`, and a batch of forgets).
 const DEVICE_BUFFER: usize = 64 << 10;
-/// A loop device has 128 requests under way at most (Linux 6.18): a queue with fewer free entries gets as many more.
-const SPARE_ENTRIES: u16 = 128;
+/// A queue with fewer free entries gets longer by half, and by as many at least.
+const SPARE_ENTRIES: usize = 8;
 /// No queue gets longer than this; the memory of one entry is `request_bytes` when all of it was used.
 const MAX_ENTRIES: usize = 4096;
 /// All requests are as small as this at least.
@@ -63,14 +63,12 @@ fn handshake(mut device: &File, options: &Options) -> io::Result<()> {
 /// Starts the threads, and waits until all rings are registered.
 fn serve(shared: &Arc<Shared>, device: Arc<File>) -> io::Result<()> {
     let (started, results) = channel();
-    let poker = start_poker(shared.dir.clone())?;
     let threads = assign(&usable_cpus()?, possible_cpus()?);
     let count = threads.len();
     for (cpu, queues) in threads {
         let (shared, device, started) = (Arc::clone(shared), Arc::clone(&device), started.clone());
-        let (name, poker) = (format!("fuse-ring-{cpu}"), poker.clone());
-        let run = move || ring_thread(&shared, device, cpu, &queues, poker, &started);
-        std::thread::Builder::new().name(name).spawn(run)?;
+        let run = move || ring_thread(&shared, device, cpu, &queues, &started);
+        std::thread::Builder::new().name(format!("fuse-ring-{cpu}")).spawn(run)?;
     }
     let shared = Arc::clone(shared);
     std::thread::Builder::new()
@@ -137,10 +135,9 @@ fn ring_thread(
     device: Arc<File>,
     cpu: u16,
     queues: &[u16],
-    poker: Sender<u16>,
     started: &Sender<io::Result<()>>,
 ) {
-    let ring = pin(cpu).and_then(|()| RingThread::new(shared, device, queues, poker));
+    let ring = pin(cpu).and_then(|()| RingThread::new(shared, device, queues));
     let (result, ring) = match ring {
         Ok(ring) => (Ok(()), Some(ring)),
         Err(error) => (Err(error), None),
@@ -162,21 +159,20 @@ fn pin(cpu: u16) -> io::Result<()> {
     Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
 }
 
-/// Requests for which a queue had no entry stay queued in the kernel when new entries are registered: they move, one each, when
-/// a request of the queue is answered (Linux 6.18, `fuse_uring_do_register` and `fuse_uring_commit_fetch`). This thread
-/// makes a harmless request on the CPUs that it is sent.
-fn start_poker(dir: PathBuf) -> io::Result<Sender<u16>> {
-    let (sender, cpus) = channel();
+/// Requests for which a queue had no entry stay queued in the kernel when new entries are registered. They move when a request of the
+/// queue is answered, or one for the background comes, one each (Linux 6.18, `fuse_uring_do_register`, `fuse_uring_commit_fetch`,
+/// `fuse_uring_queue_bq_req`): this makes a harmless request on that CPU. In a thread of its own each, since it may come when
+/// there is no free entry again, and is then queued behind those that wait.
+fn poke(dir: PathBuf, cpu: u16) {
     let poke = move || {
-        for cpu in cpus {
-            let poked = pin(cpu).and_then(|()| Ok(statvfs(&dir)?));
-            if let Err(error) = poked {
-                tracing::debug!(cpu, %error, "cannot poke");
-            }
+        let poked = pin(cpu).and_then(|()| Ok(statvfs(&dir)?));
+        if let Err(error) = poked {
+            tracing::debug!(cpu, %error, "cannot poke");
         }
     };
-    std::thread::Builder::new().name("fuse-poker".to_owned()).spawn(poke)?;
-    Ok(sender)
+    if let Err(error) = std::thread::Builder::new().name("fuse-poke".to_owned()).spawn(poke) {
+        tracing::error!(cpu, %error, "nobody pokes");
+    }
 }
 
 struct RingThread {
@@ -185,11 +181,10 @@ struct RingThread {
     inbox: Arc<Inbox>,
     /// Entries that wait for the agent.
     waiting: usize,
-    poker: Sender<u16>,
 }
 
 impl RingThread {
-    fn new(shared: &Arc<Shared>, device: Arc<File>, queues: &[u16], poker: Sender<u16>) -> io::Result<Self> {
+    fn new(shared: &Arc<Shared>, device: Arc<File>, queues: &[u16]) -> io::Result<Self> {
         let options = &shared.options;
         let size = RingSize {
             entries: options.queue_depth.max(1),
@@ -200,7 +195,7 @@ impl RingThread {
         let inbox = Arc::new(Inbox { answers: Mutex::default(), waker: waker.clone() });
         let mut ring = FuseRing::new(device, queues, size, waker)?;
         ring.submit()?;
-        Ok(Self { shared: Arc::clone(shared), ring, inbox, waiting: 0, poker })
+        Ok(Self { shared: Arc::clone(shared), ring, inbox, waiting: 0 })
     }
 
     /// Until the file system is unmounted.
@@ -243,7 +238,7 @@ impl RingThread {
                 self.ring.reply(held, answer.map(|()| bytes.len() as u32).ok_or(libc_eio()))?;
                 if poked && self.ring.next_came(number)? {
                     // The kernel had a request queued, and maybe more behind it.
-                    self.poke(queue);
+                    poke(self.shared.dir.clone(), queue);
                 }
                 Ok(())
             }
@@ -261,24 +256,18 @@ impl RingThread {
 
     /// Waiting reads must leave entries for those that need not wait.
     fn grow(&mut self, queue: u16) -> io::Result<()> {
-        let spare = usize::from(SPARE_ENTRIES);
-        if self.waiting + spare <= usize::from(self.shared.options.queue_depth) {
+        if self.waiting + SPARE_ENTRIES <= usize::from(self.shared.options.queue_depth) {
             return Ok(());
         }
         let (used, all) = self.ring.usage(queue);
-        if used + spare > all && all < MAX_ENTRIES {
-            tracing::debug!(queue, used, all, "a queue of the FUSE ring gets longer");
-            self.ring.grow(queue, SPARE_ENTRIES)?;
+        if used + SPARE_ENTRIES > all && all < MAX_ENTRIES {
+            let more = SPARE_ENTRIES.max(all / 2);
+            tracing::debug!(queue, used, all, more, "a queue of the FUSE ring gets longer");
+            self.ring.grow(queue, more as u16)?;
             self.ring.submit()?;
-            self.poke(queue);
+            poke(self.shared.dir.clone(), queue);
         }
         Ok(())
-    }
-
-    fn poke(&self, queue: u16) {
-        if self.poker.send(queue).is_err() {
-            tracing::error!(queue, "nobody pokes");
-        }
     }
 
     fn answers(&mut self) -> io::Result<()> {
