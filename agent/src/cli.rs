@@ -165,6 +165,9 @@ pub(crate) enum Command {
         #[arg(long, hide = true)]
         announce: bool,
     },
+    /// Start the daemon, and again whenever it dies
+    #[command(hide = true)]
+    KeepDaemon,
     /// Stop the daemon; containers go on, and reads of what is not local wait for the next one
     Stop,
     /// Serve block files, whichever daemon comes and goes

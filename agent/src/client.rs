@@ -1,12 +1,9 @@
 //! The command line's side of the daemon's socket; starts a daemon when none runs.
 
-use std::io::{BufRead, BufReader};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use futures::StreamExt;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -14,7 +11,7 @@ use serde::de::DeserializeOwned;
 use crate::api::Event;
 use crate::cli::Global;
 use crate::config::Config;
-use crate::daemon;
+use crate::{daemon, keeper};
 
 /// How often a daemon that went is followed by the next, for one question.
 const ATTEMPTS: u32 = 8;
@@ -37,7 +34,7 @@ impl Client {
             Some(daemon::start(Arc::clone(config)).await?)
         } else {
             if !Self::alive(config).await {
-                start_daemon(config, global)?;
+                keeper::start(config, global)?;
             }
             None
         };
@@ -85,7 +82,7 @@ impl Client {
             // A process that is being killed still takes connections for a moment.
             tokio::time::sleep(PAUSE).await;
             if !Self::alive(config).await {
-                start_daemon(config, global)?;
+                keeper::start(config, global)?;
             }
         }
     }
@@ -166,56 +163,6 @@ fn http_client(config: &Config) -> Result<reqwest::Client> {
         .tls_certs_only([])
         .build()
         .context("cannot make a client")
-}
-
-/// Starts `sluice daemon` in a session of its own and waits until its socket is open.
-fn start_daemon(config: &Config, global: &Global) -> Result<()> {
-    std::fs::create_dir_all(&config.state)
-        .with_context(|| format!("cannot create the state directory {}", config.state.display()))?;
-    // Who comes second finds the daemon that the first one started.
-    let lock_path = config.state.join("daemon.starting");
-    let lock =
-        std::fs::File::create(&lock_path).with_context(|| format!("cannot open {}", lock_path.display()))?;
-    lock.lock().with_context(|| format!("cannot lock {}", lock_path.display()))?;
-    if std::os::unix::net::UnixStream::connect(config.socket()).is_ok() {
-        return Ok(());
-    }
-    let log_path = config.state.join("daemon.log");
-    let log = std::fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(&log_path)
-        .with_context(|| format!("cannot open the daemon's log {}", log_path.display()))?;
-    let mut command = Command::new(std::env::current_exe().context("cannot find the sluice binary")?);
-    command.arg("daemon").arg("--announce").arg("--root").arg(&config.root).arg("--state").arg(&config.state);
-    if let Some(path) = &global.config {
-        let path = std::path::absolute(path).context("cannot tell where the configuration is")?;
-        command.arg("--config").arg(path);
-    }
-    for host in &global.plain_http {
-        command.arg(format!("--plain-http={host}"));
-    }
-    for _ in 0..global.verbose {
-        command.arg("--verbose");
-    }
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(log)
-        .current_dir("/")
-        .process_group(0)
-        .spawn()
-        .context("cannot start the daemon")?;
-    let mut line = String::new();
-    if let Some(stdout) = child.stdout.take() {
-        BufReader::new(stdout).read_line(&mut line).context("cannot hear from the daemon")?;
-    }
-    if line.trim() != "ready" {
-        let tail = std::fs::read_to_string(&log_path).unwrap_or_default();
-        let reason = tail.lines().last().unwrap_or("it wrote no log");
-        bail!("the daemon did not start: {reason} (log: {})", log_path.display());
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ mod credentials;
 mod daemon;
 mod doctor;
 mod journal;
+mod keeper;
 mod kubernetes;
 mod metrics;
 mod node;
@@ -48,7 +49,7 @@ fn main() -> ExitCode {
 /// What runs for long gives up what it does not need, before it has threads. The other commands do what their caller may.
 fn confine(command: &Command) -> anyhow::Result<()> {
     let kept: &[u8] = match command {
-        Command::Daemon { .. } => &sluice_kernel::confine::NODE,
+        Command::Daemon { .. } | Command::KeepDaemon => &sluice_kernel::confine::NODE,
         Command::BlockServer => &sluice_kernel::confine::SERVER,
         _ => return Ok(()),
     };

@@ -98,6 +98,7 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
         }
         Command::Batch { action } => return batch::batch(&config, &global, action).await,
         Command::BatchRunner { job } => batch::run(config, &job).await?,
+        Command::KeepDaemon => return crate::keeper::keep(&config),
         Command::Daemon { announce } => daemon::serve(config, announce).await?,
         Command::Stop => daemon::stop(&config).await?,
         Command::BlockServer => daemon::serve_blocks(&config)?,

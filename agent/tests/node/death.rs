@@ -88,11 +88,30 @@ fn a_killed_server_of_block_files_is_replaced() {
     let dir = node.room("mount");
     node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
     assert_content(&dir.join("data/many/7"), &one_of_many(7));
-    node.kill_daemon();
+    node.kill_daemon_for_good();
     node.kill_block_server();
     node.ok(&["gc"]);
     assert_content(&dir.join("data/large"), &large());
     node.ok(&["umount", &dir.to_string_lossy()]);
+}
+
+/// Nobody but a reader needs it.
+#[test]
+fn a_killed_daemon_is_followed_by_the_next() {
+    let node = Node::indexed("[stream]\nfill = false\n");
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    for number in [7, 8, 9] {
+        let daemon = node.daemon_pid();
+        node.kill_daemon();
+        assert_content(&dir.join(format!("data/many/{number}")), &one_of_many(number));
+        assert_ne!(node.daemon_pid(), daemon);
+    }
+    assert_content(&dir.join("data/large"), &large());
+    node.ok(&["umount", &dir.to_string_lossy()]);
+    node.ok(&["stop"]);
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(node.ok(&["stop"]).lines().count(), 1, "one that was told to stop is not");
 }
 
 /// The daemon that lives on takes it for what it is.
@@ -119,7 +138,7 @@ fn another_nodes_devices_are_left_alone() {
     for one in [&other, &node] {
         one.ok(&["mount", &one.image(), &one.room("mount").to_string_lossy()]);
     }
-    other.kill_daemon();
+    other.kill_daemon_for_good();
     other.kill_block_server();
     // Out of the tree: their devices' files have the names that ours have.
     let lazy = sluice_kernel::mount::UnmountOptions { lazy: true, force: false };

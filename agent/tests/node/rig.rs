@@ -195,17 +195,29 @@ impl Node {
 
     /// `kill -9` of the server of block files, which nobody expects.
     pub(crate) fn kill_block_server(&self) {
+        self.kill("block-server");
+    }
+
+    /// `kill -9` of the daemon and of what would start the next one.
+    pub(crate) fn kill_daemon_for_good(&self) {
+        let daemon = self.daemon_pid();
+        self.kill("keep-daemon");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(daemon), nix::sys::signal::Signal::SIGKILL)
+            .expect("killed");
+    }
+
+    fn kill(&self, command: &str) {
         let state = self.path("state");
-        let server = |pid: &i32| {
+        let wanted = |pid: &i32| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let words: Vec<_> = line.split(|byte| *byte == 0).collect();
-            words.contains(&&b"block-server"[..]) && words.contains(&state.as_os_str().as_encoded_bytes())
+            words.contains(&command.as_bytes()) && words.contains(&state.as_os_str().as_encoded_bytes())
         };
         let pids = fs::read_dir("/proc").expect("readable").flatten();
         let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        let pid = nix::unistd::Pid::from_raw(pids.find(server).expect("it runs"));
+        let pid = nix::unistd::Pid::from_raw(pids.find(wanted).expect("it runs"));
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("killed");
-        wait_until("the server is gone", || nix::sys::signal::kill(pid, None).is_err() || zombie(pid));
+        wait_until("it is gone", || nix::sys::signal::kill(pid, None).is_err() || zombie(pid));
     }
 
     /// The daemon's log.
