@@ -61,9 +61,9 @@ impl Links {
             Ok(Self { on_erofs: in_rooms(rooms, on_erofs), on_noatime: in_rooms(rooms, on_noatime) })
         };
         let probed = std::thread::scope(|scope| scope.spawn(probe).join());
-        probed.unwrap_or_else(|_panic| Err("the attempt failed".to_owned())).unwrap_or_else(|reason: String| {
-            Self { on_erofs: Err(reason.clone()), on_noatime: Err(reason) }
-        })
+        probed
+            .unwrap_or_else(|_panic| Err("the attempt failed".to_owned()))
+            .unwrap_or_else(|reason: String| Self { on_erofs: Err(reason.clone()), on_noatime: Err(reason) })
     }
 
     /// Operations that fail on our mounts: containers on them would not be safe.

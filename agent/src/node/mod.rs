@@ -33,6 +33,7 @@ mod unpack;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
@@ -67,6 +68,8 @@ pub(crate) const BACKGROUND_FETCHES: usize = 3;
 
 /// `sluice mount` mounts what it was given within this time, or is gone.
 const MOUNTED_WITHIN: std::time::Duration = std::time::Duration::from_secs(60);
+/// The end of a mount waits for reads that are under way: as long, and again as long once they fail.
+const LAST_READS: std::time::Duration = std::time::Duration::from_secs(2);
 
 /// Stream indexes as artifacts.
 pub(crate) const INDEX_KIND: Kind = Kind {
@@ -356,19 +359,28 @@ impl Node {
         self.keep();
         let blockfs = self.lock(&self.blockfs).take();
         tokio::task::spawn_blocking(move || {
-            for image in images {
-                image.holders.iter().for_each(unmount_holder);
-                if let Some(Err(error)) = image.mount.map(ImageMount::unmount) {
-                    tracing::warn!(%error, "cannot unmount");
+            let (unmounting, unmounted) = channel::<()>();
+            std::thread::spawn(move || {
+                for image in images {
+                    image.holders.iter().for_each(unmount_holder);
+                    if let Some(Err(error)) = image.mount.map(ImageMount::unmount) {
+                        tracing::warn!(%error, "cannot unmount");
+                    }
                 }
+                drop(unmounting);
+            });
+            // What was read ahead may never come: that ends with the server, or with this process if that serves within.
+            let late = || unmounted.recv_timeout(LAST_READS) == Err(RecvTimeoutError::Timeout);
+            if late() {
+                tracing::info!("images are still read");
             }
-            match blockfs {
-                Some(blockfs) => blockfs.unmount(),
-                None => Ok(()),
+            blockfs.map_or(Ok(()), BlockFs::unmount)?;
+            if late() {
+                tracing::warn!("a mount is still on its way out");
             }
+            Ok(())
         })
-        .await??;
-        Ok(())
+        .await?
     }
 
     async fn stop_layers(&self) -> Result<()> {

@@ -87,6 +87,14 @@ impl Node {
         {
             self.fill_in_background(&[layer]);
         }
+        // In use or not, it begins anew; where that cannot be, nothing is known of it any more.
+        if self.store.layer(digest)?.is_none() {
+            for image in self.store.images()? {
+                if !used && image.layers.iter().any(|one| one == digest) {
+                    self.store.remove_image(&image.manifest_digest)?;
+                }
+            }
+        }
         Ok(())
     }
 

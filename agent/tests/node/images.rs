@@ -114,6 +114,23 @@ fn unused_layers_are_freed() {
 }
 
 #[test]
+fn fsck_mends_layers_whose_files_are_gone_though_nobody_uses_them() {
+    let node = Node::indexed("");
+    for lost in ["data", "index"] {
+        node.ok(&["pull", &node.image()]);
+        node.wait_for_state("local");
+        let layer = std::fs::read_dir(node.path("root/layers")).unwrap().next().unwrap().unwrap();
+        std::fs::remove_file(layer.path().join(lost)).unwrap();
+        let checked = node.run(&["fsck"]);
+        let said = String::from_utf8(checked.stdout).unwrap();
+        assert!(!checked.status.success());
+        assert!(said.contains("files of it are gone") && said.ends_with(" 1 problems\n"), "{said}");
+        assert!(node.ok(&["fsck"]).ends_with(" 0 problems\n"), "after {lost} was lost");
+        assert_eq!(node.shell("cat /data/changed"), "after");
+    }
+}
+
+#[test]
 fn a_quota_takes_what_nobody_uses_and_never_what_is_mounted() {
     let node = Node::indexed("[store]\nquota_mib = 8\nmemory_budget_mib = 2\n");
     let dir = node.room("mount");

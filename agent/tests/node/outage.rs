@@ -50,9 +50,7 @@ fn an_image_is_given_back_while_reads_of_it_wait() {
     let dir = node.room("mount");
     node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
     node.kill_registry();
-    let file = std::fs::File::open(dir.join("data/large")).unwrap();
-    nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_WILLNEED).unwrap();
-    drop(file);
+    read_ahead(&dir.join("data/large"));
     let mut umount = node.command(&["umount", &dir.to_string_lossy()]).spawn().unwrap();
     std::thread::sleep(Duration::from_millis(500));
     assert!(umount.try_wait().unwrap().is_none(), "it has nothing to wait for");
@@ -63,6 +61,25 @@ fn an_image_is_given_back_while_reads_of_it_wait() {
     node.ok(&["mount", &node.image(), &again.to_string_lossy()]);
     assert_content(&again.join("data/large"), &large());
     node.ok(&["umount", &again.to_string_lossy()]);
+}
+
+#[test]
+fn drain_does_not_wait_for_a_dead_registry() {
+    let mut node = Node::indexed("[stream]\nfill = false\n");
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    node.kill_registry();
+    read_ahead(&dir.join("data/large"));
+    let start = Instant::now();
+    node.ok(&["node", "drain"]);
+    assert!(start.elapsed() < Duration::from_secs(15), "it took {:?}", start.elapsed());
+    crate::rig::wait_until("nothing is left", || node.leftovers().is_empty());
+}
+
+/// Has the kernel ask for a file's first bytes, and waits for none.
+fn read_ahead(path: &std::path::Path) {
+    let file = std::fs::File::open(path).unwrap();
+    nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_WILLNEED).unwrap();
 }
 
 #[test]

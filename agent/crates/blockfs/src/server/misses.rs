@@ -141,6 +141,12 @@ impl Misses {
         }
     }
 
+    /// No agent will come: what waits fails, and what is asked from now on.
+    pub(crate) fn abandon(&self) {
+        self.changed.notify_all();
+        give_up(self.lock());
+    }
+
     /// The file system is gone.
     pub(crate) fn end(&self) {
         let mut state = self.lock();
@@ -155,7 +161,7 @@ impl Misses {
         loop {
             let present = |state: &mut State| !state.ended && (state.agent.is_some() || state.abandoned);
             state = self.changed.wait_while(state, present).unwrap_or_else(PoisonError::into_inner);
-            let absent = |state: &mut State| !state.ended && state.agent.is_none();
+            let absent = |state: &mut State| !state.ended && !state.abandoned && state.agent.is_none();
             let waited = self.changed.wait_timeout_while(state, patience, absent);
             let (waited, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
             state = waited;
@@ -163,15 +169,12 @@ impl Misses {
                 return;
             }
             if timeout.timed_out() {
-                state.abandoned = true;
-                let given_up = std::mem::take(&mut state.waiting);
-                drop(state);
                 tracing::error!(
-                    reads = given_up.len(),
+                    reads = state.waiting.len(),
                     ?patience,
                     "no agent came: what is not local fails with EIO"
                 );
-                given_up.into_values().for_each(|waiting| (waiting.answer)(Supply::Failed(EIO)));
+                give_up(state);
                 state = self.lock();
             }
         }
@@ -180,6 +183,13 @@ impl Misses {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn give_up(mut state: MutexGuard<'_, State>) {
+    state.abandoned = true;
+    let given_up = std::mem::take(&mut state.waiting);
+    drop(state);
+    given_up.into_values().for_each(|waiting| (waiting.answer)(Supply::Failed(EIO)));
 }
 
 impl Agent {

@@ -39,6 +39,8 @@ struct Shared {
     way: OnceLock<(Way, String)>,
     classic: Mutex<Option<fuser::BackgroundSession>>,
     ended: Mutex<Option<Sender<()>>>,
+    /// Where agents connect, until the mount is gone.
+    socket: Mutex<Option<PathBuf>>,
 }
 
 /// How a conversation with an agent ended.
@@ -73,13 +75,15 @@ pub fn serve(
     }
     let listener = UnixListener::bind(socket).map_err(failed)?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    std::thread::spawn(move || accept(&shared, &listener));
+    *shared.socket.lock().unwrap_or_else(PoisonError::into_inner) = Some(socket.to_path_buf());
+    let accepting = Arc::clone(&shared);
+    std::thread::spawn(move || accept(&accepting, &listener));
     ready().map_err(failed)?;
     // The sender goes when the file system ends.
     if ended.recv().is_err() {
         tracing::debug!("the server was dropped");
     }
-    std::fs::remove_file(socket).map_err(failed)
+    shared.close().map_err(failed)
 }
 
 /// A server in this process, for one agent in this process: it ends with it.
@@ -135,6 +139,7 @@ impl Shared {
             way: OnceLock::new(),
             classic: Mutex::default(),
             ended: Mutex::new(Some(ending)),
+            socket: Mutex::default(),
         });
         let way = shared.mount().map_err(|source| BlockFsError::Fuse { path: dir.to_path_buf(), source })?;
         tracing::info!(way = %way.0, reason = way.1, "block files are served");
@@ -165,6 +170,12 @@ impl Shared {
             self.misses.end();
             drop(self.ended.lock().unwrap_or_else(PoisonError::into_inner).take());
         }
+    }
+
+    /// From now on agents find no server here.
+    fn close(&self) -> io::Result<()> {
+        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner).take();
+        socket.map_or(Ok(()), std::fs::remove_file)
     }
 
     /// Takes the mount out of the tree. Loop devices that still read a file of it are served until the process ends.
@@ -234,6 +245,10 @@ impl Shared {
                 Kind::Hold => held.0.extend(message.descriptor),
                 Kind::Unmount => {
                     let errno = self.unmount().err().map_or(0, |error| error.raw_os_error().unwrap_or(5));
+                    if errno == 0 {
+                        self.close()?;
+                        self.misses.abandon();
+                    }
                     say(Head { a: errno as u64, ..Head::new(Kind::Unmounted, 0) }, Vec::new())?;
                     if errno == 0 {
                         return Ok(Parting::Unmounted);
