@@ -65,7 +65,9 @@ pub(crate) fn keep(config: &Config) -> Result<ExitCode> {
     // Who started this process has the turn.
     let (mut daemon, ready) = spawn(&mut command)?;
     if !ready {
-        bail!("the daemon did not get ready: {}", daemon.wait()?);
+        // It said why.
+        let code = daemon.wait()?.code().and_then(|code| u8::try_from(code).ok());
+        return Ok(code.map_or(ExitCode::FAILURE, ExitCode::from));
     }
     let mut stdout = std::io::stdout();
     writeln!(stdout, "ready").and_then(|()| stdout.flush()).context("nobody listens to the announcement")?;
