@@ -138,6 +138,8 @@ fn mount_the_kernels() -> Result<()> {
     for dir in ["/dev/pts", "/dev/shm"] {
         fs::create_dir_all(dir)?;
     }
+    // Without it runc does not start where Tomoyo is (Debian's 5.10): that looks for the path of what is executed by descriptor.
+    std::os::unix::fs::symlink("/proc/self/fd", "/dev/fd")?;
     mount_on("devpts", "/dev/pts", MsFlags::empty(), "ptmxmode=0666")?;
     mount_on("tmpfs", "/dev/shm", MsFlags::empty(), "")?;
     mount_on("cgroup2", "/sys/fs/cgroup", MsFlags::empty(), "")?;

@@ -41,6 +41,8 @@ impl Node {
             self.lock(&self.images).insert(digest.clone(), made);
         }
         let (acquired, started) = {
+            // Before a `gc` can see the holder.
+            self.may_mount(&request.holder);
             let mut images = self.lock(&self.images);
             let found = images.get_mut(&digest).context("the image was released meanwhile; try again")?;
             found.holders.push(request.holder.clone());

@@ -22,8 +22,8 @@ pub(super) struct NodeLayer {
     image: ResolvedImage,
     /// None for a layer that is complete from the start.
     streamed: Option<Arc<StreamedLayer>>,
-    /// The FUSE file, until the layer is complete.
-    fuse_path: Option<PathBuf>,
+    /// The block files, until the layer is complete: one, and what earlier agents had for it.
+    served: Vec<PathBuf>,
     device: Mutex<Weak<Device>>,
     fill: Mutex<Option<tokio::task::JoinHandle<()>>>,
     failed: Mutex<Option<String>>,
@@ -58,12 +58,12 @@ impl NodeLayer {
 
     /// Files that loop devices of this layer may be on.
     pub(super) fn paths(&self) -> Vec<PathBuf> {
-        self.fuse_path.iter().cloned().chain([self.layer.data_path()]).collect()
+        self.served.iter().cloned().chain([self.layer.data_path()]).collect()
     }
 
-    /// The file that blockfs serves for it, if any.
-    pub(super) fn served_path(&self) -> Option<&std::path::Path> {
-        self.fuse_path.as_deref()
+    /// The files that blockfs serves for it, if any.
+    pub(super) fn served(&self) -> &[PathBuf] {
+        &self.served
     }
 
     /// The layer's block device, shared by all images that have the layer. Blocks the thread.
@@ -72,7 +72,7 @@ impl NodeLayer {
         if let Some(device) = device.upgrade() {
             return Ok(device);
         }
-        let attached = match &self.fuse_path {
+        let attached = match self.served.first() {
             Some(path) if !self.layer.is_complete() => Device::attach(path)?,
             _ => Device::attach_file(&self.open_data()?)?,
         };
@@ -144,20 +144,20 @@ impl Node {
             .lock(&self.blockfs)
             .as_ref()
             .is_some_and(|blockfs| blockfs.left().iter().any(|left| left == name));
-        let (streamed, fuse_path) = if layer.is_complete() && !served {
-            (None, None)
+        let (streamed, served) = if layer.is_complete() && !served {
+            (None, Vec::new())
         } else {
             let streamed = self.streamed(image, &layer)?;
             let blocks = Arc::new(LayerBlocks::new(Arc::clone(&streamed), self)?);
             let blockfs = self.lock(&self.blockfs);
-            let path = blockfs.as_ref().map(|blockfs| blockfs.add(name, blocks)).transpose()?;
-            (Some(streamed), path)
+            let paths = blockfs.as_ref().map(|blockfs| blockfs.add(name, blocks)).transpose()?;
+            (Some(streamed), paths.unwrap_or_default())
         };
         let node_layer = Arc::new(NodeLayer {
             layer,
             image: image.clone(),
             streamed,
-            fuse_path,
+            served,
             device: Mutex::default(),
             fill: Mutex::default(),
             failed: Mutex::default(),
@@ -218,14 +218,18 @@ impl Node {
     }
 
     fn hand_over(&self, layer: &NodeLayer) -> Result<()> {
-        let Some(fuse_path) = &layer.fuse_path else { return Ok(()) };
-        // Held while devices are switched, so that no new one appears on the FUSE file.
-        let _device = layer.device.lock().unwrap_or_else(PoisonError::into_inner);
-        for device in Device::all_on(fuse_path)? {
-            device.hand_over_to(&layer.open_data()?)?;
+        if layer.served.is_empty() {
+            return Ok(());
         }
-        if let Some(blockfs) = self.lock(&self.blockfs).as_ref() {
-            blockfs.remove(fuse_path)?;
+        // Held while devices are switched, so that no new one appears on a block file.
+        let _device = layer.device.lock().unwrap_or_else(PoisonError::into_inner);
+        for path in &layer.served {
+            for device in Device::all_on(path)? {
+                device.hand_over_to(&layer.open_data()?)?;
+            }
+            if let Some(blockfs) = self.lock(&self.blockfs).as_ref() {
+                blockfs.remove(path)?;
+            }
         }
         tracing::info!(layer = layer.layer.digest(), "complete: the kernel reads it from now on");
         Ok(())

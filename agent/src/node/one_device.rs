@@ -136,7 +136,8 @@ impl Node {
         }
         let blockfs = self.lock(&self.blockfs);
         let blockfs = blockfs.as_ref().context("no block files are served here")?;
-        let path = blockfs.add(key.trim_start_matches("sha256:"), Arc::new(blocks))?;
+        let paths = blockfs.add(key.trim_start_matches("sha256:"), Arc::new(blocks))?;
+        let path = paths.into_iter().next().context("no block file")?;
         whole.insert(key.to_owned(), path.clone());
         Ok(path)
     }

@@ -175,13 +175,11 @@ impl Node {
             )?;
             self.prepare(&image, &events).boxed().await?;
         }
-        if let Some(path) = layer.served_path()
-            && let Some(blockfs) = self.lock(&self.blockfs).as_ref()
-        {
+        match self.lock(&self.blockfs).as_ref() {
             // From now on what still reads it gets errors instead of lies.
-            blockfs.remove(path)?;
+            Some(blockfs) => Ok(layer.served().iter().try_for_each(|path| blockfs.remove(path))?),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Takes the mounts that have a layer out of the tree; whether there were any. Who uses one keeps it alive until done.

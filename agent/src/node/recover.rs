@@ -36,7 +36,7 @@ impl Node {
         *self.lock(&self.blockfs) = Some(blockfs);
         for name in left {
             // Whoever waits for a byte of it goes on now.
-            self.add_again(&format!("sha256:{name}"));
+            self.add_again(&name);
         }
         let devices = self.take_devices(&blocks, found, started);
         let adopted = self.adopt_images(&devices);
@@ -58,13 +58,18 @@ impl Node {
     }
 
     /// Serves the block file of a layer, or of a whole image, again.
-    fn add_again(self: &Arc<Self>, digest: &str) {
-        match self.block_file(digest) {
-            Ok(Some(_)) => {}
-            Ok(None) => tracing::debug!(digest, "no image has this any more"),
-            Err(error) => {
-                tracing::error!(digest, error = format!("{error:#}"), "reads of this wait in vain");
+    fn add_again(self: &Arc<Self>, name: &str) {
+        let added = match self.block_file(&format!("sha256:{name}")) {
+            Ok(Some(_)) => Ok(()),
+            Ok(None) => {
+                tracing::warn!(name, "no image has this any more: reads of it fail");
+                let blockfs = self.lock(&self.blockfs);
+                blockfs.as_ref().map_or(Ok(()), |blockfs| blockfs.remove_left(name)).map_err(Into::into)
             }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = added {
+            tracing::error!(name, error = format!("{error:#}"), "reads of this wait in vain");
         }
     }
 

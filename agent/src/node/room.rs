@@ -88,11 +88,12 @@ impl Node {
             kept
         });
         for layer in gone {
-            if let Some(path) = layer.served_path()
-                && let Some(blockfs) = self.lock(&self.blockfs).as_ref()
-                && let Err(error) = blockfs.remove(path)
-            {
-                tracing::warn!(%error, path = %path.display(), "a block file stays");
+            for path in layer.served() {
+                if let Some(blockfs) = self.lock(&self.blockfs).as_ref()
+                    && let Err(error) = blockfs.remove(path)
+                {
+                    tracing::warn!(%error, path = %path.display(), "a block file stays");
+                }
             }
             if let Err(error) = layer.stop().await {
                 tracing::debug!(error = format!("{error:#}"), "a layer that goes was not flushed");

@@ -95,6 +95,46 @@ fn a_killed_server_of_block_files_is_replaced() {
     node.ok(&["umount", &dir.to_string_lossy()]);
 }
 
+/// What a user is told is mounted is mounted, whoever looks for what is not used at that moment.
+#[test]
+fn gc_takes_nothing_that_is_about_to_be_mounted() {
+    let node = Node::indexed("");
+    node.ok(&["pull", &node.image()]);
+    let dir = node.room("mount");
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                node.ok(&["gc"]);
+            }
+        });
+        for number in 0..20 {
+            node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+            assert_content(&dir.join(format!("data/many/{number}")), &one_of_many(number));
+            node.ok(&["umount", &dir.to_string_lossy()]);
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+}
+
+/// A layer that began anew while it was read has two block files: the next daemon serves both.
+#[test]
+fn a_layer_whose_file_was_lost_in_use_is_read_across_daemons() {
+    let node = Node::indexed("[stream]\nfill = false\n");
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    for layer in std::fs::read_dir(node.path("root/layers")).unwrap() {
+        std::fs::remove_file(layer.unwrap().path().join("chunks")).unwrap();
+    }
+    assert!(!node.run(&["fsck"]).status.success(), "it is noticed");
+    for number in [1, 2] {
+        node.kill_daemon();
+        assert_content(&dir.join(format!("data/many/{number}")), &one_of_many(number));
+    }
+    assert_content(&dir.join("data/large"), &large());
+    node.ok(&["umount", &dir.to_string_lossy()]);
+}
+
 /// Nobody but a reader needs it.
 #[test]
 fn a_killed_daemon_is_followed_by_the_next() {

@@ -64,7 +64,7 @@ fn main() {
 }
 
 fn attach(blockfs: &BlockFs, name: &str, source: &Arc<MoodySource>) -> Arc<Device> {
-    let path = blockfs.add(name, Arc::clone(source) as Arc<dyn BlockSource>).expect("added");
+    let path = blockfs.add(name, Arc::clone(source) as Arc<dyn BlockSource>).expect("added").remove(0);
     Arc::new(Device::attach(&path).expect("attaches"))
 }
 

@@ -26,8 +26,8 @@ pub struct BlockFs {
     way: (Way, String),
     server: u32,
     client: Arc<Client>,
-    /// Files that the server had from an earlier agent and that nobody has asked for yet, by name.
-    left: Mutex<HashMap<String, FileRecord>>,
+    /// Files that the server had from an earlier agent and that nobody has asked for yet. Several may have the same name.
+    left: Mutex<Vec<FileRecord>>,
     next: AtomicU64,
 }
 
@@ -76,7 +76,7 @@ impl BlockFs {
         let mut lines = text.lines();
         let way = if lines.next() == Some("io_uring") { Way::IoUring } else { Way::Classic };
         let reason = lines.next().unwrap_or_default().to_owned();
-        let left = lines.filter_map(FileRecord::parse).map(|file| (file.name.clone(), file)).collect();
+        let left = lines.filter_map(FileRecord::parse).collect();
         let (lost, _) = watch::channel(false);
         let client = Arc::new(Client { stream, writing: Mutex::default(), state: Mutex::default(), lost });
         let reader = Arc::clone(&client);
@@ -99,14 +99,33 @@ impl BlockFs {
 
     /// Names of files that the server has from an earlier agent and that were not added yet.
     pub fn left(&self) -> Vec<String> {
-        lock(&self.left).keys().cloned().collect()
+        lock(&self.left).iter().map(|file| file.name.clone()).collect()
     }
 
-    /// Adds a file; returns its path. One that an earlier agent had by the same name and size goes on: who has it open
-    /// notices nothing. Waits for the server's word.
-    pub fn add(&self, name: &str, source: Arc<dyn BlockSource>) -> Result<PathBuf, BlockFsError> {
-        let left = lock(&self.left).remove(name).filter(|file| file.size == source.size());
-        let inode = left.map_or_else(|| self.next.fetch_add(1, Ordering::Relaxed), |file| file.inode);
+    /// Removes what [`Self::left`] has of this name: nobody knows what is in it any more, and reads of it fail.
+    pub fn remove_left(&self, name: &str) -> Result<(), BlockFsError> {
+        let named = |file: &mut FileRecord| file.name == name;
+        let left: Vec<_> = lock(&self.left).extract_if(.., named).collect();
+        left.iter().try_for_each(|file| self.remove_inode(file.inode))
+    }
+
+    /// Adds a file; returns its path, or those of all that an earlier agent had by the same name and size. These go on:
+    /// who has one open notices nothing. Waits for the server's word.
+    pub fn add(&self, name: &str, source: Arc<dyn BlockSource>) -> Result<Vec<PathBuf>, BlockFsError> {
+        let same = |file: &mut FileRecord| file.name == name && file.size == source.size();
+        let mut inodes: Vec<_> = lock(&self.left).extract_if(.., same).map(|file| file.inode).collect();
+        if inodes.is_empty() {
+            inodes.push(self.next.fetch_add(1, Ordering::Relaxed));
+        }
+        inodes.into_iter().map(|inode| self.add_inode(inode, name, Arc::clone(&source))).collect()
+    }
+
+    fn add_inode(
+        &self,
+        inode: u64,
+        name: &str,
+        source: Arc<dyn BlockSource>,
+    ) -> Result<PathBuf, BlockFsError> {
         let failed = |source| BlockFsError::Server { path: self.dir.clone(), source };
         let added = self.client.expect(inode).map_err(failed)?;
         self.client.state().sources.insert(inode, Arc::clone(&source));
@@ -122,7 +141,10 @@ impl BlockFs {
     pub fn remove(&self, path: &Path) -> Result<(), BlockFsError> {
         let name = path.file_name().and_then(|name| name.to_str());
         let inode = name.and_then(|name| name.split_once('-')).and_then(|(inode, _)| inode.parse().ok());
-        let Some(inode) = inode else { return Ok(()) };
+        inode.map_or(Ok(()), |inode| self.remove_inode(inode))
+    }
+
+    fn remove_inode(&self, inode: u64) -> Result<(), BlockFsError> {
         self.client.state().sources.remove(&inode);
         let failed = |source| BlockFsError::Server { path: self.dir.clone(), source };
         self.client.say(Head::new(Kind::Remove, inode), &[]).map_err(failed)

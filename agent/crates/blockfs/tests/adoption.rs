@@ -141,7 +141,7 @@ fn agent(room: &Path) {
     let sources: Vec<_> = (0..LAYERS).map(|layer| FillingSource::open(room, layer)).collect();
     let add = |(layer, source): (usize, &Arc<FillingSource>)| {
         let source = Arc::clone(source) as Arc<dyn BlockSource>;
-        blockfs.add(&format!("layer{layer}"), source).expect("added")
+        blockfs.add(&format!("layer{layer}"), source).expect("added").remove(0)
     };
     let paths: Vec<_> = sources.iter().enumerate().map(add).collect();
     let image = room.join("image");

@@ -116,7 +116,8 @@ fn an_error_reaches_the_reader_and_does_not_stick() {
 fn an_error_reaches_the_reader_and_does_not_stick_by(way: Way) {
     let (runtime, room) = (runtime(), Room::new(&[vec![MIB]]));
     let (blockfs, sources) = (room.blockfs(&runtime, way), room.sources());
-    let path = blockfs.add("layer0", Arc::clone(&sources[0]) as Arc<dyn BlockSource>).expect("added");
+    let path =
+        blockfs.add("layer0", Arc::clone(&sources[0]) as Arc<dyn BlockSource>).expect("added").remove(0);
     let device = Arc::new(Device::attach(&path).expect("attaches"));
     let image = mount_image(&room, vec![device], "image");
     let file = image.dir().join(&room.samples[0].path);
@@ -271,7 +272,8 @@ fn the_fuse_files_are_read_only_private_and_go_when_removed() {
 fn the_fuse_files_are_read_only_private_and_go_when_removed_by(way: Way) {
     let (runtime, room) = (runtime(), two_layers());
     let (blockfs, sources) = (room.blockfs(&runtime, way), room.sources());
-    let path = blockfs.add("layer0", Arc::clone(&sources[0]) as Arc<dyn BlockSource>).expect("added");
+    let path =
+        blockfs.add("layer0", Arc::clone(&sources[0]) as Arc<dyn BlockSource>).expect("added").remove(0);
     let metadata = fs::metadata(&path).expect("stat");
     assert_eq!((metadata.len(), metadata.permissions().mode() & 0o777), (sources[0].size(), 0o400));
     let dir = path.parent().expect("a directory");
@@ -286,7 +288,8 @@ fn the_fuse_files_are_read_only_private_and_go_when_removed_by(way: Way) {
     assert_eq!(error.raw_os_error(), Some(116));
     let error = File::open(&path).expect_err("removed");
     assert!(matches!(error.raw_os_error(), Some(2 | 116)), "{error}");
-    let again = blockfs.add("layer0", Arc::clone(&sources[1]) as Arc<dyn BlockSource>).expect("added");
+    let again =
+        blockfs.add("layer0", Arc::clone(&sources[1]) as Arc<dyn BlockSource>).expect("added").remove(0);
     assert_ne!(path, again);
     assert!(fs::read(&again).expect("reads") == rig::expected(1, 0, sources[1].size() as usize));
     drop(open);

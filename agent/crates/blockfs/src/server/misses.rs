@@ -10,6 +10,7 @@ use crate::protocol::{Head, Kind};
 
 const EIO: i32 = 5;
 const EINTR: i32 = 4;
+const ESTALE: i32 = 116;
 
 /// What the agent says to a read.
 #[derive(Debug)]
@@ -141,6 +142,14 @@ impl Misses {
         }
     }
 
+    /// The file is no more: reads of it that wait fail as those that come do.
+    pub(crate) fn file_removed(&self, inode: u64) {
+        let mut state = self.lock();
+        let waiting = state.waiting.extract_if(|_, waiting| waiting.inode == inode).collect::<Vec<_>>();
+        drop(state);
+        waiting.into_iter().for_each(|(_, waiting)| (waiting.answer)(Supply::Failed(ESTALE)));
+    }
+
     /// No agent will come: what waits fails, and what is asked from now on.
     pub(crate) fn abandon(&self) {
         self.changed.notify_all();
@@ -242,8 +251,10 @@ mod tests {
         misses.answer(2, |_| Supply::Bytes(vec![0; 3]));
         misses.ask(read(7, &answers));
         misses.interrupt(107);
+        misses.ask(read(8, &answers));
+        misses.file_removed(8);
         drop(answers);
-        assert_eq!(answered.iter().collect::<Vec<_>>(), [0, EIO, EINTR]);
+        assert_eq!(answered.iter().collect::<Vec<_>>(), [0, EIO, EINTR, ESTALE]);
     }
 
     #[test]

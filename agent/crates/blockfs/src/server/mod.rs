@@ -232,7 +232,10 @@ impl Shared {
                     self.misses.file_added(number, id);
                     say(Head::new(Kind::Added, id), Vec::new())?;
                 }
-                Kind::Remove => self.files.remove(id),
+                Kind::Remove => {
+                    self.files.remove(id);
+                    self.misses.file_removed(id);
+                }
                 Kind::Local => self.files.set_local(id, a, b),
                 Kind::InFile => self.misses.answer(id, |waiting| match self.files.disk(waiting.inode) {
                     Some(file) => Supply::InFile(file),

@@ -234,7 +234,7 @@ pub(crate) fn mount_blocks(room: &Path, runtime: &tokio::runtime::Runtime, optio
 pub(crate) fn attach_all(blockfs: &BlockFs, sources: &[Arc<MoodySource>]) -> Vec<Arc<Device>> {
     let attach = |(number, source): (usize, &Arc<MoodySource>)| {
         let source = Arc::clone(source) as Arc<dyn BlockSource>;
-        let path = blockfs.add(&format!("layer{number}"), source).expect("added");
+        let path = blockfs.add(&format!("layer{number}"), source).expect("added").remove(0);
         Arc::new(Device::attach(&path).expect("attaches"))
     };
     sources.iter().enumerate().map(attach).collect()
