@@ -296,17 +296,25 @@ impl Node {
     pub(crate) async fn remove(self: &Arc<Self>, reference: &str) -> Result<()> {
         let record =
             self.find_record(reference)?.with_context(|| format!("there is no image `{reference}` here"))?;
+        let turn = Arc::clone(self.lock(&self.preparing).entry(record.manifest_digest.clone()).or_default());
+        let Ok(turn) = turn.try_lock() else {
+            bail!("{reference} is being made ready for somebody; try again");
+        };
         if self.lock(&self.images).contains_key(&record.manifest_digest) {
             bail!("{reference} is in use; stop its containers and unmount it first");
         }
         self.store.remove_image(&record.manifest_digest)?;
+        drop(turn);
         self.gc().await.map(|_| ())
     }
 
     /// Frees what no image needs.
     pub(crate) async fn gc(self: &Arc<Self>) -> Result<GcReport> {
         for holder in self.unmounted_holders() {
-            self.release(&holder).await?;
+            // A release may take long, and the next one may hold something again.
+            if self.unmounted_holders().contains(&holder) {
+                self.release(&holder).await?;
+            }
         }
         let in_use = self.in_use_when_settled().await?;
         let recorded: Vec<String> = self.store.images()?.into_iter().flat_map(|image| image.layers).collect();

@@ -43,7 +43,8 @@ impl Node {
         }
         if !preparing.is_empty() {
             // The layers of an image that is not recorded yet are those that no other names.
-            in_use.layers.extend(self.store.layers()?.into_iter().filter(|digest| !named.contains(digest)));
+            let all = self.store.layers()?.into_iter().chain(self.store.unpacked()?);
+            in_use.layers.extend(all.filter(|digest| !named.contains(digest)));
         }
         Ok(in_use)
     }

@@ -23,6 +23,8 @@ impl Node {
         let mut dirs: Vec<PathBuf> = Vec::new();
         for layer in &image.layers {
             let dir = self.store.unpacked_path(&layer.digest)?;
+            // Another image may have it, too. A layer's own turn is its judgement's, which waits for images.
+            let _turn = self.turn(&format!("unpacked {}", layer.digest)).await;
             if !dir.exists() {
                 self.unpack(image, layer, &dir).await.with_context(|| format!("layer {}", layer.digest))?;
             }

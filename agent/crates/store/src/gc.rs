@@ -40,6 +40,17 @@ impl Store {
         }
     }
 
+    /// Digests of layers that the ordinary pull unpacked.
+    pub fn unpacked(&self) -> Result<Vec<String>, StoreError> {
+        let unpacked = self.inner.root.join("unpacked");
+        let entries = match fs::read_dir(&unpacked) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.on("list", &unpacked)?,
+        };
+        let digest = |entry: fs::DirEntry| format!("sha256:{}", entry.file_name().to_string_lossy());
+        entries.map(|entry| Ok(digest(entry.on("list", &unpacked)?))).collect()
+    }
+
     /// Removes layers that no image names and `in_use` does not hold.
     pub fn gc(&self, in_use: &dyn Fn(&str) -> bool) -> Result<Freed, StoreError> {
         let wanted: HashSet<String> = self.images()?.into_iter().flat_map(|image| image.layers).collect();
@@ -50,18 +61,12 @@ impl Store {
                 freed.layers += 1;
             }
         }
-        let unpacked = self.inner.root.join("unpacked");
-        let entries = match fs::read_dir(&unpacked) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            entries => Some(entries.on("list", &unpacked)?),
-        };
-        for entry in entries.into_iter().flatten() {
-            let entry = entry.on("list", &unpacked)?;
-            let digest = format!("sha256:{}", entry.file_name().to_string_lossy());
+        for digest in self.unpacked()? {
             if !wanted.contains(&digest) && !in_use(&digest) {
-                freed.bytes += disk_bytes(&entry.path())?;
+                let dir = self.unpacked_path(&digest)?;
+                freed.bytes += disk_bytes(&dir)?;
                 freed.layers += 1;
-                remove_dir(&entry.path())?;
+                remove_dir(&dir)?;
             }
         }
         self.measure()?;
