@@ -3,6 +3,7 @@
 pub(crate) mod cri;
 pub(crate) mod load;
 pub(crate) mod memory;
+pub(crate) mod probes;
 pub(crate) mod read;
 
 use std::path::PathBuf;

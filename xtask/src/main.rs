@@ -93,6 +93,8 @@ enum Bench {
     Read(bench::read::Args),
     /// Resident memory with many images mounted
     Memory(bench::memory::Args),
+    /// What recording by probes costs a storm of opens and programs started
+    Probes(bench::probes::Args),
     /// From CRI PullImage to the command's end: overlayfs, sluice, stargz
     Cri(bench::cri::Args),
     /// Many containers, a storm of starts, ten thousand blocked reads, fairness between containers
@@ -105,6 +107,7 @@ fn main() -> Result<()> {
         Command::Test { filter } => test::test(filter.as_deref()),
         Command::Bench { bench: Bench::Start(args) } => bench::start(&args),
         Command::Bench { bench: Bench::Memory(args) } => bench::memory::memory(&args),
+        Command::Bench { bench: Bench::Probes(args) } => bench::probes::probes(&args),
         Command::Bench { bench: Bench::Read(args) } => bench::read::read(&args),
         Command::Bench { bench: Bench::Cri(args) } => bench::cri::run(&args),
         Command::Bench { bench: Bench::Load(args) } => bench::load::load(&args),

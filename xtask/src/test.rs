@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 
 use crate::run::{cargo, show};
-use crate::{ebpf, foreign, oracle, packages, tidy};
+use crate::{ebpf, foreign, kernel_tests, oracle, packages, tidy};
 
 /// Installs what tests need and runs them; root, FUSE and loop devices are needed.
 pub(crate) fn test(filter: Option<&str>) -> Result<()> {
@@ -37,6 +37,7 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
         return Ok(());
     }
     oracle::oracle()?;
+    kernel_tests::kernel_tests(&kernel_tests::Args::for_tests())?;
     println!("took: {} s in all", began.elapsed().as_secs());
     Ok(())
 }

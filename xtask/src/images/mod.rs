@@ -57,6 +57,15 @@ impl Kernel {
     }
 }
 
+/// What becomes of a kernel whose locked version its suite does not give any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Gone {
+    /// It is said what the suite gives now.
+    Fails,
+    /// That one is taken, checked by the suite's signed lists, and it is said so.
+    Follows,
+}
+
 /// See the module text.
 pub(crate) fn images(args: &Args) -> Result<()> {
     packages::install(&TOOLS)?;
@@ -64,7 +73,7 @@ pub(crate) fn images(args: &Args) -> Result<()> {
     if args.bump {
         bump(&mut lock)?;
     }
-    for kernel in fetch(&lock, &[])? {
+    for kernel in fetch(&lock, &[], Gone::Fails)? {
         println!(
             "{:<10} {:<28} {} modules {}",
             kernel.name,
@@ -77,7 +86,7 @@ pub(crate) fn images(args: &Args) -> Result<()> {
 }
 
 /// The locked kernels of these names, or all, and those at paths.
-pub(crate) fn kernels(wanted: &[String]) -> Result<Vec<Kernel>> {
+pub(crate) fn kernels(wanted: &[String], gone: Gone) -> Result<Vec<Kernel>> {
     packages::install(&TOOLS)?;
     let lock = Lock::read(&lock_path())?;
     let (paths, names): (Vec<&String>, Vec<&String>) = wanted.iter().partition(|name| name.contains('/'));
@@ -86,7 +95,8 @@ pub(crate) fn kernels(wanted: &[String]) -> Result<Vec<Kernel>> {
         let known: Vec<_> = lock.kernels.iter().map(|kernel| kernel.name.as_str()).collect();
         bail!("no kernel `{unknown}`: there are {}, and paths", known.join(", "));
     }
-    let mut kernels = if wanted.is_empty() || !names.is_empty() { fetch(&lock, &names)? } else { Vec::new() };
+    let mut kernels =
+        if wanted.is_empty() || !names.is_empty() { fetch(&lock, &names, gone)? } else { Vec::new() };
     for path in paths {
         kernels.push(of_user(Path::new(path))?);
     }
@@ -101,9 +111,25 @@ fn cache() -> PathBuf {
     target().join("vm-images")
 }
 
-fn fetch(lock: &Lock, names: &[&String]) -> Result<Vec<Kernel>> {
+fn fetch(lock: &Lock, names: &[&String], gone: Gone) -> Result<Vec<Kernel>> {
     let wanted = |kernel: &&Locked| names.is_empty() || names.iter().any(|name| **name == kernel.name);
-    lock.kernels.iter().filter(wanted).map(fetch_one).collect()
+    let fetch = |locked| fetch_one(locked).or_else(|error| follow(locked, error, gone));
+    lock.kernels.iter().filter(wanted).map(fetch).collect()
+}
+
+/// The kernel that the suite of a locked one gives now, if it is another one.
+fn follow(locked: &Locked, error: anyhow::Error, gone: Gone) -> Result<Kernel> {
+    if gone == Gone::Fails {
+        return Err(error);
+    }
+    let offered = Archive::open(&cache(), &locked.suite).and_then(|archive| archive.newest(locked));
+    match offered {
+        Ok(packages) if packages != locked.packages => {
+            println!("{error:#}\nkernel {}: what the suite offers is taken", locked.name);
+            fetch_one(&Locked { packages, ..locked.clone() })
+        }
+        _ => Err(error),
+    }
 }
 
 /// From the cache, if it is of these packages.
