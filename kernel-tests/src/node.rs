@@ -14,7 +14,7 @@ pub(crate) const SLUICE: &str = "/usr/lib/kernel-tests/sluice";
 const ADDRESS: &str = "127.0.0.1:5000";
 const IMAGES: &str = "/usr/lib/kernel-tests/images";
 
-/// See the module text. What it started ends with the case: PID 1 sees to that.
+/// See the module text. What it started ends with the case: PID 1 sees to that; its registry before, whose port the next one needs.
 pub(crate) struct Node {
     dir: PathBuf,
     registry: Child,
@@ -109,6 +109,14 @@ impl Node {
         let path = self.path("sums");
         fs::write(&path, &sums)?;
         checked(Command::new("busybox").args(["sha256sum", "-c"]).arg(path).current_dir(root)).map(|_| ())
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Err(error) = self.end_registry() {
+            eprintln!("the registry stays: {error:#}");
+        }
     }
 }
 

@@ -45,7 +45,7 @@ pub(crate) fn start(args: &Args) -> Result<()> {
     let containerd = Containerd::start(&work.join("containerd"))?;
     let mut results = Vec::new();
     println!(
-        "{:<8} {:<14} {:<32} {:>8} {:>7} {:>11} {:>9}",
+        "{:<8} {:<14} {:<36} {:>8} {:>7} {:>11} {:>9}",
         "image", "link", "way", "ready s", "ratio", "fetched MB", "peak MB"
     );
     for name in &args.images {
@@ -77,7 +77,7 @@ pub(crate) fn start(args: &Args) -> Result<()> {
             for (way, measured) in Way::ALL.into_iter().zip(&starts) {
                 let ready = middle(Some(measured), |start| start.ready_s);
                 println!(
-                    "{:<8} {:<14} {:<32} {:>8.2} {:>6.2}x {:>11.1} {:>9.1}{}",
+                    "{:<8} {:<14} {:<36} {:>8.2} {:>6.2}x {:>11.1} {:>9.1}{}",
                     name,
                     link,
                     way.label(),

@@ -82,11 +82,11 @@ pub(crate) fn demo(args: &Args) -> Result<()> {
     let size = image_maker::compressed_bytes(&images.join(&name))?;
     let ready = |starts: &[crate::measure::Start]| median(starts.iter().map(|start| start.ready_s).collect());
     let full = rows.first().map_or(f64::NAN, |(_, starts)| ready(starts));
-    println!("\n{:<32} {:>10} {:>12} {:>9} {:>8}", "", "ready", "fetched", "of image", "ratio");
+    println!("\n{:<36} {:>10} {:>12} {:>9} {:>8}", "", "ready", "fetched", "of image", "ratio");
     for (way, starts) in &rows {
         let bytes = median(starts.iter().map(|start| start.bytes as f64).collect());
         println!(
-            "{:<32} {:>8.2} s {:>9.1} MB {:>8.1} % {:>6.1} x",
+            "{:<36} {:>8.2} s {:>9.1} MB {:>8.1} % {:>6.1} x",
             way.label(),
             ready(starts),
             bytes / 1e6,
