@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 
+use crate::images::{self, Gone};
 use crate::run::{cargo, show};
 use crate::{ebpf, foreign, kernel_tests, oracle, packages, tidy};
 
@@ -19,6 +20,8 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
     foreign::install()?;
     tidy::tidy()?;
     ebpf::build()?;
+    // The guests' kernels come meanwhile. Whether they did is seen when guests need them.
+    let kernels = filter.is_none().then(|| std::thread::spawn(|| images::kernels(&[], Gone::Follows)));
     let tools = began.elapsed();
     let mut command = cargo();
     command.args(["test", "--workspace", "--no-fail-fast"]);
@@ -37,6 +40,9 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
         return Ok(());
     }
     oracle::oracle()?;
+    if let Some(Ok(Err(error))) = kernels.map(std::thread::JoinHandle::join) {
+        println!("kernels: {error:#}");
+    }
     kernel_tests::kernel_tests(&kernel_tests::Args::for_tests())?;
     println!("took: {} s in all", began.elapsed().as_secs());
     Ok(())

@@ -326,12 +326,15 @@ fn accelerator(pack: &Pack, kernels: &[Kernel]) -> Result<String> {
         log,
         accelerator: "kvm",
     };
-    let works = guest::boots(&boot, Duration::from_secs(30));
+    let works = guest::boots(&boot, KVM_BOOT);
     let found = if works { "kvm" } else { "tcg" };
     println!("guests run by {found}");
     std::fs::write(known, format!("{} {found}", this_start.trim()))?;
     Ok(found.to_owned())
 }
+
+/// With hardware help a guest is up in two.
+const KVM_BOOT: Duration = Duration::from_secs(12);
 
 fn shell(pack: &Pack, kernel: &Kernel, accelerator: &str) -> Result<()> {
     let (initramfs, scratch) =
