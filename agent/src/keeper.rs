@@ -70,7 +70,10 @@ pub(crate) fn keep(config: &Config) -> Result<ExitCode> {
         return Ok(code.map_or(ExitCode::FAILURE, ExitCode::from));
     }
     let mut stdout = std::io::stdout();
-    writeln!(stdout, "ready").and_then(|()| stdout.flush()).context("nobody listens to the announcement")?;
+    if let Err(error) = writeln!(stdout, "ready").and_then(|()| stdout.flush()) {
+        // Who needed it first was interrupted: others will.
+        tracing::debug!(%error, "nobody listens to the announcement");
+    }
     let mut failures = 0;
     loop {
         let status = daemon.wait().context("cannot wait for the daemon")?;

@@ -142,9 +142,12 @@ impl Misses {
         }
     }
 
-    /// The file is no more: reads of it that wait fail as those that come do.
+    /// The file is no more: reads of it that no agent was asked fail as those that come do. What the present one was asked it answers.
     pub(crate) fn file_removed(&self, inode: u64) {
         let mut state = self.lock();
+        if state.agent.as_ref().is_some_and(|agent| agent.added.contains(&inode)) {
+            return;
+        }
         let waiting = state.waiting.extract_if(|_, waiting| waiting.inode == inode).collect::<Vec<_>>();
         drop(state);
         waiting.into_iter().for_each(|(_, waiting)| (waiting.answer)(Supply::Failed(ESTALE)));
