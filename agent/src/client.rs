@@ -1,5 +1,6 @@
 //! The command line's side of the daemon's socket; starts a daemon when none runs.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(crate) struct Client {
     http: reqwest::Client,
+    socket: PathBuf,
     /// How to start a daemon, should the one that was there end before it was asked.
     starter: Option<(Arc<Config>, Global)>,
     /// Ends with the client.
@@ -33,25 +35,22 @@ impl Client {
         let standalone = if global.standalone {
             Some(daemon::start(Arc::clone(config)).await?)
         } else {
-            if !Self::alive(config).await {
+            if !alive(&config.socket()).await {
                 keeper::start(config, global)?;
             }
             None
         };
         let starter = standalone.is_none().then(|| (Arc::clone(config), global.clone()));
-        Ok(Self { http: http_client(config)?, starter, standalone })
+        Ok(Self { http: http_client(config)?, socket: config.socket(), starter, standalone })
     }
 
     /// Connects to a daemon that runs, or says that none does.
     pub(crate) async fn connect_running(config: &Config) -> Result<Option<Self>> {
-        if !Self::alive(config).await {
+        let socket = config.socket();
+        if !alive(&socket).await {
             return Ok(None);
         }
-        Ok(Some(Self { http: http_client(config)?, starter: None, standalone: None }))
-    }
-
-    async fn alive(config: &Config) -> bool {
-        tokio::net::UnixStream::connect(config.socket()).await.is_ok()
+        Ok(Some(Self { http: http_client(config)?, socket, starter: None, standalone: None }))
     }
 
     /// One question, one answer.
@@ -77,11 +76,11 @@ impl Client {
                     return Err(error);
                 }
             };
-            let Some((config, global)) = &self.starter else { return Err(error) };
             attempts += 1;
-            // A process that is being killed still takes connections for a moment.
+            // A process that ends still takes connections for a moment; a manager that holds the socket starts the next one.
             tokio::time::sleep(PAUSE).await;
-            if !Self::alive(config).await {
+            if !alive(&self.socket).await {
+                let Some((config, global)) = &self.starter else { return Err(error) };
                 keeper::start(config, global)?;
             }
         }
@@ -126,6 +125,10 @@ impl Client {
             None => Ok(()),
         }
     }
+}
+
+async fn alive(socket: &Path) -> bool {
+    tokio::net::UnixStream::connect(socket).await.is_ok()
 }
 
 /// How a question came to nothing.
