@@ -135,6 +135,7 @@ fn on_a_watched_read_only_image_the_errno_is_erofs() {
         let script = "rename($ARGV[0], $ARGV[1]) and exit 1; exit 0";
         let mut perl = Command::new("perl");
         let caller = run(perl.args(["-e", script, "lib/link", "x"]).current_dir(stage.image.join("usr")));
+        probes.unwatch(stage.device).expect("unwatched");
         let found = failures(probes, &stage);
         let by_caller = found.iter().find(|(event, _)| event.record.process.tgid == caller);
         let (event, call) = by_caller.expect("reported");

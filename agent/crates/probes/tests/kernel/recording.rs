@@ -155,6 +155,7 @@ fn only_what_was_read_counts_as_read_and_only_once() {
             // A buffer larger than the file does not make it longer.
             read_at(&stage.path("short"), 0, MIB);
         }
+        probes.unwatch(stage.device).expect("unwatched");
         let events = recorded(probes, stage.device);
         let reads: Vec<_> = events
             .iter()
@@ -195,6 +196,7 @@ fn waiting_for_the_device_is_measured() {
         for number in 0..8 {
             read_at(&stage.path("read.bin"), number << 20, 10);
         }
+        probes.unwatch(stage.device).expect("unwatched");
         let events = recorded(probes, stage.device);
         assert_eq!(events.iter().filter_map(of).count(), 0, "{events:#?}");
     });
@@ -217,6 +219,7 @@ fn other_file_systems_are_not_recorded() {
         read_at(&other.path("read.bin"), 0, 10);
         probes.unwatch(other.device).expect("unwatched");
         read_at(&other.path("read.bin"), 4 << 20, 10);
+        probes.unwatch(stage.device).expect("unwatched");
         let events = recorded(probes, other.device);
         assert!(touched(&events, other.inode("read.bin"), 0, &[ReadCall]), "{events:#?}");
         assert!(!touched(&events, other.inode("read.bin"), 4 << 20, &[ReadCall, Fill]), "{events:#?}");
@@ -230,6 +233,7 @@ fn without_an_overlay_the_image_is_seen_as_well() {
         probes.watch(stage.device).expect("watched");
         read_at(&stage.image.join("read.bin"), 0, 10);
         run(&mut Command::new(stage.image.join("program")));
+        probes.unwatch(stage.device).expect("unwatched");
         let events = recorded(probes, stage.device);
         let count = |test: &dyn Fn(&What) -> bool| events.iter().filter(|one| test(&one.record.what)).count();
         // Where it is a function's end that is seen, starting a program opens it.

@@ -5,12 +5,13 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use sluice_kernel::mount::{Restrictions, UnmountOptions};
 use sluice_kernel::{ErofsMount, LoopDevice, LoopOptions, OverlayMount, mount_erofs, mount_overlay, unmount};
 use sluice_probes::{Device, Event, Options, Probes};
-use sluice_trace::{Capability, Level, What};
+use sluice_trace::{Capability, Level, Levels, What};
 
 /// A mounted image. Dropping it unmounts everything.
 pub(crate) struct Stage {
@@ -99,22 +100,45 @@ pub(crate) fn run(command: &mut Command) -> u32 {
     id
 }
 
-/// Runs a test with the probes by every kind of hook that this kernel has.
+/// Loaded once for all tests: that is what takes the time, above all in a guest without hardware help.
+static ENGINES: Mutex<Vec<Probes>> = Mutex::new(Vec::new());
+
+/// Runs a test with the probes by every kind of hook that this kernel has. It must watch nothing any more when it ends.
 pub(crate) fn with_every_engine(test: impl Fn(&mut Probes)) {
+    let mut engines = ENGINES.lock().unwrap_or_else(|poisoned| {
+        // A test that failed may have left watches.
+        ENGINES.clear_poison();
+        let mut engines = poisoned.into_inner();
+        engines.clear();
+        engines
+    });
+    if engines.is_empty() {
+        *engines = every_engine();
+    }
+    for probes in engines.iter_mut() {
+        probes.drain(|_earlier| {}).expect("drained");
+        eprintln!("with {:?}; not with {:?}", probes.levels().reached, probes.levels().refused);
+        test(probes);
+    }
+}
+
+fn every_engine() -> Vec<Probes> {
+    let mut engines = Vec::new();
     for highest in [Level::Fexit, Level::Kprobe, Level::Tracepoint] {
-        let mut probes = Probes::load(&Options { highest, ..Options::default() }).expect("loads");
-        let reached = probes.levels().reached.clone();
-        eprintln!("with {reached:?}; not with {:?}", probes.levels().refused);
+        let probes = Probes::load(&Options { highest, ..Options::default() }).expect("loads");
+        let Levels { reached, refused } = probes.levels();
         // The best must have everything. Tracepoints alone do not see accesses to pages in memory before 6.12.
         if reached.len() < Capability::ALL.len() {
-            assert!(highest < Level::Fexit, "not everything can be recorded on this kernel");
+            assert!(highest < Level::Fexit, "not everything can be recorded: {reached:?}; not {refused:?}");
             continue;
         }
-        test(&mut probes);
-        if reached.values().all(|level| *level <= Level::Tracepoint) {
+        let lowest = reached.values().all(|level| *level <= Level::Tracepoint);
+        engines.push(probes);
+        if lowest {
             break;
         }
     }
+    engines
 }
 
 /// What was recorded of `device` until now, fills included.
