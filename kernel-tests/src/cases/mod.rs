@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 /// All of them. The host's table has the same names.
-const CASES: [(&str, fn(bool) -> Result<()>); 15] = [
+const CASES: [(&str, fn(bool) -> Result<()>); 16] = [
     ("overlay", overlay::overlay),
     ("overlay-control", overlay::control),
     ("start", system::start),
@@ -20,6 +20,7 @@ const CASES: [(&str, fn(bool) -> Result<()>); 15] = [
     ("doctor", system::doctor),
     ("btf-missing", system::btf_missing),
     ("cgroup-v1", system::cgroup_v1),
+    ("batch", system::batch),
     ("lockdown", system::lockdown),
     ("uring-off", system::uring_off),
     ("module-missing", system::module_missing),

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MsFlags, mount, umount};
+use serde_json::json;
 
 use crate::init::say;
 use crate::node::{Node, checked};
@@ -133,6 +134,29 @@ pub(super) fn btf_missing(broken: bool) -> Result<()> {
         levels.iter().filter(|(_, level)| ["fexit", "kprobe"].contains(&level.as_str())).collect();
     ensure!(!levels.is_empty() && by_types.is_empty(), "seen by what needs types: {by_types:?}");
     start(false)
+}
+
+/// A Batch job's task has the memory and processors that it asked for, by control groups of version 2.
+pub(super) fn batch(broken: bool) -> Result<()> {
+    let node = Node::new(Path::new("/var/tmp/batch"), "[stream]\nfill = false\n", &[])?;
+    let group = "IFS=: read -r _ _ group < /proc/self/cgroup; cd /sys/fs/cgroup${group%/*}; cat memory.max cpu.max";
+    let hungry = ["sh", "-c", "busybox dd if=/dev/zero of=/dev/null bs=100000000 count=1"];
+    let streamed = json!({ "imageUri": node.image(), "commands": hungry, "enableImageStreaming": true });
+    let mut task = json!({ "runnables": [{ "script": { "text": group } }, { "container": streamed }] });
+    if !broken && let Some(task) = task.as_object_mut() {
+        task.insert("computeResource".into(), json!({ "cpuMilli": "500", "memoryMib": "64" }));
+    }
+    let job = json!({ "taskGroups": [{ "taskSpec": task }] });
+    let document = node.path("job.json");
+    fs::write(&document, job.to_string())?;
+    let output = node.run(&["batch", "submit", &document.to_string_lossy(), "--job-id", "bounded", "--wait"])?;
+    let (logs, described) =
+        (node.ok(&["batch", "logs", "bounded"])?, node.ok(&["batch", "describe", "bounded"])?);
+    println!("{logs}\n{described}");
+    ensure!(logs.contains("67108864") && logs.contains("50000 100000"), "the task's limits are not there");
+    ensure!(!output.status.success(), "a task of 64 MiB took 100 MB");
+    ensure!(described.contains("137"), "the task was not ended for its memory");
+    node.ok(&["batch", "delete", "bounded"]).map(|_| ())
 }
 
 /// Nothing is in this directory any more.

@@ -79,7 +79,7 @@ const fn guest(name: &'static str, about: &'static str) -> Case {
 }
 
 /// All cases, in the order in which a guest runs them.
-pub(super) const CASES: [Case; 16] = [
+pub(super) const CASES: [Case; 17] = [
     Case { quick: true, ..guest("start", "a container starts from a streamed image, time to ready") },
     Case {
         quick: true,
@@ -141,6 +141,7 @@ pub(super) const CASES: [Case; 16] = [
     guest("store-full", "no room on the store's disk"),
     guest("clock", "the wall clock jumps by a year, forth and back"),
     guest("cgroup-v1", "control groups of version 1"),
+    guest("batch", "a Batch task's memory and processors are limited by control groups of version 2"),
     Case { place: Place::Own, ..guest("lockdown", "the kernel locked down to confidentiality") },
     Case {
         place: Place::Without("erofs"),
