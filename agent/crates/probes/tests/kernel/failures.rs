@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, lchown, symlink};
 use std::path::Path;
 use std::process::Command;
 
-use crate::rig::{Stage, run, with_every_engine};
+use crate::rig::{Image, Stage, run, with_every_engine};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, renameat};
 use nix::unistd::linkat;
@@ -49,9 +49,10 @@ fn is(call: Call, wanted: Call, level: Level) -> bool {
 
 #[test]
 fn a_failed_rename_of_a_symlink_is_reported_with_what_it_was() {
+    let image = Image::new(fill);
     with_every_engine(|probes| {
         let level = probes.levels().of(Capability::FailedCall).expect("seen");
-        let stage = Stage::new(fill);
+        let stage = Stage::new(&image);
         let directory = File::open(stage.path("usr/lib")).expect("opens");
         let link = stage.path("usr/lib/link");
         let renamed = renameat(&directory, "link", &directory, "target");
@@ -86,8 +87,9 @@ fn namespace() -> String {
 
 #[test]
 fn the_caller_may_be_gone_and_its_path_relative() {
+    let image = Image::new(fill);
     with_every_engine(|probes| {
-        let stage = Stage::new(fill);
+        let stage = Stage::new(&image);
         let relative = "rename('../lib/./link', 'target') and exit 1; exit 0";
         // As in a container: the overlay is the root.
         let absolute = "chroot('../..'); rename('/usr/lib/link', '/usr/lib/target') and exit 1; exit 0";
@@ -106,17 +108,18 @@ fn the_caller_may_be_gone_and_its_path_relative() {
 
 #[test]
 fn what_succeeds_or_is_elsewhere_is_not_reported() {
+    let image = Image::new(fill);
     with_every_engine(|probes| {
-        let stage = Stage::new(fill);
+        let stage = Stage::new(&image);
         fs::rename(stage.path("usr/lib/link"), stage.path("usr/lib/moved")).expect("renamed");
         lchown(stage.path("usr/lib/moved"), Some(1), Some(1)).expect("changed");
         // Not on an overlay, nor on a watched file system.
-        let outside = File::open(stage.outside().join("usr/lib")).expect("opens");
+        let outside = File::open(image.tree().join("usr/lib")).expect("opens");
         assert_eq!(renameat(&outside, "link", &outside, "target"), Err(Errno::EISDIR));
         let mut found = Vec::new();
         probes.drain(|event| found.push(event)).expect("drained");
         let overlay = Device::from_stat(fs::metadata(&stage.merged).expect("is there").dev());
-        let disk = Device::from_stat(fs::metadata(stage.outside()).expect("is there").dev());
+        let disk = Device::from_stat(fs::metadata(image.tree()).expect("is there").dev());
         found.retain(|event| [overlay, disk, stage.device].contains(&event.device));
         assert!(found.is_empty(), "{found:#?}");
     });
@@ -124,12 +127,13 @@ fn what_succeeds_or_is_elsewhere_is_not_reported() {
 
 #[test]
 fn on_a_watched_read_only_image_the_errno_is_erofs() {
+    let image = Image::new(fill);
     with_every_engine(|probes| {
         if probes.levels().of(Capability::FailedCall) != Some(Level::Tracepoint) {
             // The kernel refuses read-only mounts before the functions that other levels watch: nothing to be seen.
             return;
         }
-        let stage = Stage::new(fill);
+        let stage = Stage::new(&image);
         probes.watch(stage.device).expect("watched");
         // A path is looked up where it begins: by the descriptor or the working directory.
         let script = "rename($ARGV[0], $ARGV[1]) and exit 1; exit 0";

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use sluice_trace::What;
 
-use crate::rig::{Stage, with_every_engine};
+use crate::rig::{Image, Stage, with_every_engine};
 
 const FILES: usize = 500;
 const ROUNDS: usize = 100;
@@ -22,7 +22,8 @@ fn fill(tree: &Path) {
 /// That is a second at 50,000 opens per second in which nobody reads, whatever this machine's speed.
 #[test]
 fn fifty_thousand_opens_are_all_seen_though_nobody_reads_meanwhile() {
-    let stage = Stage::new(fill);
+    let image = Image::new(fill);
+    let stage = Stage::new(&image);
     let paths: Vec<_> = (0..FILES).map(|name| stage.path(&name.to_string())).collect();
     // Names are in memory after this: it is the probes that are tested.
     let inode = |path| fs::metadata(path).expect("is there").ino();

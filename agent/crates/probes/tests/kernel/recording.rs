@@ -5,7 +5,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 use std::process::Command;
 
-use crate::rig::{Stage, recorded, recorded_until, run, touched, with_every_engine};
+use crate::rig::{Image, Stage, recorded, recorded_until, run, touched, with_every_engine};
 use sluice_probes::{Device, Probes};
 use sluice_trace::AccessKind::{self, Around, Fault, Fill, Read as ReadCall};
 use sluice_trace::{Capability, What};
@@ -26,8 +26,9 @@ fn noise(len: usize) -> Vec<u8> {
 }
 
 fn fill(tree: &Path) {
-    fs::write(tree.join("read.bin"), noise(8 * MIB)).expect("written");
-    fs::write(tree.join("mapped.bin"), noise(8 * MIB)).expect("written");
+    let large = noise(MIB).repeat(8);
+    fs::write(tree.join("read.bin"), &large).expect("written");
+    fs::write(tree.join("mapped.bin"), &large).expect("written");
     fs::write(tree.join("short"), b"twelve bytes").expect("written");
     fs::copy("/bin/true", tree.join("program")).expect("copied");
     fs::write(tree.join("script"), format!("#!{}\n", "/bin/sh")).expect("written");
@@ -110,8 +111,9 @@ fn entry_point(path: &Path) -> u64 {
 
 #[test]
 fn reads_mappings_and_programs_are_recorded_cold_and_warm() {
+    let image = Image::new(fill);
     with_every_engine(|probes| {
-        let stage = Stage::new(fill);
+        let stage = Stage::new(&image);
         // Cold: every byte comes from the device. What brings it into memory is seen too.
         all_accesses_are_seen(probes, &stage, [&[ReadCall], &[Fault, Around]]);
         // Warm: nothing is read from the device any more, and all of it is seen again.
@@ -121,8 +123,9 @@ fn reads_mappings_and_programs_are_recorded_cold_and_warm() {
 
 #[test]
 fn fills_are_seen_when_cold_only_and_contain_all_accesses() {
+    let image = Image::new(fill);
     with_every_engine(|probes| {
-        let stage = Stage::new(fill);
+        let stage = Stage::new(&image);
         let inode = stage.inode("read.bin");
         let pass = |probes: &mut Probes| {
             probes.watch(stage.device).expect("watched");
@@ -147,8 +150,9 @@ fn fills_are_seen_when_cold_only_and_contain_all_accesses() {
 
 #[test]
 fn only_what_was_read_counts_as_read_and_only_once() {
+    let image = Image::new(fill);
     with_every_engine(|probes| {
-        let stage = Stage::new(fill);
+        let stage = Stage::new(&image);
         probes.watch(stage.device).expect("watched");
         for _ in 0..3 {
             read_at(&stage.path("read.bin"), 5 * PAGE, 2 * PAGE as usize);
@@ -171,9 +175,10 @@ fn only_what_was_read_counts_as_read_and_only_once() {
 
 #[test]
 fn waiting_for_the_device_is_measured() {
+    let image = Image::new(fill);
     with_every_engine(|probes| {
         assert!(probes.levels().of(Capability::Blocked).is_some());
-        let stage = Stage::new(fill);
+        let stage = Stage::new(&image);
         probes.watch(stage.device).expect("watched");
         let inode = stage.inode("read.bin");
         let begin = std::time::Instant::now();
@@ -204,11 +209,12 @@ fn waiting_for_the_device_is_measured() {
 
 #[test]
 fn other_file_systems_are_not_recorded() {
+    let image = Image::new(fill);
     with_every_engine(|probes| {
-        let (stage, other) = (Stage::new(fill), Stage::new(fill));
+        let (stage, other) = (Stage::new(&image), Stage::new(&image));
         probes.watch(stage.device).expect("watched");
         read_at(&other.path("read.bin"), 0, 10);
-        read_at(&stage.outside().join("read.bin"), 0, 10);
+        read_at(&image.tree().join("read.bin"), 0, 10);
         run(&mut Command::new(other.path("program")));
         touch_mapping(&other.path("mapped.bin"), &[0]);
         let events = recorded(probes, stage.device);
@@ -228,8 +234,9 @@ fn other_file_systems_are_not_recorded() {
 
 #[test]
 fn without_an_overlay_the_image_is_seen_as_well() {
+    let image = Image::new(fill);
     with_every_engine(|probes| {
-        let stage = Stage::new(fill);
+        let stage = Stage::new(&image);
         probes.watch(stage.device).expect("watched");
         read_at(&stage.image.join("read.bin"), 0, 10);
         run(&mut Command::new(stage.image.join("program")));

@@ -13,6 +13,32 @@ use sluice_kernel::{ErofsMount, LoopDevice, LoopOptions, OverlayMount, mount_ero
 use sluice_probes::{Device, Event, Options, Probes};
 use sluice_trace::{Capability, Level, Levels, What};
 
+/// A blob that can be mounted again and again, and the tree it is of.
+pub(crate) struct Image {
+    room: tempfile::TempDir,
+}
+
+impl Image {
+    /// Of what `fill` puts into a directory.
+    pub(crate) fn new(fill: impl FnOnce(&Path)) -> Self {
+        let image = Self { room: tempfile::tempdir_in("/var/tmp").expect("a directory") };
+        let tree = image.tree();
+        fs::create_dir(&tree).expect("a directory");
+        fill(&tree);
+        run(Command::new("mkfs.erofs").arg("--quiet").arg(image.blob()).arg(&tree));
+        image
+    }
+
+    /// Outside of any image.
+    pub(crate) fn tree(&self) -> PathBuf {
+        self.room.path().join("tree")
+    }
+
+    fn blob(&self) -> PathBuf {
+        self.room.path().join("image.erofs")
+    }
+}
+
 /// A mounted image. Dropping it unmounts everything.
 pub(crate) struct Stage {
     /// Where the overlay is.
@@ -21,13 +47,13 @@ pub(crate) struct Stage {
     pub(crate) image: PathBuf,
     /// The image's file system.
     pub(crate) device: Device,
-    room: tempfile::TempDir,
+    _room: tempfile::TempDir,
     mounted: Vec<PathBuf>,
 }
 
 impl Stage {
-    /// Mounts an image of what `fill` puts into a directory. Nothing of it is in the page cache.
-    pub(crate) fn new(fill: impl FnOnce(&Path)) -> Self {
+    /// Mounts an image. Nothing of it is in the page cache.
+    pub(crate) fn new(image: &Image) -> Self {
         let room = tempfile::tempdir_in("/var/tmp").expect("a directory");
         let top = room.path().to_path_buf();
         let make = |name: &str| {
@@ -35,14 +61,12 @@ impl Stage {
             fs::create_dir_all(&path).expect("a directory");
             path
         };
-        let (tree, image, merged, scratch) = (make("tree"), make("image"), make("merged"), make("scratch"));
-        fill(&tree);
-        let blob = room.path().join("image.erofs");
-        run(Command::new("mkfs.erofs").arg("--quiet").arg(&blob).arg(&tree));
+        let blob = image.blob();
+        let (image, merged, scratch) = (make("image"), make("merged"), make("scratch"));
         let options = LoopOptions { direct_io: true, autoclear: true, ..LoopOptions::default() };
         let loop_device =
             LoopDevice::attach(File::open(&blob).expect("opens").as_fd(), options).expect("a loop device");
-        let mut stage = Self { merged, image, device: Device(0), room, mounted: Vec::new() };
+        let mut stage = Self { merged, image, device: Device(0), _room: room, mounted: Vec::new() };
         let restrictions = Restrictions::default();
         let device = loop_device.path().to_path_buf();
         mount_erofs(&ErofsMount { device, extra_devices: vec![], restrictions }, &stage.image)
@@ -73,11 +97,6 @@ impl Stage {
     /// Inode number in the image.
     pub(crate) fn inode(&self, name: &str) -> u64 {
         fs::symlink_metadata(self.image.join(name)).expect("is in the image").ino()
-    }
-
-    /// A directory outside the image.
-    pub(crate) fn outside(&self) -> PathBuf {
-        self.room.path().join("tree")
     }
 }
 
