@@ -14,7 +14,6 @@ use serde_json::json;
 use crate::containerd::Containerd;
 use crate::measure::{Bench, Start, Way, median};
 use crate::run::target;
-use crate::sluice::Registry;
 use crate::{image_maker, packages, sluice};
 
 /// Options of the benchmark.
@@ -54,23 +53,18 @@ pub(crate) fn start(args: &Args) -> Result<()> {
         for link in &args.links {
             let (rate, delay) =
                 link.split_once('/').with_context(|| format!("`{link}` is not RATE/ROUND-TRIP"))?;
-            let registry = Registry::start(&binary, &images, rate, delay)?;
-            let index_store = format!("file://{}", work.join("indexes").display());
-            let bench = Bench {
-                binary: &binary,
-                work: work.clone(),
-                registry: &registry,
-                containerd: &containerd,
-                index_store,
-                says: Some("ready"),
-            };
-            let image = registry.image(recipe.name);
-            bench.index(&image)?;
-            let pack_bytes = bench.learn(&image, recipe.command)?;
+            let bench = Bench::new(
+                (&binary, work.clone(), &containerd),
+                (&images, recipe.name),
+                (rate, delay),
+                (recipe.command, Some("ready")),
+            )?;
+            bench.index()?;
+            let pack_bytes = bench.learn()?;
             let mut starts: Vec<Vec<Start>> = vec![Vec::new(); Way::ALL.len()];
             for _ in 0..args.rounds {
                 for (way, measured) in Way::ALL.into_iter().zip(&mut starts) {
-                    measured.push(bench.start(way, &image, recipe.command)?);
+                    measured.push(bench.start(way)?);
                 }
             }
             let full = middle(starts.first(), |start| start.ready_s);

@@ -6,7 +6,6 @@ use indicatif::ProgressBar;
 use crate::containerd::Containerd;
 use crate::measure::{Bench, Way, median};
 use crate::run::target;
-use crate::sluice::Registry;
 use crate::{image_maker, packages, sluice};
 
 /// Options of the demo.
@@ -43,7 +42,7 @@ pub(crate) fn demo(args: &Args) -> Result<()> {
     let (images, name, command) = match &args.image {
         Some(reference) => {
             let (images, name) = image_maker::copy(reference)?;
-            (images, name, args.command.iter().map(String::as_str).collect())
+            (images, name, args.command.iter().map(String::as_str).collect::<Vec<_>>())
         }
         None => {
             let recipe = image_maker::recipe(&args.size)?;
@@ -51,29 +50,25 @@ pub(crate) fn demo(args: &Args) -> Result<()> {
         }
     };
     let work = target().join("sluice-demo");
-    let registry = Registry::start(&binary, &images, &args.rate, &args.delay)?;
     let containerd = Containerd::start(&work.join("containerd"))?;
-    let index_store = format!("file://{}", work.join("indexes").display());
-    let bench = Bench {
-        binary: &binary,
-        work: work.clone(),
-        registry: &registry,
-        containerd: &containerd,
-        index_store,
-        says: args.image.is_none().then_some("ready"),
-    };
-    let image = registry.image(&name);
-    println!("registry behind a link of {} with {} round trip; image {image}", args.rate, args.delay);
-    print!("{}", bench.index(&image)?);
+    let bench = Bench::new(
+        (&binary, work, &containerd),
+        (&images, &name),
+        (&args.rate, &args.delay),
+        (&command, args.image.is_none().then_some("ready")),
+    )?;
+    let (image, rate, delay) = (bench.image("plain"), &args.rate, &args.delay);
+    println!("registry behind a link of {rate} with {delay} round trip; image {image}");
+    print!("{}", bench.index()?);
     println!("another node starts it once, and publishes what it learned");
-    bench.learn(&image, &command)?;
+    bench.learn()?;
     let progress = ProgressBar::new((args.rounds * Way::ALL.len()) as u64);
     let mut rows = Vec::new();
     for way in Way::ALL {
         let mut starts = Vec::new();
         for _ in 0..args.rounds {
             progress.set_message(way.label());
-            starts.push(bench.start(way, &image, &command)?);
+            starts.push(bench.start(way)?);
             progress.inc(1);
         }
         rows.push((way, starts));

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::containerd::Containerd;
 use crate::run::script;
@@ -56,91 +57,112 @@ pub(crate) struct Start {
     pub(crate) peak_bytes: u64,
 }
 
-/// What starts are measured with.
+/// What starts are measured with. The image is in the registry several times, by what is published beside it, so that all of it
+/// comes through the link.
 #[derive(Debug)]
 pub(crate) struct Bench<'a> {
-    pub(crate) binary: &'a Path,
-    pub(crate) work: PathBuf,
-    pub(crate) registry: &'a Registry,
-    pub(crate) containerd: &'a Containerd,
-    /// `--store` of the published index.
-    pub(crate) index_store: String,
+    binary: &'a Path,
+    work: PathBuf,
+    registry: Registry,
+    containerd: &'a Containerd,
+    name: &'a str,
+    command: &'a [&'a str],
     /// What the command must say.
-    pub(crate) says: Option<&'static str>,
+    says: Option<&'static str>,
 }
 
-impl Bench<'_> {
-    /// Publishes the image's index beforehand, as a CI pipeline does.
-    pub(crate) fn index(&self, image: &str) -> Result<String> {
-        let sluice = Sluice::new(self.binary, &self.work.join("index"), "")?;
-        sluice.run(&["index", "--store", &self.index_store, image])
-    }
+/// What is published beside the image in its repository.
+const PUBLISHED: [&str; 4] = ["plain", "index", "profile", "pack"];
 
-    /// Starts a container once, from nothing local and cold caches.
-    pub(crate) fn start(&self, way: Way, image: &str, command: &[&str]) -> Result<Start> {
-        match way {
-            Way::FullPull => {
-                self.cold()?;
-                let start = Instant::now();
-                let said = self.containerd.pull_and_run(image, command)?;
-                let measured = self.measured(start, &said, 0)?;
-                self.containerd.forget(image)?;
-                Ok(measured)
-            }
-            Way::FirstPull => self.with_sluice(
-                "publish_index = false\nindex_store = \"file:///nonexistent-sluice\"\n",
-                image,
-                command,
-                &[],
-            ),
-            Way::Streamed => {
-                let config = format!("index_store = {:?}\n[prefetch]\nenabled = false\n", self.index_store);
-                self.with_sluice(&config, image, command, &[])
-            }
-            Way::Profile => self.with_sluice(&self.learned("profile"), image, command, &[]),
-            Way::Pack => self.with_sluice(&self.learned("pack"), image, command, &[]),
-            Way::Local => {
-                let config = format!("index_store = {:?}\n", self.index_store);
-                self.with_sluice(&config, image, command, &["pull", image])
-            }
+impl<'a> Bench<'a> {
+    /// Serves the image `name` of `images` through a link, e.g. `1gbit`, `2ms`.
+    pub(crate) fn new(
+        (binary, work, containerd): (&'a Path, PathBuf, &'a Containerd),
+        (images, name): (&Path, &'a str),
+        (rate, delay): (&str, &str),
+        (command, says): (&'a [&'a str], Option<&'static str>),
+    ) -> Result<Self> {
+        let layouts = work.join("layouts");
+        for published in PUBLISHED {
+            let layout = layouts.join(format!("{name}-{published}"));
+            script(
+                r#"rm -rf "$2"; mkdir -p "$2"; cp -al "$1"/blobs "$1"/oci-layout "$2""#,
+                &[&images.join(name), &layout],
+            )?;
+            // The image alone: others may have published something beside it.
+            let mut index: Value =
+                serde_json::from_slice(&std::fs::read(images.join(name).join("index.json"))?)?;
+            let manifests = index.get_mut("manifests").and_then(Value::as_array_mut);
+            let tag = "/annotations/org.opencontainers.image.ref.name";
+            let tagged = |one: &Value| one.pointer(tag).and_then(Value::as_str) == Some("latest");
+            manifests.context("a layout without manifests")?.retain(tagged);
+            std::fs::write(layout.join("index.json"), index.to_string())?;
         }
+        let registry = Registry::start(binary, &layouts, rate, delay)?;
+        Ok(Self { binary, work, registry, containerd, name, command, says })
     }
 
-    /// `index_store` of an index with what another node learned.
-    fn learned(&self, kind: &str) -> String {
-        format!("index_store = \"{}-{kind}\"\n", self.index_store)
+    /// The image beside which this is published.
+    pub(crate) fn image(&self, published: &str) -> String {
+        self.registry.image(&format!("{}-{published}", self.name))
     }
 
-    /// Another node starts the container once and publishes what it learned: with a start pack, and without. Bytes of the pack.
-    pub(crate) fn learn(&self, image: &str, command: &[&str]) -> Result<u64> {
+    /// A CI pipeline publishes the image's index; what it says of it.
+    pub(crate) fn index(&self) -> Result<String> {
+        let sluice = Sluice::new(self.binary, &self.work.join("index"), "")?;
+        sluice.run(&["index", &self.image("index")])
+    }
+
+    /// Another node starts the container once and publishes what it learned: without a start pack, and with one. Bytes of the pack.
+    pub(crate) fn learn(&self) -> Result<u64> {
         let mut pack = 0;
-        for kind in ["profile", "pack"] {
-            let sluice = Sluice::new(self.binary, &self.work.join("learning"), &self.learned(kind))?;
-            sluice.run(&["index", image])?;
-            sluice.run(&[&["trace", "record", image][..], command].concat())?;
-            sluice.run(&["pull", image])?;
-            let push: &[&str] = if kind == "pack" { &["--pack"] } else { &[] };
-            let said = sluice.run(&[&["profile", "push"][..], push, &[image]].concat())?;
+        for published in ["profile", "pack"] {
+            let image = self.image(published);
+            let sluice = Sluice::new(self.binary, &self.work.join("learning"), "")?;
+            sluice.run(&["index", &image])?;
+            sluice.run(&[&["trace", "record", &image][..], self.command].concat())?;
+            sluice.run(&["pull", &image])?;
+            let push: &[&str] = if published == "pack" { &["--pack"] } else { &[] };
+            let said = sluice.run(&[&["profile", "push"][..], push, &[&image]].concat())?;
             let bytes = said.split_once("start pack of ").and_then(|(_, rest)| rest.split(' ').next());
             pack = bytes.map_or(Ok(pack), str::parse).context("the size of the start pack is not told")?;
         }
         Ok(pack)
     }
 
-    /// `before` is done before the start is measured.
-    fn with_sluice(&self, config: &str, image: &str, command: &[&str], before: &[&str]) -> Result<Start> {
-        let none = self.work.join("no-indexes");
-        let config = config.replace("/nonexistent-sluice", &none.to_string_lossy());
-        let sluice = Sluice::new(self.binary, &self.work.join("sluice"), &config)?;
+    /// Starts a container once, from nothing local and cold caches.
+    pub(crate) fn start(&self, way: Way) -> Result<Start> {
+        match way {
+            Way::FullPull => {
+                let image = self.image("plain");
+                self.cold()?;
+                let start = Instant::now();
+                let said = self.containerd.pull_and_run(&image, self.command)?;
+                let measured = self.measured(start, &said, 0)?;
+                self.containerd.forget(&image)?;
+                Ok(measured)
+            }
+            Way::FirstPull => self.with_sluice("publish_index = false\n", "plain", false),
+            Way::Streamed => self.with_sluice("[prefetch]\nenabled = false\n", "index", false),
+            Way::Profile => self.with_sluice("", "profile", false),
+            Way::Pack => self.with_sluice("", "pack", false),
+            Way::Local => self.with_sluice("", "index", true),
+        }
+    }
+
+    /// A new node; with `pulled`, everything is local before the start is measured.
+    fn with_sluice(&self, config: &str, published: &str, pulled: bool) -> Result<Start> {
+        let image = self.image(published);
+        let sluice = Sluice::new(self.binary, &self.work.join("sluice"), config)?;
         sluice.start_daemon()?;
-        if !before.is_empty() {
-            sluice.run(before)?;
+        if pulled {
+            sluice.run(&["pull", &image])?;
         }
         self.cold()?;
         let start = Instant::now();
-        let said = sluice.run(&[&["run", image][..], command].concat())?;
+        let said = sluice.run(&[&["run", &image][..], self.command].concat())?;
         let mut measured = self.measured(start, &said, 0)?;
-        let peak = sluice.status()?.get("resident_peak_bytes").and_then(serde_json::Value::as_u64);
+        let peak = sluice.status()?.get("resident_peak_bytes").and_then(Value::as_u64);
         measured.peak_bytes = peak.context("the daemon does not tell its memory")?;
         Ok(measured)
     }

@@ -2,8 +2,10 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::{Value, json};
+use sluice_registry_server::{Access, Account, Faults, Link, Server, ServerConfig};
 
 use crate::jobs::{Jobs, failure, job, state};
 use crate::rig::{LARGE, sha256, wait_until};
@@ -148,6 +150,46 @@ fn the_references_rule_about_streamed_containers() {
     assert!(said.contains("only supports imageUri, commands, entrypoint and volumes"), "{said}");
     jobs.node.ok(&["batch", "submit", &document, "--job-id", "relaxed", "--relaxed", "--wait"]);
     assert_eq!(jobs.lines("relaxed", 0), ["0", "yes"]);
+}
+
+#[test]
+fn a_private_registrys_login_stands_in_the_document() {
+    let jobs = Jobs::new();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let private = runtime.block_on(Server::start(ServerConfig {
+        root: jobs.node.path("images"),
+        listen: "127.0.0.1:0".parse().unwrap(),
+        link: Link::default(),
+        faults: Faults::default(),
+        referrers_api: true,
+    }));
+    let private = private.unwrap();
+    let account =
+        Account { name: "team".into(), password: "right".into(), repositories: vec!["image".into()] };
+    private.set_access(Some(Access { accounts: vec![account], token_life: Some(Duration::from_secs(60)) }));
+    jobs.node.become_another();
+    let kept = jobs.node.path("docker/config.json");
+    let config = fs::read_to_string(jobs.node.path("config.toml")).unwrap();
+    fs::write(jobs.node.path("config.toml"), format!("{config}\n[registry]\ndocker_config = {kept:?}\n"))
+        .unwrap();
+    for (password, ends) in [("wrong", "FAILED"), ("right", "SUCCEEDED")] {
+        let mut runnables =
+            container(&format!("{}/image:latest", private.address()), true, "cat /data/changed");
+        runnables[0]["container"]["username"] = json!("team");
+        runnables[0]["container"]["password"] = json!(password);
+        let document = jobs.document(&job(&runnables, 1, 1));
+        let arguments = ["batch", "submit", &document, "--job-id", password, "--relaxed", "--wait"];
+        assert_eq!(jobs.node.run(&arguments).status.success(), ends == "SUCCEEDED");
+        let ended = jobs.describe(password);
+        assert_eq!(state(&ended), ends, "{ended:#}");
+        if password == "wrong" {
+            assert!(failure(&ended, 0).contains("401"), "{ended:#}");
+        } else {
+            assert_eq!(jobs.lines(password, 0), ["after"]);
+            assert_eq!(ended["tasks"][0]["status"]["images"][0]["served"], "streamed", "{ended:#}");
+        }
+        assert!(!ended.to_string().contains(&format!("\"{password}\"")), "a password is shown: {ended:#}");
+    }
 }
 
 /// Writes a blob of a layout; its digest.

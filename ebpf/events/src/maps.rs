@@ -75,6 +75,10 @@ pub struct Waiting {
     pub tgid: u32,
     /// Not 0: `page` is the page of a fault, and stays.
     pub exact: u32,
+    /// Number of the watch: it may be over when the thread sleeps.
+    pub watch: u32,
+    /// Zero.
+    pub reserved: u32,
     /// Its name.
     pub comm: [u8; COMM_LEN],
 }

@@ -8,7 +8,7 @@ use aya_ebpf::programs::RawTracePointContext;
 use sluice_events::{BlockedEvent, Head, Kind, SwitchState, VERSION, Waiting, level};
 
 use crate::kernel::{Pointer, read};
-use crate::maps::{WAITING, offset};
+use crate::maps::{WAITING, WATCHED, offset};
 use crate::record::{now_ns, pid, reserve, submit};
 
 const TASK_UNINTERRUPTIBLE: u64 = 2;
@@ -41,9 +41,13 @@ fn waits_for_io(task: Pointer) -> bool {
 #[inline(always)]
 fn goes_to_sleep() {
     // The thread that goes is still the current one here.
-    if let Some(waiting) = WAITING.get_ptr_mut(&pid()) {
-        // SAFETY: the pointer is to an entry of the map, which stays writable while the program runs.
-        unsafe { (*waiting).since_ns = now_ns() };
+    let Some(waiting) = WAITING.get_ptr_mut(&pid()) else { return };
+    // SAFETY: the pointer is to an entry of the map, which stays writable while the program runs.
+    let waiting = unsafe { &mut *waiting };
+    // Once the watch is over, it sleeps for something else: for the file system's end, for example.
+    // SAFETY: a number that is replaced meanwhile belongs to another watch.
+    if unsafe { WATCHED.get(&waiting.dev) } == Some(&waiting.watch) {
+        waiting.since_ns = now_ns();
     }
 }
 

@@ -222,7 +222,7 @@ fn asked(watched: Watched, page: u64, pages: u64, exact: u32, mnt_ns: u32) {
                 (waiting.inode, waiting.page, waiting.dev) = (watched.inode, page, watched.dev);
                 waiting.exact = exact;
             }
-            (waiting.run_end, waiting.since_ns) = (page + pages, 0);
+            (waiting.watch, waiting.run_end, waiting.since_ns) = (watched.watch, page + pages, 0);
             return;
         }
     }
@@ -237,6 +237,8 @@ fn asked(watched: Watched, page: u64, pages: u64, exact: u32, mnt_ns: u32) {
         mnt_ns,
         tgid: head.tgid,
         exact,
+        watch: watched.watch,
+        reserved: 0,
         comm: head.comm,
     };
     // Without an entry a sleep is not seen.

@@ -139,7 +139,8 @@ pub(super) fn btf_missing(broken: bool) -> Result<()> {
 /// A Batch job's task has the memory and processors that it asked for, by control groups of version 2.
 pub(super) fn batch(broken: bool) -> Result<()> {
     let node = Node::new(Path::new("/var/tmp/batch"), "[stream]\nfill = false\n", &[])?;
-    let group = "IFS=: read -r _ _ group < /proc/self/cgroup; cd /sys/fs/cgroup${group%/*}; cat memory.max cpu.max";
+    let group =
+        "IFS=: read -r _ _ group < /proc/self/cgroup; cd /sys/fs/cgroup${group%/*}; cat memory.max cpu.max";
     let hungry = ["sh", "-c", "busybox dd if=/dev/zero of=/dev/null bs=100000000 count=1"];
     let streamed = json!({ "imageUri": node.image(), "commands": hungry, "enableImageStreaming": true });
     let mut task = json!({ "runnables": [{ "script": { "text": group } }, { "container": streamed }] });
@@ -149,7 +150,8 @@ pub(super) fn batch(broken: bool) -> Result<()> {
     let job = json!({ "taskGroups": [{ "taskSpec": task }] });
     let document = node.path("job.json");
     fs::write(&document, job.to_string())?;
-    let output = node.run(&["batch", "submit", &document.to_string_lossy(), "--job-id", "bounded", "--wait"])?;
+    let output =
+        node.run(&["batch", "submit", &document.to_string_lossy(), "--job-id", "bounded", "--wait"])?;
     let (logs, described) =
         (node.ok(&["batch", "logs", "bounded"])?, node.ok(&["batch", "describe", "bounded"])?);
     println!("{logs}\n{described}");

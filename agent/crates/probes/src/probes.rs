@@ -25,8 +25,6 @@ const OBJECT: Option<&[u8]> = Some(aya::include_bytes_aligned!(env!("SLUICE_EBPF
 const OBJECT: Option<&[u8]> = None;
 
 const TRACEFS: &str = "/sys/kernel/tracing";
-/// How long programs stay attached after the last file system is watched no more.
-const LINGER: Duration = Duration::from_secs(10);
 
 /// Why there are no probes.
 #[derive(Debug, thiserror::Error)]
@@ -73,12 +71,15 @@ pub struct Options {
     pub highest: Level,
     /// What to see.
     pub capabilities: Vec<Capability>,
+    /// How long programs stay attached after the last file system is watched no more: containers come in bursts.
+    pub linger: Duration,
 }
 
 impl Default for Options {
-    /// Everything by the best hook, 8 MiB.
+    /// Everything by the best hook, 8 MiB, 10 s.
     fn default() -> Self {
-        Self { ring_bytes: 8 << 20, highest: Level::Fexit, capabilities: Capability::ALL.to_vec() }
+        let (capabilities, linger) = (Capability::ALL.to_vec(), Duration::from_secs(10));
+        Self { ring_bytes: 8 << 20, highest: Level::Fexit, capabilities, linger }
     }
 }
 
@@ -107,6 +108,7 @@ pub struct Probes {
     /// Attached while something is watched.
     recording: Vec<Hook>,
     links: Vec<Link>,
+    linger: Duration,
     /// Since when nothing is watched.
     idle_since: Option<Instant>,
     /// Takes links that are not needed any more out of the kernel.
@@ -162,6 +164,7 @@ impl Probes {
             levels: chosen.levels,
             recording: chosen.recording,
             links: Vec::new(),
+            linger: options.linger,
             idle_since: None,
             detaching: None,
             _always: chosen.always,
@@ -222,9 +225,9 @@ impl Probes {
         Ok(())
     }
 
-    /// Detaches what nobody has needed for a while: not at once, since containers come in bursts.
+    /// Detaches what nobody has needed for a while.
     fn detach_if_idle(&mut self) {
-        if self.idle_since.is_some_and(|since| since.elapsed() > LINGER) {
+        if self.idle_since.is_some_and(|since| since.elapsed() > self.linger) {
             self.idle_since = None;
             let links = std::mem::take(&mut self.links);
             // The kernel takes up to 70 ms per system-call tracepoint (6.18), for which nobody needs to wait.

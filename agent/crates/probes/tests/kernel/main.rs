@@ -5,3 +5,4 @@ mod failures;
 mod flood;
 mod recording;
 mod rig;
+mod slow;

@@ -34,7 +34,7 @@ impl Image {
         self.room.path().join("tree")
     }
 
-    fn blob(&self) -> PathBuf {
+    pub(crate) fn blob(&self) -> PathBuf {
         self.room.path().join("image.erofs")
     }
 }
@@ -54,6 +54,11 @@ pub(crate) struct Stage {
 impl Stage {
     /// Mounts an image. Nothing of it is in the page cache.
     pub(crate) fn new(image: &Image) -> Self {
+        Self::of(&image.blob())
+    }
+
+    /// Mounts an image's blob.
+    pub(crate) fn of(blob: &Path) -> Self {
         let room = tempfile::tempdir_in("/var/tmp").expect("a directory");
         let top = room.path().to_path_buf();
         let make = |name: &str| {
@@ -61,11 +66,10 @@ impl Stage {
             fs::create_dir_all(&path).expect("a directory");
             path
         };
-        let blob = image.blob();
         let (image, merged, scratch) = (make("image"), make("merged"), make("scratch"));
         let options = LoopOptions { direct_io: true, autoclear: true, ..LoopOptions::default() };
         let loop_device =
-            LoopDevice::attach(File::open(&blob).expect("opens").as_fd(), options).expect("a loop device");
+            LoopDevice::attach(File::open(blob).expect("opens").as_fd(), options).expect("a loop device");
         let mut stage = Self { merged, image, device: Device(0), _room: room, mounted: Vec::new() };
         let restrictions = Restrictions::default();
         let device = loop_device.path().to_path_buf();
@@ -132,7 +136,7 @@ pub(crate) fn with_every_engine(test: impl Fn(&mut Probes)) {
         engines
     });
     if engines.is_empty() {
-        *engines = every_engine();
+        *engines = every_engine(&Options::default());
     }
     for probes in engines.iter_mut() {
         probes.drain(|_earlier| {}).expect("drained");
@@ -141,10 +145,10 @@ pub(crate) fn with_every_engine(test: impl Fn(&mut Probes)) {
     }
 }
 
-fn every_engine() -> Vec<Probes> {
+pub(crate) fn every_engine(options: &Options) -> Vec<Probes> {
     let mut engines = Vec::new();
     for highest in [Level::Fexit, Level::Kprobe, Level::Tracepoint] {
-        let probes = Probes::load(&Options { highest, ..Options::default() }).expect("loads");
+        let probes = Probes::load(&Options { highest, ..options.clone() }).expect("loads");
         let Levels { reached, refused } = probes.levels();
         // The best must have everything. Tracepoints alone do not see accesses to pages in memory before 6.12.
         if reached.len() < Capability::ALL.len() {
