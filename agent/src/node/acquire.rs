@@ -12,6 +12,7 @@ use sluice_registry::{Client, ResolvedImage};
 use sluice_store::ImageRecord;
 use sluice_trace::Phase;
 
+use super::ahead::Lookup;
 use super::reads::Step;
 use super::starts::Started;
 use super::{Image, Node};
@@ -31,12 +32,12 @@ impl Node {
         let resolved = Step::since(Phase::Resolve, asked);
         let pull = Pull::begin(&image.reference.whole());
         let digest = image.manifest_digest.clone();
-        let lookup = request.start.as_ref().map(|start| self.look_up(&image, start));
+        let mut lookup = request.start.as_ref().map(|start| self.look_up(&image, start, asked));
         let _turn = self.turn(&digest).await;
         let fresh = !self.lock(&self.images).contains_key(&digest);
         if fresh {
             self.journal.pulling(&pull);
-            let made = self.make(&image, request.stream, &events).await?;
+            let made = self.make(&image, request.stream, &events, lookup.as_mut()).await?;
             self.announce(&pull, &made)?;
             self.lock(&self.images).insert(digest.clone(), made);
         }
@@ -138,11 +139,12 @@ impl Node {
         image: &ResolvedImage,
         stream: bool,
         events: &EventSender,
+        ahead: Option<&mut Lookup>,
     ) -> Result<Image> {
         let why_not = match (self.refuses(&image.reference.whole()), stream) {
             (_, false) => None,
             (Some(reason), true) => Some(reason),
-            (None, true) => match self.make_mounted(image, events).await {
+            (None, true) => match self.make_mounted(image, events, ahead).await {
                 Ok(made) => return Ok(made),
                 Err(error) => Some(format!("{error:#}")),
             },
@@ -173,9 +175,10 @@ impl Node {
         self: &Arc<Self>,
         image: &ResolvedImage,
         events: &EventSender,
+        ahead: Option<&mut Lookup>,
     ) -> Result<Image> {
         let began = Instant::now();
-        let record = self.prepare(image, events).await?;
+        let record = self.prepare(image, events, ahead).await?;
         let prepared = Step::since(Phase::Index, began);
         let digest = &image.manifest_digest;
         let mut made = self.mount_prepared(image, digest, &record.layers, &record.layer_blocks).await?;

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use sluice_prefetch::{Limits, Pace, fetch, wanted};
 use sluice_registry::{Client, ResolvedImage};
-use sluice_stream::{Prefetching, StreamedLayer};
+use sluice_stream::StreamedLayer;
 use sluice_trace::{ContentKey, FileFacts, Phase, Profile, ProfileKey, entry_class};
-use tokio::task::JoinHandle;
+use tokio::sync::oneshot;
 
 use super::Node;
 use super::files::ImageFiles;
@@ -21,14 +21,19 @@ use super::profiles::{self, Learned, now};
 use super::reads::{Recording, Step};
 use crate::api::StartRequest;
 
-/// What is looked up while an image is made ready.
+/// What is looked up, and fetched, for a start. Dropped before [`Node::layers_are_there`] nothing more is.
+#[derive(Debug)]
 pub(super) struct Lookup {
     pub(super) key: ProfileKey,
     pub(super) window: Duration,
-    found: JoinHandle<(Option<Learned>, Option<PackBytes>, Step)>,
-    /// The fill waits until what is known has been fetched.
-    before_fill: Prefetching,
+    /// What is recorded of the start, from the question for its image on.
+    pub(super) recording: Option<Arc<Recording>>,
+    /// Tells which layers are streamed, once that is known.
+    streamed: Option<oneshot::Sender<Streamed>>,
 }
+
+/// Layers that are not local, by digest.
+type Streamed = HashMap<String, Arc<StreamedLayer>>;
 
 /// The class of a start: what of the image's configuration applies is the runtime's rule.
 pub(super) fn class_of(config: &str, asked: &StartRequest) -> String {
@@ -53,24 +58,66 @@ pub(super) fn class_of_process(config: &str, argv: &[String]) -> String {
 }
 
 impl Node {
-    /// Begins to look for what is known of a start, beside the look for the image's index.
-    pub(super) fn look_up(self: &Arc<Self>, image: &ResolvedImage, asked: &StartRequest) -> Lookup {
+    /// Begins to look for what is known of a start that was asked for at `began`, beside the look for the image's index. What is
+    /// known is fetched once the layers are there.
+    pub(super) fn look_up(
+        self: &Arc<Self>,
+        image: &ResolvedImage,
+        asked: &StartRequest,
+        began: Instant,
+    ) -> Lookup {
         let key = ProfileKey {
             image: image.manifest_digest.clone(),
             entry: class_of(&String::from_utf8_lossy(&image.config), asked),
         };
         let window = asked.window_ms.map_or(self.config.record_window, Duration::from_millis);
-        let (node, image, own) = (Arc::clone(self), image.clone(), key.clone());
-        let found = tokio::spawn(async move {
+        let layers: Vec<String> = image.layers.iter().map(|layer| layer.digest.clone()).collect();
+        let recording = self.config.record.then(|| self.reads.begin(layers.clone(), began));
+        let (streamed, layers_there) = oneshot::channel::<Streamed>();
+        let (node, image, own, recorded) = (Arc::clone(self), image.clone(), key.clone(), recording.clone());
+        // The fill waits until what is known has been fetched.
+        let before_fill = self.scheduler.prefetching();
+        tokio::spawn(async move {
+            let _before_fill = before_fill;
             let began = Instant::now();
-            let mut found = node.known(&image, &own).await;
-            let step = Step::since(Phase::Profile, began);
-            let pack = found.as_mut().and_then(|learned| learned.pack.take());
+            let mut learned = node.known(&image, &own).await;
+            if let Some(recording) = &recorded {
+                recording.step(Step::since(Phase::Profile, began));
+            }
+            let pack = learned.as_mut().and_then(|learned| learned.pack.take());
             // Where the link is rationed nothing comes before its turn.
             let early = node.config.prefetch_bytes_per_second.is_none();
-            (found, pack.map(|pack| PackBytes::new(pack, early)), step)
+            let pack = pack.map(|pack| PackBytes::new(pack, early));
+            let Ok(streamed) = layers_there.await else { return };
+            if streamed.is_empty() {
+                return;
+            }
+            let learned = match learned {
+                Some(learned) => Some(learned),
+                None => node.inherit(&own, &image, &layers).await,
+            };
+            if let Some(learned) = learned
+                && let Err(error) =
+                    node.prefetch(&own, (learned.profile, pack), layers, streamed, recorded.as_deref()).await
+            {
+                tracing::warn!(entry = own.entry, error = format!("{error:#}"), "cannot prefetch");
+            }
         });
-        Lookup { key, window, found, before_fill: self.scheduler.prefetching() }
+        Lookup { key, window, recording, streamed: Some(streamed) }
+    }
+
+    /// What is known is fetched from now on, also while the image's metadata are still made.
+    pub(super) fn layers_are_there(&self, lookup: &mut Lookup, digests: &[String]) {
+        let Some(tell) = lookup.streamed.take() else { return };
+        let layers = self.lock(&self.layers);
+        let streamed = |digest: &String| layers.get(digest).and_then(|layer| layer.streamed());
+        let streamed = digests.iter().filter_map(|digest| Some((digest.clone(), streamed(digest)?)));
+        if tell.send(streamed.collect()).is_err() {
+            tracing::debug!(
+                entry = lookup.key.entry,
+                "the look for what is known of the start was cut short"
+            );
+        }
     }
 
     async fn known(&self, image: &ResolvedImage, key: &ProfileKey) -> Option<Learned> {
@@ -94,49 +141,19 @@ impl Node {
         })
     }
 
-    /// Fetches what is known once the image is there.
-    pub(super) fn begin_prefetch(
-        self: &Arc<Self>,
-        lookup: Lookup,
-        layers: Vec<String>,
-        recorded: Option<Arc<Recording>>,
-    ) {
-        let Lookup { key, found, before_fill, .. } = lookup;
-        let streamed: HashMap<String, Arc<StreamedLayer>> = {
-            let node_layers = self.lock(&self.layers);
-            let streamed = |digest: &String| node_layers.get(digest).and_then(|layer| layer.streamed());
-            layers.iter().filter_map(|digest| Some((digest.clone(), streamed(digest)?))).collect()
-        };
-        if streamed.is_empty() {
-            return;
-        }
-        let node = Arc::clone(self);
-        tokio::spawn(async move {
-            let _before_fill = before_fill;
-            let Ok((learned, pack, step)) = found.await else { return };
-            if let Some(recording) = &recorded {
-                recording.step(step);
-            }
-            let learned = match learned {
-                Some(learned) => Some(learned),
-                None => node.inherit(&key, &layers).await,
-            };
-            if let Some(learned) = learned
-                && let Err(error) =
-                    node.prefetch(&key, (learned.profile, pack), layers, streamed, recorded.as_deref()).await
-            {
-                tracing::warn!(entry = key.entry, error = format!("{error:#}"), "cannot prefetch");
-            }
-        });
-    }
-
     /// What was learned of an earlier version of the image, as far as files are the same.
-    async fn inherit(self: &Arc<Self>, key: &ProfileKey, layers: &[String]) -> Option<Learned> {
+    async fn inherit(
+        self: &Arc<Self>,
+        key: &ProfileKey,
+        image: &ResolvedImage,
+        layers: &[String],
+    ) -> Option<Learned> {
         if !self.config.prefetch {
             return None;
         }
         let (node, own, layers) = (Arc::clone(self), key.clone(), layers.to_vec());
-        let inherited = tokio::task::spawn_blocking(move || node.inherited(&own, &layers)).await;
+        let name = image.reference.whole();
+        let inherited = tokio::task::spawn_blocking(move || node.inherited(&own, &name, &layers)).await;
         let profile = inherited.map_err(anyhow::Error::from).flatten().unwrap_or_else(|error| {
             tracing::warn!(error = format!("{error:#}"), "nothing is inherited from an earlier version");
             None
@@ -145,17 +162,19 @@ impl Node {
         Some(Learned { profile, pack: None })
     }
 
-    /// Blocks the thread.
-    fn inherited(&self, key: &ProfileKey, layers: &[String]) -> Result<Option<Profile>> {
+    /// `name` is that of the image, which may not be recorded yet. Blocks the thread.
+    fn inherited(&self, key: &ProfileKey, name: &str, layers: &[String]) -> Result<Option<Profile>> {
         let mut earlier = self.profiles.list()?;
         earlier.retain(|one| one.key.entry == key.entry && one.key.image != key.image);
         let records = self.store.images()?;
+        let repository = |name: &str| Some(Client::parse(name).ok()?.repository().to_owned());
         let repositories = |image: &str| -> HashSet<String> {
             let record = records.iter().find(|record| record.manifest_digest == image);
             let names = record.into_iter().flat_map(|record| &record.references);
-            names.filter_map(|name| Some(Client::parse(name).ok()?.repository().to_owned())).collect()
+            names.filter_map(|name| repository(name)).collect()
         };
-        let own = repositories(&key.image);
+        let mut own = repositories(&key.image);
+        own.extend(repository(name));
         earlier.retain(|one| !own.is_disjoint(&repositories(&one.key.image)));
         if earlier.is_empty() {
             return Ok(None);
@@ -173,7 +192,7 @@ impl Node {
         key: &ProfileKey,
         (learned, pack): (Profile, Option<PackBytes>),
         layers: Vec<String>,
-        streamed: HashMap<String, Arc<StreamedLayer>>,
+        streamed: Streamed,
         recorded: Option<&Recording>,
     ) -> Result<()> {
         let pace = Pace::new(self.config.prefetch_bytes_per_second);

@@ -6,9 +6,11 @@
 use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::mpsc::{SyncSender, sync_channel};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
+use sluice_image::entry::Entry;
 use sluice_image::erofs::{self, Form};
 use sluice_image::index::LayerIndex;
 use sluice_image::index::header::{HEADER_LEN, IndexHeader};
@@ -19,6 +21,10 @@ use super::Node;
 
 /// Entries that the agent merges itself: at most 9 MiB of heap, and a process of its own would cost several milliseconds.
 const MERGED_HERE: u64 = 50_000;
+
+/// Entries decoded at a time, and how many times ahead of the merge.
+const BATCH: usize = 512;
+const BATCHES_AHEAD: usize = 4;
 
 /// What is to be merged, lowest layer first, and where to.
 #[derive(Debug, Serialize, Deserialize)]
@@ -72,15 +78,32 @@ impl Node {
     }
 }
 
+impl LayerTable {
+    /// Gives all entries, or the error that keeps some from being given last, as long as anybody takes them.
+    fn decode(&self, to: &SyncSender<Vec<Result<Entry>>>) {
+        let decode = || -> Result<()> {
+            let index = LayerIndex::from_blob(std::fs::read(&self.index)?).context("its index")?;
+            let mut batch = Vec::with_capacity(BATCH);
+            for entry in index.entries()? {
+                batch.push(Ok(entry?));
+                if batch.len() == BATCH
+                    && to.send(std::mem::replace(&mut batch, Vec::with_capacity(BATCH))).is_err()
+                {
+                    return Ok(());
+                }
+            }
+            drop(to.send(batch));
+            Ok(())
+        };
+        if let Err(error) = decode() {
+            drop(to.send(vec![Err(error)]));
+        }
+    }
+}
+
 impl Job {
     fn run(&self) -> Result<Metadata> {
-        let mut tree = Tree::new();
-        for layer in &self.layers {
-            let index = LayerIndex::from_blob(std::fs::read(&layer.index)?)
-                .with_context(|| format!("index of layer {}", layer.digest))?;
-            tree.apply::<anyhow::Error>(index.entries()?.map(|entry| entry.map_err(Into::into)))
-                .with_context(|| format!("layer {}", layer.digest))?;
-        }
+        let tree = self.merged()?;
         let layer_blocks: Vec<u64> = self.layers.iter().map(|layer| layer.blocks).collect();
         let file = tempfile::NamedTempFile::new_in(&self.temporary)
             .with_context(|| format!("cannot create a file in {}", self.temporary.display()))?;
@@ -91,6 +114,20 @@ impl Job {
         file.as_file().sync_data()?;
         file.persist(&self.target).with_context(|| format!("cannot write {}", self.target.display()))?;
         Ok(Metadata { layer_blocks, notes: tree.dropped().notes() })
+    }
+
+    /// Layers are applied one after the other; the next entries are decoded meanwhile.
+    fn merged(&self) -> Result<Tree> {
+        let mut tree = Tree::new();
+        for layer in &self.layers {
+            std::thread::scope(|scope| {
+                let (sender, decoded) = sync_channel(BATCHES_AHEAD);
+                scope.spawn(move || layer.decode(&sender));
+                tree.apply(decoded.into_iter().flatten())
+            })
+            .with_context(|| format!("layer {}", layer.digest))?;
+        }
+        Ok(tree)
     }
 
     fn run_elsewhere(&self, config: Option<&Path>) -> Result<Metadata> {

@@ -277,7 +277,7 @@ impl Node {
     /// Brings all of an image here, and waits for it.
     pub(crate) async fn pull(self: &Arc<Self>, reference: &str, events: EventSender) -> Result<PullReport> {
         let image = self.resolve(reference, &events).await?;
-        let record = self.prepare(&image, &events).await?;
+        let record = self.prepare(&image, &events, None).await?;
         let mut total = 0;
         for digest in &record.layers {
             if let Some(layer) = self.node_layer(&image, digest)? {

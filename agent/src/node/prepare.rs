@@ -12,6 +12,7 @@ use sluice_registry::{Layer, ResolvedImage};
 use sluice_store::ImageRecord;
 use sluice_stream::first_pull;
 
+use super::ahead::Lookup;
 use super::embedded::embedded_index;
 use super::sources::RegistryBlob;
 use super::trust::Found;
@@ -23,11 +24,12 @@ const LAYERS_AT_ONCE: usize = 3;
 
 impl Node {
     /// Sees to it that every layer is in the store, at least as a table of contents, and that the image's EROFS metadata
-    /// is written.
+    /// is written. What is known of the start is fetched `ahead`, as soon as the layers are there.
     pub(super) async fn prepare(
         self: &Arc<Self>,
         image: &ResolvedImage,
         events: &EventSender,
+        ahead: Option<&mut Lookup>,
     ) -> Result<ImageRecord> {
         let known = self.store.image(&image.manifest_digest)?;
         let metadata = self.store.erofs_path(&image.manifest_digest)?;
@@ -68,6 +70,11 @@ impl Node {
             pulled.extend(done);
         }
         drop(work);
+        if let Some(lookup) = ahead {
+            let digests: Vec<String> = image.layers.iter().map(|layer| layer.digest.clone()).collect();
+            digests.iter().try_for_each(|digest| self.node_layer(image, digest).map(drop))?;
+            self.layers_are_there(lookup, &digests);
+        }
         let metadata = self.write_metadata(image).await?;
         for note in metadata.notes {
             events.note(note);

@@ -173,7 +173,7 @@ impl Node {
                 record.manifest.into(),
                 record.config.into(),
             )?;
-            self.prepare(&image, &events).boxed().await?;
+            self.prepare(&image, &events, None).boxed().await?;
         }
         match self.lock(&self.blockfs).as_ref() {
             // From now on what still reads it gets errors instead of lies.

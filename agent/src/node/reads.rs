@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use sluice_stream::{FetchDone, Lane, Watcher};
@@ -21,7 +21,8 @@ const MAX_RECORDS: usize = 200_000;
 #[derive(Debug, Default)]
 pub(super) struct ReadLog {
     active: AtomicUsize,
-    recordings: Mutex<Vec<Arc<Recording>>>,
+    /// A start that came to nothing forgets its own.
+    recordings: Mutex<Vec<Weak<Recording>>>,
     /// What is counted, recorded or not.
     pub(super) metrics: Metrics,
 }
@@ -67,7 +68,8 @@ impl ReadLog {
         let began_ns = now_ns.saturating_sub(began.elapsed().as_nanos() as u64);
         let recording = Arc::new(Recording { layers, began, began_ns, log: Mutex::default() });
         let mut recordings = lock(&self.recordings);
-        recordings.push(Arc::clone(&recording));
+        recordings.retain(|one| one.strong_count() > 0);
+        recordings.push(Arc::downgrade(&recording));
         self.active.store(recordings.len(), Ordering::Release);
         recording
     }
@@ -75,7 +77,7 @@ impl ReadLog {
     /// Ends a recording: its records by time, and how many were lost.
     pub(super) fn end(&self, recording: &Arc<Recording>) -> (Vec<Record>, u64) {
         let mut recordings = lock(&self.recordings);
-        recordings.retain(|one| !Arc::ptr_eq(one, recording));
+        recordings.retain(|one| one.strong_count() > 0 && one.as_ptr() != Arc::as_ptr(recording));
         self.active.store(recordings.len(), Ordering::Release);
         drop(recordings);
         let Log { mut records, lost, .. } = std::mem::take(&mut *lock(&recording.log));
@@ -132,9 +134,9 @@ impl ReadLog {
         if self.active.load(Ordering::Acquire) == 0 {
             return;
         }
-        for recording in lock(&self.recordings).iter() {
+        for recording in lock(&self.recordings).iter().filter_map(Weak::upgrade) {
             if let Some(number) = recording.layers.iter().position(|one| one == layer) {
-                record(recording, number as u32);
+                record(&recording, number as u32);
             }
         }
     }

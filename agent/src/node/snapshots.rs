@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use oci_spec::image::ImageConfiguration;
@@ -13,6 +14,7 @@ use sluice_image::erofs::Form;
 use sluice_registry::{Client, ResolvedImage};
 use tokio::sync::mpsc;
 
+use super::ahead::Lookup;
 use super::starts::Started;
 use super::{Image, Node};
 use crate::api::{Holder, Served, StartRequest};
@@ -98,7 +100,7 @@ impl Node {
             let _turn = self.turn(&layer.manifest_digest).await;
             if !self.hold(&layer.manifest_digest, &holder)? {
                 self.journal.pulling(&pull);
-                let made = self.make_mounted(&image, &events).await?;
+                let made = self.make_mounted(&image, &events, None).await?;
                 self.announce(&pull, &made)?;
                 self.put(&layer.manifest_digest, made, &holder);
             }
@@ -135,11 +137,12 @@ impl Node {
         let part = part_of(self.resolve_layer(layer, &events).await?, layer)?;
         // Asked again for a container that was begun before: no start.
         let known = self.holds(&part.key, &holder);
-        let lookup = (!known).then(|| self.look_up(&part.image, &StartRequest::default()));
+        let asked = Instant::now();
+        let mut lookup = (!known).then(|| self.look_up(&part.image, &StartRequest::default(), asked));
         let _turn = self.turn(&part.key).await;
         let fresh = !self.hold(&part.key, &holder)?;
         if fresh {
-            let made = match self.make_part(&part, &events).await {
+            let made = match self.make_part(&part, &events, lookup.as_mut()).await {
                 Ok(made) => made,
                 Err(error) => {
                     let reason = format!("{error:#}");
@@ -164,19 +167,24 @@ impl Node {
         self.lock(&self.images).get(key).is_some_and(|image| image.holders.contains(holder))
     }
 
-    async fn make_part(self: &Arc<Self>, part: &Part, events: &EventSender) -> Result<Image> {
+    async fn make_part(
+        self: &Arc<Self>,
+        part: &Part,
+        events: &EventSender,
+        ahead: Option<&mut Lookup>,
+    ) -> Result<Image> {
         if let Some(reason) = &self.cannot_stream {
             bail!("{reason}");
         }
         if part.key == part.image.manifest_digest {
-            return self.make_mounted(&part.image, events).await;
+            return self.make_mounted(&part.image, events, ahead).await;
         }
         if self.form == Form::OneDevice {
             bail!(
                 "parts of an image cannot be mounted on this kernel (EROFS with several devices is Linux 5.16)"
             );
         }
-        self.prepare(&part.image, events).await?;
+        self.prepare(&part.image, events, ahead).await?;
         let lower = part.truncated();
         let blocks = self.write_metadata(&lower).await?.layer_blocks;
         let digests: Vec<String> = lower.layers.iter().map(|layer| layer.digest.clone()).collect();

@@ -39,8 +39,6 @@ pub(super) struct Started {
     pub(super) dir: Option<PathBuf>,
     /// Nothing of it is in the page cache, so that all reads reach the agent.
     pub(super) fresh: bool,
-    /// When it was asked for.
-    pub(super) asked: Instant,
     /// What was done for it since.
     pub(super) steps: Vec<Step>,
 }
@@ -65,14 +63,12 @@ impl Started {
             layers: image.layers.clone(),
             dir: image.mount.as_ref().map(|mount| mount.dir().to_path_buf()),
             fresh,
-            asked: Instant::now(),
             steps: Vec::new(),
         })
     }
 
     /// One whose image was asked for before it was mounted.
     pub(super) fn asked_at(mut self, asked: Instant, resolved: Step, steps: Vec<Step>) -> Self {
-        self.asked = asked;
         self.steps = vec![resolved];
         self.steps.extend(steps);
         self.steps.push(Step::since(Phase::Pull, asked));
@@ -97,13 +93,12 @@ pub(super) struct Window {
 
 impl Node {
     /// The image is there: what is known is fetched, and what the start touches is recorded.
-    pub(super) async fn begin_start(self: &Arc<Self>, lookup: Lookup, started: Started) {
-        let (key, window) = (lookup.key.clone(), lookup.window);
+    pub(super) async fn begin_start(self: &Arc<Self>, mut lookup: Lookup, started: Started) {
+        self.layers_are_there(&mut lookup, &started.layers);
+        let Lookup { key, window, recording, .. } = lookup;
         // Without probes that see what is in memory, only the first start since the mount is seen as it is.
-        let recorded = self.config.record && (started.fresh || self.probing.sees_memory());
-        let reads = recorded.then(|| self.reads.begin(started.layers.clone(), started.asked));
-        self.begin_prefetch(lookup, started.layers.clone(), reads.clone());
-        let Some(reads) = reads else { return };
+        let seen = started.fresh || self.probing.sees_memory();
+        let Some(reads) = recording.filter(|_| seen) else { return };
         started.steps.iter().for_each(|step| reads.step(*step));
         let holder = started.holder.clone();
         let probed = self.begin_probing(&started, window).await;

@@ -74,7 +74,10 @@ pub async fn fetch(
     pace: &Pace,
 ) -> Fetched {
     let mut fetched = Fetched::default();
-    let joined = join(ranges);
+    // What stands between two ranges that a start pack brought is not asked for.
+    let missing =
+        |range: &WantedRange| layers.get(&range.layer).is_some_and(|one| !one.layer().has(range.bytes()));
+    let joined = join(ranges.into_iter().filter(missing).collect());
     let fetches = joined.into_iter().filter_map(|range| {
         let layer = Arc::clone(layers.get(&range.layer)?);
         Some(async move {

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use crate::record::{AccessKind, What};
+use crate::record::What;
 use crate::{Capability, Level, Levels, Record};
 
 /// Bytes of a page.
@@ -66,8 +66,9 @@ pub struct Sample {
 impl Sample {
     /// Reduces records, in order of time, to what was touched until the container was ready (if that is among them).
     ///
-    /// `began_ns` is the header's. Accesses count where the trace's `levels` have them; else what came into the page cache,
-    /// which includes what was read ahead; else what the agent served. Of what cannot be resolved nothing is kept.
+    /// `began_ns` is the header's. Accesses count, and what came into the page cache for them: what is read ahead too, since a
+    /// reader waits for a whole request. Where the trace's `levels` have neither, what the agent served. Of what cannot be
+    /// resolved nothing is kept.
     pub fn from_records<E>(
         records: impl Iterator<Item = Result<Record, E>>,
         levels: &Levels,
@@ -82,7 +83,7 @@ impl Sample {
             let at_ms = u32::try_from(at_ms).unwrap_or(u32::MAX);
             match &record.what {
                 What::Ready => break,
-                What::Access { kind, inode, offset, len } if source.takes(*kind) => {
+                What::Access { inode, offset, len, .. } if source == Source::Accesses => {
                     let known = gatherer.inodes.get(inode).cloned();
                     let file = known.unwrap_or_else(|| {
                         let found = image.inode(*inode).map(|facts| gatherer.file(facts));
@@ -157,7 +158,6 @@ impl Sample {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
     Accesses,
-    Fills,
     Served,
 }
 
@@ -165,22 +165,8 @@ impl Source {
     fn of(levels: &Levels) -> Self {
         // The agent's own log sees what it serves, under another name.
         let sees = |capability| levels.of(capability).is_some_and(|level| level > Level::Log);
-        if sees(Capability::Read) && sees(Capability::Fault) {
-            Self::Accesses
-        } else if sees(Capability::Fill) {
-            Self::Fills
-        } else {
-            Self::Served
-        }
-    }
-
-    fn takes(self, kind: AccessKind) -> bool {
-        match self {
-            Self::Accesses => kind != AccessKind::Fill,
-            // One of two kinds of access may be seen: it counts too.
-            Self::Fills => true,
-            Self::Served => false,
-        }
+        let accesses = sees(Capability::Read) && sees(Capability::Fault) || sees(Capability::Fill);
+        if accesses { Self::Accesses } else { Self::Served }
     }
 }
 
@@ -264,7 +250,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Origin, Process};
+    use crate::{AccessKind, Origin, Process};
 
     /// Inode n is a file of 100 pages and 1 byte; inode 0 is none.
     struct Image;
@@ -317,18 +303,19 @@ mod tests {
         ];
         let range = |file, first_page, pages, at_ms| SampleRange { file, first_page, pages, at_ms };
         let learned = sample(&records, &BOTH);
-        assert_eq!(learned.files, [facts(1), facts(2)]);
+        assert_eq!(learned.files, [facts(1), facts(2), facts(3)]);
         let expected = [
             range(0, 0, 8, 1),
             range(1, 50, 1, 3),
             range(1, 48, 2, 4),
             range(1, 51, 13, 4),
             range(0, 8, 4, 5),
+            range(2, 0, 32, 6),
             // The file ends one byte behind its 100th page.
             range(1, 99, 2, 8),
         ];
         assert_eq!(learned.ranges, expected);
-        assert_eq!(learned.bytes(), 30 * PAGE);
+        assert_eq!(learned.bytes(), 62 * PAGE);
         // Where accesses are not seen, what came into memory counts.
         let fills = sample(&records, &[Capability::Fill]);
         assert!(fills.files.contains(&facts(3)));
