@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -34,7 +35,8 @@ impl Node {
         Ok(Self { dir: dir.to_path_buf(), registry })
     }
 
-    /// From now on the registry turns a bit of everything it sends of the image's largest layer.
+    /// From now on the registry turns a bit of everything it sends of the image's largest layer. Before the daemon is started,
+    /// which will not ask for the right bytes for long.
     pub(crate) fn damage_layer(&mut self) -> Result<()> {
         let mut blobs = Vec::new();
         for blob in fs::read_dir(self.path("images/image/blobs/sha256"))? {
@@ -42,6 +44,10 @@ impl Node {
             blobs.push((blob.metadata()?.len(), blob.file_name().to_string_lossy().into_owned()));
         }
         let (_, largest) = blobs.into_iter().max().context("an image without blobs")?;
+        let (config, section) = (fs::read_to_string(self.path("config.toml"))?, "[stream]\n");
+        let rest = config.replacen(section, "", 1);
+        // What else the case has in that section follows.
+        fs::write(self.path("config.toml"), format!("{section}outage_timeout_s = 5\n{rest}"))?;
         self.end_registry()?;
         let faults = format!(r#"{{"path":"{largest}","flip":true}}"#);
         self.registry = start_registry(&self.path("images"), &["--faults", &faults])?;
@@ -148,11 +154,19 @@ pub(crate) fn checked(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Asks again and again; a guest without hardware help is slow.
+/// What [`wait_until`] has, in seconds: a guest without hardware help is slow.
+static PATIENCE_S: AtomicU64 = AtomicU64::new(300);
+
+/// What is broken on purpose does not come: nobody needs to wait long for it.
+pub(crate) fn be_impatient() {
+    PATIENCE_S.store(30, Ordering::Relaxed);
+}
+
+/// Asks again and again.
 pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
     let begin = Instant::now();
     while !holds()? {
-        if begin.elapsed() > Duration::from_secs(300) {
+        if begin.elapsed() > Duration::from_secs(PATIENCE_S.load(Ordering::Relaxed)) {
             bail!("waited in vain until {what}");
         }
         std::thread::sleep(Duration::from_millis(100));

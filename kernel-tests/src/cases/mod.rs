@@ -11,8 +11,11 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
+/// What a case is called, and what it does; with `true` it breaks what it watches over.
+type Case = (&'static str, fn(bool) -> Result<()>);
+
 /// All of them. The host's table has the same names.
-const CASES: [(&str, fn(bool) -> Result<()>); 16] = [
+const CASES: [Case; 16] = [
     ("overlay", overlay::overlay),
     ("overlay-control", overlay::control),
     ("start", system::start),
@@ -36,6 +39,9 @@ pub(crate) fn run(name: &str, broken: bool) -> ExitCode {
         eprintln!("there is no case {name}");
         return ExitCode::from(2);
     };
+    if broken {
+        crate::node::be_impatient();
+    }
     match case(broken) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
