@@ -32,7 +32,8 @@ impl Node {
         let resolved = Step::since(Phase::Resolve, asked);
         let pull = Pull::begin(&image.reference.whole());
         let digest = image.manifest_digest.clone();
-        let mut lookup = request.start.as_ref().map(|start| self.look_up(&image, start, asked));
+        let mut lookup =
+            request.start.as_ref().map(|start| self.look_up(&image, &image.layers, start, asked));
         let _turn = self.turn(&digest).await;
         let fresh = !self.lock(&self.images).contains_key(&digest);
         if fresh {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use sluice_prefetch::{Limits, Pace, fetch, wanted};
-use sluice_registry::{Client, ResolvedImage};
+use sluice_registry::{Client, Layer, ResolvedImage};
 use sluice_stream::StreamedLayer;
 use sluice_trace::{ContentKey, FileFacts, Phase, Profile, ProfileKey, entry_class};
 use tokio::sync::oneshot;
@@ -26,6 +26,8 @@ use crate::api::StartRequest;
 pub(super) struct Lookup {
     pub(super) key: ProfileKey,
     pub(super) window: Duration,
+    /// The layers that the container has: of a part of an image not all.
+    pub(super) layers: Vec<String>,
     /// What is recorded of the start, from the question for its image on.
     pub(super) recording: Option<Arc<Recording>>,
     /// Tells which layers are streamed, once that is known.
@@ -58,11 +60,12 @@ pub(super) fn class_of_process(config: &str, argv: &[String]) -> String {
 }
 
 impl Node {
-    /// Begins to look for what is known of a start that was asked for at `began`, beside the look for the image's index. What is
-    /// known is fetched once the layers are there.
+    /// Begins to look for what is known of a start that was asked for at `began`, from the image's `layers`, beside the look for
+    /// the image's index. What is known is fetched once the layers are there.
     pub(super) fn look_up(
         self: &Arc<Self>,
         image: &ResolvedImage,
+        layers: &[Layer],
         asked: &StartRequest,
         began: Instant,
     ) -> Lookup {
@@ -71,10 +74,11 @@ impl Node {
             entry: class_of(&String::from_utf8_lossy(&image.config), asked),
         };
         let window = asked.window_ms.map_or(self.config.record_window, Duration::from_millis);
-        let layers: Vec<String> = image.layers.iter().map(|layer| layer.digest.clone()).collect();
+        let layers: Vec<String> = layers.iter().map(|layer| layer.digest.clone()).collect();
         let recording = self.config.record.then(|| self.reads.begin(layers.clone(), began));
         let (streamed, layers_there) = oneshot::channel::<Streamed>();
         let (node, image, own, recorded) = (Arc::clone(self), image.clone(), key.clone(), recording.clone());
+        let digests = layers.clone();
         // The fill waits until what is known has been fetched.
         let before_fill = self.scheduler.prefetching();
         tokio::spawn(async move {
@@ -103,15 +107,15 @@ impl Node {
                 tracing::warn!(entry = own.entry, error = format!("{error:#}"), "cannot prefetch");
             }
         });
-        Lookup { key, window, recording, streamed: Some(streamed) }
+        Lookup { key, window, layers: digests, recording, streamed: Some(streamed) }
     }
 
     /// What is known is fetched from now on, also while the image's metadata are still made.
-    pub(super) fn layers_are_there(&self, lookup: &mut Lookup, digests: &[String]) {
+    pub(super) fn layers_are_there(&self, lookup: &mut Lookup) {
         let Some(tell) = lookup.streamed.take() else { return };
         let layers = self.lock(&self.layers);
         let streamed = |digest: &String| layers.get(digest).and_then(|layer| layer.streamed());
-        let streamed = digests.iter().filter_map(|digest| Some((digest.clone(), streamed(digest)?)));
+        let streamed = lookup.layers.iter().filter_map(|digest| Some((digest.clone(), streamed(digest)?)));
         if tell.send(streamed.collect()).is_err() {
             tracing::debug!(
                 entry = lookup.key.entry,

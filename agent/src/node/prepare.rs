@@ -71,9 +71,8 @@ impl Node {
         }
         drop(work);
         if let Some(lookup) = ahead {
-            let digests: Vec<String> = image.layers.iter().map(|layer| layer.digest.clone()).collect();
-            digests.iter().try_for_each(|digest| self.node_layer(image, digest).map(drop))?;
-            self.layers_are_there(lookup, &digests);
+            lookup.layers.iter().try_for_each(|digest| self.node_layer(image, digest).map(drop))?;
+            self.layers_are_there(lookup);
         }
         let metadata = self.write_metadata(image).await?;
         for note in metadata.notes {

@@ -138,7 +138,8 @@ impl Node {
         // Asked again for a container that was begun before: no start.
         let known = self.holds(&part.key, &holder);
         let asked = Instant::now();
-        let mut lookup = (!known).then(|| self.look_up(&part.image, &StartRequest::default(), asked));
+        let mut lookup = (!known)
+            .then(|| self.look_up(&part.image, &part.truncated().layers, &StartRequest::default(), asked));
         let _turn = self.turn(&part.key).await;
         let fresh = !self.hold(&part.key, &holder)?;
         if fresh {

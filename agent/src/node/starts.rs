@@ -94,7 +94,7 @@ pub(super) struct Window {
 impl Node {
     /// The image is there: what is known is fetched, and what the start touches is recorded.
     pub(super) async fn begin_start(self: &Arc<Self>, mut lookup: Lookup, started: Started) {
-        self.layers_are_there(&mut lookup, &started.layers);
+        self.layers_are_there(&mut lookup);
         let Lookup { key, window, recording, .. } = lookup;
         // Without probes that see what is in memory, only the first start since the mount is seen as it is.
         let seen = started.fresh || self.probing.sees_memory();
