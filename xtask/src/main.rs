@@ -24,6 +24,7 @@ mod soak;
 mod suites;
 mod test;
 mod tidy;
+mod watched;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -77,6 +78,9 @@ enum Command {
     },
     /// Check dependency directions, file headers and other house rules
     Tidy,
+    /// Run a test program: one that hangs is ended, what failed runs once more (`cargo xtask test` uses it)
+    #[command(hide = true)]
+    Watched(watched::Args),
 }
 
 #[derive(Debug, Subcommand)]
@@ -123,5 +127,6 @@ fn main() -> Result<()> {
         Command::TestContainerd(args) => suites::test(&args),
         Command::Dist { dist: Dist::Deb(args) } => dist::deb(&args),
         Command::Tidy => tidy::tidy(),
+        Command::Watched(args) => watched::watched(&args),
     }
 }

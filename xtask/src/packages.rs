@@ -19,7 +19,8 @@ pub(crate) const RUNTIME: [(&str, &str); 5] = [
 pub(crate) const FUZZ: [(&str, &str); 1] = [("g++", "compiles libFuzzer")];
 
 /// Packages that only tests need.
-pub(crate) const TESTS: [(&str, &str); 9] = [
+pub(crate) const TESTS: [(&str, &str); 10] = [
+    ("crun", "the other runtime that containers run by"),
     ("skopeo", "makes and copies test images"),
     ("umoci", "unpacks images the way others do"),
     ("busybox-static", "the program of the smallest test image"),

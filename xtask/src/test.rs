@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 
 use crate::images::{self, Gone};
 use crate::run::{cargo, show};
-use crate::{ebpf, foreign, kernel_tests, oracle, packages, tidy};
+use crate::{ebpf, foreign, kernel_tests, oracle, packages, tidy, watched};
 
 /// Installs what tests need and runs them; root, FUSE and loop devices are needed.
 pub(crate) fn test(filter: Option<&str>) -> Result<()> {
@@ -24,7 +24,7 @@ pub(crate) fn test(filter: Option<&str>) -> Result<()> {
     let kernels = filter.is_none().then(|| std::thread::spawn(|| images::kernels(&[], Gone::Follows)));
     let tools = began.elapsed();
     let mut command = cargo();
-    command.args(["test", "--workspace", "--no-fail-fast"]);
+    command.arg("--config").arg(watched::as_runner()?).args(["test", "--workspace", "--no-fail-fast"]);
     if let Some(filter) = filter {
         command.arg(filter);
     }
