@@ -221,6 +221,9 @@ impl Node {
         if layer.served.is_empty() {
             return Ok(());
         }
+        for path in &layer.served {
+            Device::all_on(path)?.iter().for_each(Device::wait_for_rest);
+        }
         // Held while devices are switched, so that no new one appears on a block file.
         let _device = layer.device.lock().unwrap_or_else(PoisonError::into_inner);
         for path in &layer.served {

@@ -1,5 +1,5 @@
 //! How long a hand-over takes, and how long a read waits that comes meanwhile: `LOOP_CHANGE_FD` between two local files, which is what
-//! the kernel's driver costs by itself.
+//! the kernel's driver costs by itself. A reader that pauses (as a container does that reads now and then) is given way to.
 //!
 //! `cargo run --release -p sluice-blockfs --example hand_over [TIMES]`, as root.
 #![allow(clippy::print_stdout, reason = "it is what it is for")]
@@ -13,6 +13,7 @@ use sluice_blockfs::Device;
 
 const BLOCKS: u64 = 4096;
 const BLOCK: usize = 4096;
+const PAUSE: Duration = Duration::from_millis(60);
 
 fn main() {
     let times: usize = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(20);
@@ -23,13 +24,18 @@ fn main() {
         File::open(file).expect("opens").sync_all().expect("synced");
     }
     let device = Device::attach(&files[0]).expect("attaches");
-    for reading in [false, true] {
-        let (done, longest_us) = (AtomicBool::new(!reading), AtomicU64::new(0));
+    for (name, pause) in
+        [("idle", None), ("with a reader", Some(Duration::ZERO)), ("with a reader that pauses", Some(PAUSE))]
+    {
+        let (done, longest_us) = (AtomicBool::new(pause.is_none()), AtomicU64::new(0));
         let (mut took, mut waited) = (Vec::new(), Vec::new());
         std::thread::scope(|scope| {
-            scope.spawn(|| read_until(&done, &longest_us, &device));
+            scope.spawn(|| read_until(&done, &longest_us, &device, pause.unwrap_or_default()));
             for number in 0..times {
                 std::thread::sleep(Duration::from_millis(50));
+                if pause == Some(PAUSE) {
+                    device.wait_for_rest();
+                }
                 longest_us.store(0, Ordering::Relaxed);
                 let start = Instant::now();
                 device.hand_over(&files[(number + 1) % 2]).expect("handed over");
@@ -40,15 +46,15 @@ fn main() {
             }
             done.store(true, Ordering::Relaxed);
         });
-        println!("{}: hand-over {}", if reading { "with a reader" } else { "idle" }, summary(&mut took));
-        if reading {
-            println!("with a reader: longest read around it {}", summary(&mut waited));
+        println!("{name}: hand-over {}", summary(&mut took));
+        if pause.is_some() {
+            println!("{name}: longest read around it {}", summary(&mut waited));
         }
     }
 }
 
-/// Reads blocks of the device at random, past the page cache.
-fn read_until(done: &AtomicBool, longest_us: &AtomicU64, device: &Device) {
+/// Reads blocks of the device at random, past the page cache; 32 of them, then a pause.
+fn read_until(done: &AtomicBool, longest_us: &AtomicU64, device: &Device, pause: Duration) {
     let file = File::options().read(true).custom_flags(libc::O_DIRECT).open(device.path()).expect("opens");
     let mut buffer = vec![0; 2 * BLOCK];
     let aligned = buffer.as_ptr().align_offset(BLOCK);
@@ -59,6 +65,9 @@ fn read_until(done: &AtomicBool, longest_us: &AtomicU64, device: &Device) {
         file.read_exact_at(&mut buffer[aligned..aligned + BLOCK], at).expect("reads");
         longest_us.fetch_max(start.elapsed().as_micros() as u64, Ordering::Relaxed);
         number += 1;
+        if number % 32 == 0 && !pause.is_zero() {
+            std::thread::sleep(pause);
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use sluice_kernel::mount::{Restrictions, UnmountOptions};
 use sluice_kernel::{ErofsMount, LoopDevice, LoopOptions, loop_device, mount_erofs, unmount};
@@ -19,6 +20,12 @@ use crate::BlockFsError;
 /// caches. Without direct I/O the loop driver's one worker per device reads one request after the other (Linux 6.18), so that
 /// one that waits for the network would hold up all others of its layer.
 const READ_AHEAD_KIB: u32 = 512;
+
+/// A device nobody read for as long is at rest: readers that come one after the other are closer together.
+const REST: Duration = Duration::from_millis(4);
+
+/// Longest wait for such a moment.
+const REST_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A read-only block device on a file. The kernel frees it when neither this nor a mount uses it.
 #[derive(Debug)]
@@ -70,6 +77,21 @@ impl Device {
     /// `/dev/loopN`.
     pub fn path(&self) -> &Path {
         self.device.path()
+    }
+
+    /// Waits, for two seconds at most, until nobody reads the device: what comes during a hand-over waits for the whole of it (an RCU
+    /// grace period, some 20 ms), and a start that reads now and then need not be hit by it.
+    pub fn wait_for_rest(&self) {
+        let began = Instant::now();
+        let mut before = self.device.reads();
+        while before.is_some() && began.elapsed() < REST_PATIENCE {
+            std::thread::sleep(REST);
+            let now = self.device.reads();
+            if now == before && now.is_some_and(|(_, under_way)| under_way == 0) {
+                return;
+            }
+            before = now;
+        }
     }
 
     /// Switches the device, in use, to another file of the same size and content.

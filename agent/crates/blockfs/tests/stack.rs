@@ -100,6 +100,38 @@ fn a_layer_is_handed_over_while_it_is_read_by(way: Way) {
 }
 
 #[test]
+fn a_device_is_at_rest_when_nobody_waits_for_a_read() {
+    let (runtime, room) = (runtime(), Room::new(&[vec![MIB]]));
+    let (blockfs, sources) = (room.blockfs(&runtime, ways()[0]), room.sources());
+    sources[0].set(Mood::Stuck);
+    let devices = attach_all(&blockfs, &sources);
+    let image = mount_image(&room, devices.clone(), "image");
+    let file = image.dir().join(&room.samples[0].path);
+    let (began, answered) = (Instant::now(), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| File::open(&file).expect("opens").read_exact(&mut [0]).expect("reads"));
+        wait_until("a read waits", || sources[0].waited.load(Ordering::Relaxed) > 0);
+        let waiter = scope.spawn(|| {
+            devices[0].wait_for_rest();
+            // Two seconds are its patience.
+            assert!(
+                answered.load(Ordering::Relaxed) || began.elapsed() > Duration::from_secs(2),
+                "not waited for"
+            );
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        answered.store(true, Ordering::Relaxed);
+        sources[0].set(Mood::Local);
+        waiter.join().expect("waits");
+        reader.join().expect("reads");
+    });
+    image.unmount().expect("unmounts");
+    blockfs.unmount().expect("unmounts");
+    drop(devices);
+    room.assert_released();
+}
+
+#[test]
 fn a_device_takes_no_file_of_another_size() {
     let room = Room::new(&[vec![8 * BLOCK], vec![9 * BLOCK]]);
     let device = Device::attach(&room.layers[0]).expect("attaches");

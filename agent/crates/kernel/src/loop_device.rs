@@ -236,6 +236,14 @@ impl LoopDevice {
         std::fs::write(&path, kib.to_string()).map_err(|source| LoopError::ReadAhead { path, source })
     }
 
+    /// Reads that ended and reads that are under way (first and ninth field of `/sys/block/loopN/stat`, the kernel's
+    /// Documentation/block/stat.rst). `None` where there is no such file to be read.
+    pub fn reads(&self) -> Option<(u64, u64)> {
+        let text = std::fs::read_to_string(format!("/sys/block/loop{}/stat", self.number)).ok()?;
+        let mut fields = text.split_ascii_whitespace().map(str::parse);
+        Some((fields.next()?.ok()?, fields.nth(7)?.ok()?))
+    }
+
     /// Exchanges the file under the device, in use, for one of the same size and contents (`LOOP_CHANGE_FD`).
     ///
     /// The kernel wants both files regular, and refuses a different size with `EINVAL`.
