@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use sluice_image::records::ChunkRecord;
 
-use crate::layer::bytes_of;
+use crate::layer::{bytes_of, end_of};
 use crate::spans::Place;
 use crate::{Lane, StreamError, StreamedLayer};
 
@@ -47,13 +47,13 @@ impl StreamedLayer {
             let first = match self.spans.place_of(layer, &chunk).map_err(|error| self.io(&error))? {
                 Place::Hole => {
                     self.insert_hole(&chunk)?;
-                    offset = bytes_of(&chunk).end;
+                    offset = end_of(&chunk);
                     continue;
                 }
                 Place::Spans(spans) => spans,
             };
             let behind = self.spans.behind(layer, &chunk).map_err(|error| self.io(&error))?;
-            offset = behind.max(bytes_of(&chunk).end);
+            offset = behind.max(end_of(&chunk));
             let spans = self.run_ahead(first, range.end, &mut offset)?;
             let Ok(claim) = self.claim(spans.clone(), Lane::Prefetch) else { continue };
             let compressed = self.spans.compressed(spans);
@@ -87,7 +87,7 @@ impl StreamedLayer {
                 break;
             }
             let behind = self.spans.behind(layer, &next).map_err(|error| self.io(&error))?;
-            *offset = behind.max(bytes_of(&next).end);
+            *offset = behind.max(end_of(&next));
             spans.end += 1;
         }
         Ok(spans)
@@ -160,7 +160,7 @@ impl StreamedLayer {
             if layer.try_read(place.start, &mut bytes)? {
                 found.push((place.start, Bytes::from(bytes)));
             }
-            at = place.end.next_multiple_of(sluice_image::records::BLOCK_SIZE);
+            at = end_of(&chunk);
         }
         Ok(found)
     }

@@ -8,7 +8,7 @@ use sluice_image::index::LayerIndex;
 use sluice_image::records::ChunkRecord;
 use sluice_store::{Layer, Store, StoreError};
 
-use crate::layer::bytes_of;
+use crate::layer::{bytes_of, end_of};
 use crate::outage::Outage;
 use crate::spans::Place;
 use crate::{Lane, StreamError, StreamedLayer};
@@ -114,7 +114,7 @@ impl StreamedLayer {
         // Damage before the wanted chunk: its span does not decode from its beginning, so nothing of it comes.
         let from = if damaged.store_offset.get() < chunk.store_offset.get() { chunk } else { &damaged };
         let behind = self.spans.behind(layer, from).map_err(|error| self.io(&error))?;
-        Ok(behind.max(bytes_of(chunk).end))
+        Ok(behind.max(end_of(chunk)))
     }
 
     /// As many spans more as one fetch brings, as long as something in them is missing and nobody fetches it.

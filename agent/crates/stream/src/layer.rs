@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use sluice_image::entry::EntryKind;
 use sluice_image::index::LayerIndex;
-use sluice_image::records::{ChunkRecord, DigestAlgorithm};
+use sluice_image::records::{BLOCK_SIZE, ChunkRecord, DigestAlgorithm};
 use sluice_store::{Layer, LocalCopies, Store};
 use tokio::sync::{OnceCell, watch};
 use tokio::task::JoinHandle;
@@ -454,6 +454,11 @@ impl StreamedLayer {
 /// Store bytes of a chunk.
 pub(crate) fn bytes_of(chunk: &ChunkRecord) -> Range<u64> {
     chunk.store_offset.get()..chunk.store_offset.get() + u64::from(chunk.len.get())
+}
+
+/// Where the blocks of a chunk end: from any offset before that the search for what is missing finds the chunk again.
+pub(crate) fn end_of(chunk: &ChunkRecord) -> u64 {
+    bytes_of(chunk).end.next_multiple_of(BLOCK_SIZE)
 }
 
 /// How a missing chunk is brought.

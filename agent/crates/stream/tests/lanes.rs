@@ -154,3 +154,32 @@ async fn what_comes_another_way_is_waited_for_and_fetched_only_if_it_does_not_co
     reading.await.expect("read");
     assert_eq!(source.asked().len(), 1);
 }
+
+#[test]
+fn a_prefetch_passes_over_what_another_fetch_brings() {
+    let dir = tempfile::tempdir().expect("dir");
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    // Chunks that end within a block, some of them beyond the span in which they begin.
+    let sample = plain_sample(1, 20, 60_001);
+    // Nothing comes as long as the test runs.
+    let source = Source::with(&sample.layer, |slow| (slow.rate, slow.delay) = (1 << 30, LONG * 10));
+    let layer = sample.streamed(&store, source, &Scheduler::new(2), LONG * 10);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.expect("runtime");
+    let passed = runtime.block_on(async {
+        for (_, start, _) in &sample.files {
+            let (layer, start) = (Arc::clone(&layer), *start);
+            tokio::spawn(async move { layer.read(start, 4096).await });
+        }
+        let wanted = || sample.files.iter().any(|(_, start, _)| layer.wants(*start).expect("known"));
+        while wanted() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let (ahead, end) = (Arc::clone(&layer), layer.layer().size());
+        // A task that never waits is not stopped by a time-out of its own.
+        tokio::time::timeout(LONG, tokio::spawn(async move { ahead.prefetch(0..end).await })).await
+    });
+    runtime.shutdown_background();
+    let asked = passed.expect("the prefetch ends").expect("joined").expect("prefetch");
+    assert_eq!(asked, 0, "it fetched what others bring");
+}
