@@ -1,6 +1,6 @@
 //! PID 1 of a guest: modules, mounts, the plan, power-off.
 //!
-//! What is told to the host goes to the second serial line, one line each, beginning with `@`: `@ up`, `@ begin CASE`,
+//! What is told to the host goes to the second serial line, one line each, beginning with `@`: `@ up`, `@ begin CASE SECONDS`,
 //! `@ end CASE ok|failed|late SECONDS`, `@ done`. What a command printed stands between, behind `| `. The first serial line is
 //! the kernel's alone, so nothing of his comes between.
 
@@ -170,7 +170,7 @@ fn shell() -> Result<()> {
 
 /// Runs one command of the plan, and ends all that it leaves.
 fn carry_out(name: &str, seconds: u64, words: &[&str]) -> Result<()> {
-    say(&format!("@ begin {name}"));
+    say(&format!("@ begin {name} {seconds}"));
     let said = "/tmp/output";
     let output = File::create(said)?;
     let (program, arguments) = words.split_first().context("a plan without a command")?;

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::run;
 
@@ -41,24 +41,87 @@ pub(crate) fn install(wanted: &[(&str, &str)]) -> Result<()> {
     for (name, reason) in &missing {
         println!("installing {name}: {reason}");
     }
-    let apt = |arguments: &[&str]| {
-        let mut command = Command::new("apt-get");
-        command
-            .args(["-qq", "-o", "Dpkg::Use-Pty=0"])
-            .args(arguments)
-            .env("DEBIAN_FRONTEND", "noninteractive");
-        run::output(&mut command)
-    };
-    apt(&["update"])
+    apt(&[], &["update"])
         .context("cannot read the lists of packages; is this a Debian-like system, and are you root?")?;
-    let names = missing.iter().map(|(name, _)| *name);
+    let names: Vec<&str> = missing.iter().map(|(name, _)| *name).collect();
+    install_these(&[], &names)
+}
+
+/// Installs a package of which this major version is needed, or a newer one: from the system's own suites, or from the backports to it,
+/// which are asked by lists of their own, so that the system's stay as they are. It may take the place of an older one.
+pub(crate) fn install_at_least(wanted: &(&str, &str), major: u32) -> Result<()> {
+    let (name, reason) = *wanted;
+    println!("installing {name} {major} or newer: {reason}");
+    apt(&[], &["update"]).context("cannot read the lists of packages")?;
+    let policy =
+        |options: &[String]| run::output(Command::new("apt-cache").args(options).args(["policy", name]));
+    if offers(&policy(&[])?, major) {
+        return install_these(&[], &[name]);
+    }
+    let release = std::fs::read_to_string("/etc/os-release")?;
+    let codename = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+    let suite = format!("{}-backports", codename.context("a system without a code name")?);
+    let room = run::target().join("backports");
+    std::fs::create_dir_all(room.join("lists/partial"))?;
+    let list = room.join("sources.list");
+    let own = std::fs::read_to_string("/etc/apt/sources.list").unwrap_or_default();
+    std::fs::write(&list, format!("{own}\ndeb {} {suite} main\n", crate::ebpf::debian_mirror()?))?;
+    let options: Vec<String> = [
+        format!("Dir::Etc::sourcelist={}", list.display()),
+        format!("Dir::State::lists={}", room.join("lists").display()),
+        "Dir::Cache::pkgcache=".to_owned(),
+        "Dir::Cache::srcpkgcache=".to_owned(),
+        "APT::Sandbox::User=root".to_owned(),
+        format!("APT::Default-Release={suite}"),
+    ]
+    .into_iter()
+    .flat_map(|option| ["-o".to_owned(), option])
+    .collect();
+    apt(&options, &["update"]).with_context(|| format!("cannot read the lists of {suite}"))?;
+    if !offers(&policy(&options)?, major) {
+        bail!("{suite} does not offer it");
+    }
+    install_these(&options, &[name])
+}
+
+/// Whether `apt-cache policy` names a candidate of this major version or a newer one.
+fn offers(policy: &str, major: u32) -> bool {
+    let candidate = policy.lines().find_map(|line| line.trim().strip_prefix("Candidate: "));
+    let version = candidate.map(|version| version.split_once(':').map_or(version, |(_epoch, rest)| rest));
+    let number = version.and_then(|version| version.split('.').next()?.parse::<u32>().ok());
+    number.is_some_and(|number| number >= major)
+}
+
+fn install_these(options: &[String], names: &[&str]) -> Result<()> {
     let arguments: Vec<&str> =
-        ["install", "-y", "--no-install-recommends"].into_iter().chain(names).collect();
-    apt(&arguments).context("cannot install packages")?;
-    Ok(())
+        ["install", "-y", "--no-install-recommends"].iter().chain(names).copied().collect();
+    apt(options, &arguments).context("cannot install packages")
+}
+
+fn apt(options: &[String], arguments: &[&str]) -> Result<()> {
+    let mut command = Command::new("apt-get");
+    command
+        .args(["-qq", "-o", "Dpkg::Use-Pty=0"])
+        .args(options)
+        .args(arguments)
+        .env("DEBIAN_FRONTEND", "noninteractive");
+    run::output(&mut command).map(|_| ())
 }
 
 fn installed(name: &str) -> bool {
     let status = run::output(Command::new("dpkg-query").args(["-W", "-f", "${Status}", name]));
     status.is_ok_and(|status| status.ends_with("install ok installed"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn candidates_are_compared_by_their_major_version() {
+        let policy = |version: &str| format!("qemu:\n  Installed: (none)\n  Candidate: {version}\n");
+        assert!(offers(&policy("1:10.0.2+ds-2~bpo12+1"), 10) && offers(&policy("11.1"), 10));
+        assert!(!offers(&policy("1:7.2+dfsg-7+deb12u18"), 10) && !offers(&policy("(none)"), 10));
+        assert!(!offers("", 10));
+    }
 }

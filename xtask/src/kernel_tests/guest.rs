@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::emulator::Emulator;
 use crate::images::Kernel;
 
 /// What a kernel says when something is wrong with it, and no test may be believed any more.
@@ -26,8 +27,10 @@ const SIGNS: [&str; 8] = [
     "Oops: ",
 ];
 const MEMORY_MIB: u32 = 1024;
-/// From QEMU's start until PID 1 speaks, without hardware help on a busy machine.
+/// From QEMU's start until PID 1 speaks, and between its cases, without hardware help on a busy machine.
 const BOOT: Duration = Duration::from_secs(300);
+/// PID 1 ends a case that takes too long. If it does not, the guest hangs.
+const GRACE: Duration = Duration::from_secs(60);
 
 /// What a guest boots, and from what.
 #[derive(Debug)]
@@ -42,15 +45,14 @@ pub(super) struct Boot<'a> {
     pub(super) options: &'a str,
     /// Where the console's log goes.
     pub(super) log: PathBuf,
-    /// `kvm` or `tcg`.
-    pub(super) accelerator: &'a str,
+    pub(super) emulator: &'a Emulator,
 }
 
 /// What came of a case.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Ended {
     pub(super) name: String,
-    /// `ok`, `failed` or `late`.
+    /// `ok`, `failed` or `late` as PID 1 says; `lost` if it does not say.
     pub(super) verdict: String,
     pub(super) seconds: f64,
     pub(super) said: Vec<String>,
@@ -63,6 +65,8 @@ pub(super) struct Heard {
     pub(super) ended: Vec<Ended>,
     /// Why the guest was ended before it was done.
     pub(super) died: Option<String>,
+    /// It was the emulator's fault, not the kernel's.
+    pub(super) spoilt: bool,
     /// It asked for its power to be cut.
     pub(super) cut: bool,
 }
@@ -74,8 +78,8 @@ enum Word {
     End,
 }
 
-/// Boots, listens until the guest is done, and ends it. `at_most` is for the plan.
-pub(super) fn run(boot: &Boot<'_>, at_most: Duration) -> Result<Heard> {
+/// Boots, listens until the guest is done, and ends it.
+pub(super) fn run(boot: &Boot<'_>) -> Result<Heard> {
     let sockets = Sockets::new()?;
     let mut child = Ending(
         qemu(boot, &sockets.arguments())
@@ -96,7 +100,7 @@ pub(super) fn run(boot: &Boot<'_>, at_most: Duration) -> Result<Heard> {
     }
     drop(sender);
     let mut console = std::io::BufWriter::new(std::fs::File::create(&boot.log)?);
-    let heard = listen(&words, at_most, &mut console);
+    let heard = listen(&words, boot.emulator, &mut console);
     drop(child);
     heard
 }
@@ -136,14 +140,9 @@ pub(super) fn shell(boot: &Boot<'_>) -> Result<()> {
 
 fn qemu(boot: &Boot<'_>, lines: &[String]) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
-    // Without KVM a busy host makes Linux take the TSC for many times slower than it is, and time run ahead. The ACPI timer's
-    // rate is known, not measured.
-    let (cpu, clock) = match boot.accelerator {
-        "kvm" => ("host", ""),
-        _ => ("max", "tsc=unstable clocksource=acpi_pm"),
-    };
+    let emulator = boot.emulator;
     command
-        .args(["-M", &format!("q35,accel={}", boot.accelerator), "-cpu", cpu, "-smp", "1"])
+        .args(["-M", &format!("q35,accel={}", emulator.accelerator), "-cpu", emulator.cpu(), "-smp", "1"])
         .args([
             "-m",
             &MEMORY_MIB.to_string(),
@@ -159,29 +158,34 @@ fn qemu(boot: &Boot<'_>, lines: &[String]) -> Command {
         .arg(boot.initramfs)
         .arg("-append")
         .arg(format!(
-            "console=ttyS0 loglevel=5 panic=-1 no_timer_check mitigations=off nokaslr {clock} random.trust_cpu=on \
+            "console=ttyS0 loglevel=5 panic=-1 no_timer_check mitigations=off nokaslr {} random.trust_cpu=on \
              watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120 {}",
+            emulator.clock(),
             boot.options
         ))
         .args(["-device", "virtio-rng-pci"])
         .arg("-drive")
         .arg(format!("file={},if=virtio,format=raw,readonly=on", boot.programs.display()))
         .arg("-drive")
-        .arg(format!("file={},if=virtio,format=raw,cache=unsafe", boot.scratch.display()))
+        .arg(format!(
+            "file={},if=virtio,format=raw,cache=unsafe",
+            boot.scratch.display()
+        ))
         .args(lines)
         .args(["-serial", "chardev:console", "-serial", "chardev:results"]);
     command
 }
 
 /// What the guest says until it ends, is ended by time or by its kernel's words, or asks for it.
-fn listen(words: &Receiver<Word>, at_most: Duration, console: &mut impl std::io::Write) -> Result<Heard> {
+fn listen(words: &Receiver<Word>, emulator: &Emulator, console: &mut impl std::io::Write) -> Result<Heard> {
     let (mut heard, mut now) = (Heard::default(), None::<Ended>);
     let (mut deadline, mut done) = (Instant::now() + BOOT, false);
     loop {
         match words.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(Word::Kernel(line)) => {
                 writeln!(console, "{line}")?;
-                if !done && SIGNS.iter().any(|sign| line.contains(sign)) {
+                heard.spoilt |= heard.died.is_some() && emulator.is_to_blame(&line);
+                if !done && heard.died.is_none() && SIGNS.iter().any(|sign| line.contains(sign)) {
                     heard.died = Some(format!("the kernel says: {line}"));
                     // Whatever the case says after this.
                     heard.ended.extend(now.take().map(|now| Ended { verdict: "lost".to_owned(), ..now }));
@@ -192,9 +196,14 @@ fn listen(words: &Receiver<Word>, at_most: Duration, console: &mut impl std::io:
             Ok(Word::Guest(line)) => {
                 let mut fields = line.split(' ');
                 match (fields.next(), fields.next()) {
-                    (Some("@"), Some("up")) => deadline = Instant::now() + at_most,
+                    // What it says after its kernel's last words is not believed.
+                    _ if heard.died.is_some() => {}
+                    (Some("@"), Some("up")) => deadline = Instant::now() + BOOT,
                     (Some("@"), Some("begin")) => {
-                        now = Some(Ended { name: fields.collect::<Vec<_>>().join(" "), ..Ended::default() });
+                        let name = fields.next().unwrap_or_default().to_owned();
+                        let seconds = fields.next().and_then(|text| text.parse().ok()).unwrap_or_default();
+                        deadline = Instant::now() + Duration::from_secs(seconds) + GRACE;
+                        now = Some(Ended { name, ..Ended::default() });
                     }
                     (Some("@"), Some("note")) => {
                         let note = fields.skip(1).collect::<Vec<_>>().join(" ");
@@ -206,6 +215,7 @@ fn listen(words: &Receiver<Word>, at_most: Duration, console: &mut impl std::io:
                         ended.verdict = fields.next().unwrap_or_default().to_owned();
                         ended.seconds = fields.next().and_then(|text| text.parse().ok()).unwrap_or_default();
                         heard.ended.push(ended);
+                        deadline = Instant::now() + BOOT;
                     }
                     (Some("@"), Some("cut")) => {
                         heard.cut = true;
@@ -220,7 +230,7 @@ fn listen(words: &Receiver<Word>, at_most: Duration, console: &mut impl std::io:
             }
             Ok(Word::End) | Err(RecvTimeoutError::Disconnected) => break,
             Err(RecvTimeoutError::Timeout) => {
-                heard.died.get_or_insert_with(|| "it took too long".to_owned());
+                heard.died.get_or_insert_with(|| "nothing was heard of it for too long".to_owned());
                 break;
             }
         }
@@ -328,7 +338,7 @@ mod tests {
         let (sender, receiver) = mpsc::channel();
         words.into_iter().for_each(|word| sender.send(word).expect("heard"));
         drop(sender);
-        listen(&receiver, Duration::from_secs(5), &mut std::io::sink()).expect("listened")
+        listen(&receiver, &Emulator::tcg(), &mut std::io::sink()).expect("listened")
     }
 
     fn guest(lines: &[&str]) -> Vec<Word> {
@@ -339,11 +349,11 @@ mod tests {
     fn verdicts_are_read() {
         let heard = heard(guest(&[
             "@ up",
-            "@ begin a",
+            "@ begin a 5",
             "| test result: ok",
             "@ note a 1 s to ready",
             "@ end a ok 2.5",
-            "@ begin b",
+            "@ begin b 5",
             "@ end b failed 1.0",
             "@ done",
         ]));
@@ -359,14 +369,14 @@ mod tests {
 
     #[test]
     fn a_guest_that_ends_early_has_no_verdict() {
-        let heard = heard(guest(&["@ up", "@ begin a"]));
+        let heard = heard(guest(&["@ up", "@ begin a 5"]));
         assert_eq!(heard.ended.first().map(|ended| ended.verdict.as_str()), Some("lost"));
         assert!(heard.died.is_some());
     }
 
     #[test]
     fn the_kernels_complaints_end_a_guest() {
-        let mut words = guest(&["@ up", "@ begin a"]);
+        let mut words = guest(&["@ up", "@ begin a 5"]);
         words.push(Word::Kernel("[    1.0] WARNING: CPU: 0 PID: 1 at fs/x.c:1".to_owned()));
         words.extend(guest(&["@ end a ok 1.0", "@ done"]));
         let heard = heard(words);
@@ -375,7 +385,21 @@ mod tests {
     }
 
     #[test]
+    fn the_emulators_fault_is_told_from_the_kernels() {
+        let died = |flags: &str| {
+            let dump = ["traps: PANIC: double fault, error_code: 0x0", "Oops: double fault: 0000 [#1]"];
+            let mut words = guest(&["@ up", "@ begin a 5"]);
+            words.extend(dump.map(|line| Word::Kernel(line.to_owned())));
+            words.push(Word::Kernel(format!("RSP: 0018:ffa0000000013a20 EFLAGS: {flags}")));
+            heard(words)
+        };
+        assert!(died("3e9f6b4a").spoilt);
+        let own = died("00010246");
+        assert!(!own.spoilt && own.died.is_some_and(|why| why.contains("double fault")));
+    }
+
+    #[test]
     fn a_guest_may_ask_for_its_power_to_be_cut() {
-        assert!(heard(guest(&["@ up", "@ begin a", "@ cut a 1 of 2", "@ end a ok 1"])).cut);
+        assert!(heard(guest(&["@ up", "@ begin a 5", "@ cut a 1 of 2", "@ end a ok 1"])).cut);
     }
 }

@@ -4,7 +4,9 @@
 //! which there is no way back have a guest of their own.
 
 mod cases;
+mod emulator;
 mod guest;
+mod job;
 mod pack;
 mod report;
 
@@ -14,10 +16,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use self::cases::{Case, Place, Run};
-use self::guest::{Boot, Ended};
+use self::cases::Case;
+use self::emulator::Emulator;
+use self::guest::Boot;
 use self::pack::Pack;
-use self::report::{Outcome, Report, Verdict};
+use self::report::{Report, Verdict};
 use crate::images::{self, Gone, Kernel};
 use crate::run::{target, top};
 
@@ -45,8 +48,8 @@ pub(crate) struct Args {
     /// A shell in a guest instead of cases
     #[arg(long)]
     shell: bool,
-    /// Write docs/kernels.md from this run
-    #[arg(long)]
+    /// Write docs/kernels.md from this run, which must be a whole one
+    #[arg(long, conflicts_with_all = ["kernel", "case", "quick", "broken"])]
     docs: bool,
     /// Guests at a time
     #[arg(long, default_value_t = 2)]
@@ -78,13 +81,14 @@ pub(crate) fn kernel_tests(args: &Args) -> Result<()> {
     let wanted = wanted(args)?;
     let gone = if args.follow { Gone::Follows } else { Gone::Fails };
     let kernels = images::kernels(&args.kernel, gone)?;
+    let emulator = Emulator::install()?;
     let pack = Pack::make()?;
-    let accelerator = accelerator(&pack, &kernels)?;
+    let emulator = with_kvm_if_it_works(emulator, &pack, &kernels)?;
     if args.shell {
-        return shell(&pack, kernels.first().context("no kernel")?, &accelerator);
+        return shell(&pack, kernels.first().context("no kernel")?, &emulator);
     }
     let begin = Instant::now();
-    let left = Mutex::new(boots(&kernels, &wanted));
+    let left = Mutex::new(job::boots(&kernels, &wanted));
     let outcomes = Mutex::new(Vec::new());
     let failed = Mutex::new(None);
     std::thread::scope(|scope| {
@@ -94,7 +98,7 @@ pub(crate) fn kernel_tests(args: &Args) -> Result<()> {
                     // The lock is not held while a guest runs.
                     let job = lock(&left).pop();
                     let Some(job) = job else { return };
-                    match carry_out(&job, &pack, args, &accelerator) {
+                    match job.carry_out(&pack, args, &emulator) {
                         Ok(found) => lock(&outcomes).extend(found),
                         Err(error) => {
                             println!("{}: {error:#}", job.name());
@@ -125,8 +129,9 @@ pub(crate) fn kernel_tests(args: &Args) -> Result<()> {
     }
     let verdict = if bad == 0 && passed > 0 { "ok" } else { "FAILED" };
     println!(
-        "test result: {verdict}. {passed} passed; {bad} failed; {absent} ignored; kernels: {}; by {accelerator}; finished in {:.0}s",
+        "test result: {verdict}. {passed} passed; {bad} failed; {absent} ignored; kernels: {}; by {}; finished in {:.0}s",
         kernels.len(),
+        emulator.accelerator,
         begin.elapsed().as_secs_f64()
     );
     if verdict == "ok" { Ok(()) } else { bail!("{bad} cases failed in guests") }
@@ -145,198 +150,42 @@ fn wanted(args: &Args) -> Result<Vec<&'static Case>> {
     Ok(cases::all().filter(|case| named(case) && (case.quick || !args.quick)).collect())
 }
 
-/// One guest's work.
-struct Job<'a> {
-    kernel: &'a Kernel,
-    cases: Vec<&'static Case>,
-}
-
-impl Job<'_> {
-    fn name(&self) -> String {
-        let own = self
-            .cases
-            .first()
-            .filter(|case| case.place != Place::Shared)
-            .map(|case| format!("-{}", case.name));
-        format!("{}{}", self.kernel.name, own.unwrap_or_default())
-    }
-}
-
-/// Longest last, since they are taken from the end.
-fn boots<'a>(kernels: &'a [Kernel], wanted: &[&'static Case]) -> Vec<Job<'a>> {
-    let mut jobs = Vec::new();
-    for kernel in kernels {
-        for case in wanted.iter().filter(|case| case.place != Place::Shared) {
-            jobs.push(Job { kernel, cases: vec![case] });
-        }
-    }
-    for kernel in kernels {
-        let cases: Vec<_> = wanted.iter().copied().filter(|case| case.place == Place::Shared).collect();
-        if !cases.is_empty() {
-            jobs.push(Job { kernel, cases });
-        }
-    }
-    jobs
-}
-
-fn line(case: &Case, broken: bool) -> String {
-    let mut words = vec![case.name.to_owned(), case.seconds.to_string()];
-    match case.command {
-        Run::Guest => {
-            words.extend(["/guest/guest", "case", case.name].map(str::to_owned));
-            words.extend(broken.then(|| "--broken".to_owned()));
-        }
-        Run::Suite { program, variables, arguments, broken: mutation } => {
-            words.push("/usr/bin/env".to_owned());
-            words.extend(variables.iter().map(|one| (*one).to_owned()));
-            words.extend(broken.then(|| mutation.to_owned()));
-            words.push(format!("/usr/lib/kernel-tests/{program}"));
-            words.extend(arguments.iter().map(|one| (*one).to_owned()));
-        }
-    }
-    words.join("\t") + "\n"
-}
-
-/// Boots what a job needs; what came of its cases.
-fn carry_out(job: &Job<'_>, pack: &Pack, args: &Args, accelerator: &str) -> Result<Vec<Outcome>> {
-    let (kernel, name) = (job.kernel, job.name());
-    let mut outcomes = Vec::new();
-    let mut cases = Vec::new();
-    for case in &job.cases {
-        match case.needs.lacks(kernel) {
-            Some(lacks) => outcomes.push(Outcome {
-                kernel: kernel.name.clone(),
-                case: case.name,
-                verdict: Verdict::Absent,
-                seconds: 0.0,
-                notes: Vec::new(),
-                said: lacks.to_owned(),
-            }),
-            None => cases.push(*case),
-        }
-    }
-    let Some(first) = cases.first() else { return Ok(outcomes) };
-    let scratch = pack.scratch(&name)?;
-    let boot = |plan: &str, without: Option<&str>, part: &str| -> Result<guest::Heard> {
-        let name = format!("{name}{part}");
-        let initramfs = pack.initramfs(&name, kernel, without, plan)?;
-        let fault = if kernel.name.ends_with("-fault") { "kernel-tests.fault" } else { "" };
-        let boot = Boot {
-            kernel,
-            initramfs: &initramfs,
-            programs: &pack.programs,
-            scratch: &scratch,
-            options: fault,
-            log: pack.log(&name),
-            accelerator,
-        };
-        let seconds = cases.iter().map(|case| case.seconds).sum::<u64>() + 60;
-        println!("{name}: boots");
-        guest::run(&boot, Duration::from_secs(seconds))
-    };
-    if let Place::AfterCut(before) = first.place {
-        let heard =
-            boot(&format!("{before}\t{}\t/guest/guest\tcase\t{before}\n", first.seconds), None, "-cut")?;
-        if !heard.cut {
-            let said: Vec<String> = heard.ended.iter().flat_map(|ended| ended.said.clone()).collect();
-            outcomes.push(judged(
-                kernel,
-                first,
-                None,
-                &format!("{:?}: {}", heard.died, said.join("\n")),
-                args.broken,
-            ));
-            return Ok(outcomes);
-        }
-    }
-    let without = match first.place {
-        Place::Without(module) if !args.broken => Some(module),
-        _ => None,
-    };
-    let plan: String = cases.iter().map(|case| line(case, args.broken)).collect();
-    let heard = boot(&plan, without, "")?;
-    for case in &cases {
-        let ended = heard.ended.iter().find(|ended| ended.name == case.name);
-        outcomes.push(judged(kernel, case, ended, heard.died.as_deref().unwrap_or_default(), args.broken));
-    }
-    if args.keep {
-        println!("{name}: kept {}", scratch.display());
-    } else {
-        std::fs::remove_file(&scratch)?;
-    }
-    Ok(outcomes)
-}
-
-/// A case's verdict. Broken on purpose, it is right when it failed by itself, and not by a guest that was lost.
-fn judged(kernel: &Kernel, case: &'static Case, ended: Option<&Ended>, died: &str, broken: bool) -> Outcome {
-    let ran = ended
-        .is_some_and(|ended| !matches!(case.command, Run::Suite { .. }) || tests_passed(&ended.said) > 0);
-    let right = match ended.map(|ended| ended.verdict.as_str()) {
-        Some("ok") => !broken && ran,
-        Some("failed" | "late") => broken,
-        _ => false,
-    };
-    let mut said = ended.map(|ended| ended.said.join("\n")).unwrap_or_default();
-    for more in [died, ended.map_or("it did not run", |ended| ended.verdict.as_str())] {
-        if !more.is_empty() {
-            said = format!("{said}\n{more}");
-        }
-    }
-    Outcome {
-        kernel: kernel.name.clone(),
-        case: case.name,
-        verdict: if right { Verdict::Ok } else { Verdict::Failed },
-        seconds: ended.map_or(0.0, |ended| ended.seconds),
-        notes: ended.map(|ended| ended.notes.clone()).unwrap_or_default(),
-        said,
-    }
-}
-
-/// How many tests a suite says passed: one that ran none proves nothing.
-fn tests_passed(said: &[String]) -> u32 {
-    let counts = said
-        .iter()
-        .filter_map(|line| line.split_once("test result: ok. ")?.1.split(' ').next()?.parse::<u32>().ok());
-    counts.sum()
-}
-
 /// KVM, where a guest's first program runs under it; found out once for each start of this machine.
-fn accelerator(pack: &Pack, kernels: &[Kernel]) -> Result<String> {
+fn with_kvm_if_it_works(emulator: Emulator, pack: &Pack, kernels: &[Kernel]) -> Result<Emulator> {
     let open = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
     if open.is_err() {
-        return Ok("tcg".to_owned());
+        return Ok(emulator);
     }
+    let with_kvm = emulator.with_kvm();
     let this_start = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
     let known = target().join("kernel-tests/accelerator");
     if let Ok(text) = std::fs::read_to_string(&known)
         && let Some((start, accelerator)) = text.split_once(' ')
         && start == this_start.trim()
     {
-        return Ok(accelerator.to_owned());
+        return Ok(if accelerator == with_kvm.accelerator { with_kvm } else { emulator });
     }
     let kernel = kernels.first().context("no kernel")?;
     let (initramfs, scratch) = (pack.initramfs("trial", kernel, None, "")?, pack.scratch("trial")?);
-    let log = pack.log("trial");
     let boot = Boot {
         kernel,
         initramfs: &initramfs,
         programs: &pack.programs,
         scratch: &scratch,
         options: "",
-        log,
-        accelerator: "kvm",
+        log: pack.log("trial"),
+        emulator: &with_kvm,
     };
-    let works = guest::boots(&boot, KVM_BOOT);
-    let found = if works { "kvm" } else { "tcg" };
-    println!("guests run by {found}");
-    std::fs::write(known, format!("{} {found}", this_start.trim()))?;
-    Ok(found.to_owned())
+    let found = if guest::boots(&boot, KVM_BOOT) { with_kvm } else { emulator };
+    println!("guests run by {}", found.accelerator);
+    std::fs::write(known, format!("{} {}", this_start.trim(), found.accelerator))?;
+    Ok(found)
 }
 
 /// With hardware help a guest is up in two.
 const KVM_BOOT: Duration = Duration::from_secs(12);
 
-fn shell(pack: &Pack, kernel: &Kernel, accelerator: &str) -> Result<()> {
+fn shell(pack: &Pack, kernel: &Kernel, emulator: &Emulator) -> Result<()> {
     let (initramfs, scratch) =
         (pack.initramfs("shell", kernel, None, "shell\t0\t-\n")?, pack.scratch("shell")?);
     let log: &Path = &pack.log("shell");
@@ -347,45 +196,6 @@ fn shell(pack: &Pack, kernel: &Kernel, accelerator: &str) -> Result<()> {
         scratch: &scratch,
         options: "",
         log: log.to_path_buf(),
-        accelerator,
+        emulator,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::cases::CASES;
-    use super::*;
-
-    fn kernel(release: &str) -> Kernel {
-        Kernel { name: "k".into(), release: release.into(), vmlinuz: "x".into(), modules: Vec::new() }
-    }
-
-    fn ended(verdict: &str, said: &str) -> Ended {
-        Ended { verdict: verdict.into(), said: vec![said.into()], ..Ended::default() }
-    }
-
-    #[test]
-    fn a_suite_that_ran_nothing_and_a_guest_that_was_lost_are_failures() {
-        let suite = CASES.iter().find(|case| case.name == "fuse-classic").expect("is there");
-        let verdict =
-            |ended: Option<&Ended>, broken| judged(&kernel("6.1"), suite, ended, "", broken).verdict;
-        assert_eq!(verdict(Some(&ended("ok", "test result: ok. 3 passed; 0 failed")), false), Verdict::Ok);
-        assert_eq!(
-            verdict(Some(&ended("ok", "test result: ok. 0 passed; 0 failed")), false),
-            Verdict::Failed
-        );
-        assert_eq!(verdict(Some(&ended("lost", "")), false), Verdict::Failed);
-        assert_eq!(verdict(Some(&ended("lost", "")), true), Verdict::Failed);
-        assert_eq!(verdict(None, true), Verdict::Failed);
-        assert_eq!(verdict(Some(&ended("failed", "")), true), Verdict::Ok);
-        assert_eq!(verdict(Some(&ended("ok", "test result: ok. 3 passed")), true), Verdict::Failed);
-    }
-
-    #[test]
-    fn only_old_kernels_lack_something() {
-        let lacking =
-            |release: &str| CASES.iter().filter(|case| case.needs.lacks(&kernel(release)).is_some()).count();
-        assert!(lacking("5.10.0") > lacking("6.1.0") && lacking("6.1.0") > 0);
-        assert_eq!(lacking("7.3.4"), 0);
-    }
 }

@@ -15,9 +15,8 @@ use crate::sluice::Registry;
 use crate::{image_maker, packages};
 
 /// Besides what the commands of tests need already.
-const TOOLS: [(&str, &str); 4] = [
+const TOOLS: [(&str, &str); 3] = [
     ("ca-certificates", "without any certificate no client of registries can be made"),
-    ("qemu-system-x86", "boots the kernels that users run"),
     ("e2fsprogs", "makes the guests' disks"),
     ("attr", "reads and writes extended attributes in guests"),
 ];
