@@ -83,6 +83,11 @@ impl Browser {
 
     /// Calls a method; its result.
     pub(crate) fn call(&mut self, method: &str, parameters: &Value) -> Value {
+        self.ask(method, parameters).unwrap_or_else(|error| panic!("{method}: {error}"))
+    }
+
+    /// The same, or what the browser said against it.
+    fn ask(&mut self, method: &str, parameters: &Value) -> Result<Value, Value> {
         self.next += 1;
         let mut message = json!({ "id": self.next, "method": method, "params": parameters });
         if !self.session.is_empty() {
@@ -96,8 +101,8 @@ impl Browser {
             bytes.pop();
             let said: Value = serde_json::from_slice(&bytes).expect("the browser lives");
             if said["id"] == self.next {
-                assert!(said["error"].is_null(), "{method}: {said}");
-                return said["result"].clone();
+                let refused = !said["error"].is_null();
+                return if refused { Err(said["error"].clone()) } else { Ok(said["result"].clone()) };
             }
             self.heard(&said);
         }
@@ -118,10 +123,18 @@ impl Browser {
 
     /// The value of an expression in the page.
     pub(crate) fn value(&mut self, expression: &str) -> Value {
+        self.try_value(expression).unwrap_or_else(|error| panic!("{expression}: {error}"))
+    }
+
+    /// The same; an error if the page throws, or goes while it is asked.
+    fn try_value(&mut self, expression: &str) -> Result<Value, Value> {
         let asked = json!({ "expression": expression, "returnByValue": true, "awaitPromise": true });
-        let answer = self.call("Runtime.evaluate", &asked);
-        assert!(answer["exceptionDetails"].is_null(), "{expression}: {answer}");
-        answer["result"]["value"].clone()
+        let answer = self.ask("Runtime.evaluate", &asked)?;
+        if answer["exceptionDetails"].is_null() {
+            Ok(answer["result"]["value"].clone())
+        } else {
+            Err(answer["exceptionDetails"].clone())
+        }
     }
 
     /// The same, as text.
@@ -129,12 +142,16 @@ impl Browser {
         self.value(expression).as_str().unwrap_or_else(|| panic!("{expression} is no text")).to_owned()
     }
 
-    /// Waits until an expression is true.
+    /// Waits until an expression is true. A page that is being replaced throws, or is gone before it answered: it is asked again.
     #[track_caller]
     pub(crate) fn wait_for(&mut self, expression: &str) {
         let deadline = Instant::now() + PATIENCE;
-        while self.value(expression) != Value::Bool(true) {
-            assert!(Instant::now() < deadline, "waited in vain for {expression}");
+        loop {
+            let said = self.try_value(expression);
+            if said == Ok(Value::Bool(true)) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "waited in vain for {expression}: {said:?}");
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -207,4 +224,20 @@ impl Drop for Browser {
             std::thread::sleep(Duration::from_millis(50));
         }
     }
+}
+
+#[test]
+fn waiting_outlives_pages_that_throw_and_pages_that_go() {
+    let page = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("page-{}.html", std::process::id()));
+    std::fs::write(&page, "<p>a page").unwrap();
+    let mut browser = Browser::open(&format!("file://{}", page.display()), (400, 300));
+    browser.value("window.asked = 0");
+    browser.wait_for("(() => { if (window.asked++ < 3) throw new Error('not yet'); return true; })()");
+    assert_eq!(browser.value("window.asked"), json!(4));
+    // The page that is asked first goes without an answer. A window's name outlives its pages.
+    browser.wait_for(
+        "window.name === 'asked' || (window.name = 'asked', location.reload(), new Promise(() => {}))",
+    );
+    assert_eq!(browser.value("window.asked === undefined"), json!(true));
+    std::fs::remove_file(page).unwrap();
 }
