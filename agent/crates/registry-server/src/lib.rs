@@ -74,6 +74,8 @@ pub struct Faults {
     pub challenge: Option<String>,
     /// Answer requests for blobs with a redirect (307) to here.
     pub redirect: Option<String>,
+    /// Answer requests for blobs with a redirect (307) to an address of this server that is refused (403) so many milliseconds later.
+    pub expires_ms: Option<u64>,
     /// Answer 200 with the whole blob to ranges.
     pub ignore_ranges: bool,
     /// Break the body off after so many bytes; longer bodies only.

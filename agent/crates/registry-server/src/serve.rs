@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::io::SeekFrom;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, StreamBody};
@@ -20,6 +21,8 @@ use crate::layout::MAX_MANIFEST;
 use crate::trial::{Body, Flushes, Trial};
 use crate::{Faults, Shared, upload};
 
+/// What an address that expires carries: until when it is good, in milliseconds since 1970.
+const EXPIRES: &str = "expires";
 /// Bytes read from a file at once.
 const PIECE: usize = 64 * 1024;
 
@@ -211,6 +214,19 @@ async fn blob(
         set(&mut response, LOCATION.as_str(), &target);
         return response;
     }
+    match parameter(request.uri().query().unwrap_or(""), EXPIRES).map(|text| text.parse::<u128>()) {
+        Some(Ok(until)) if until >= now_ms() => {}
+        Some(_) => return error(StatusCode::FORBIDDEN, "DENIED", "this address has expired"),
+        None => {
+            let lasts = trial.hits(|faults| faults.expires_ms.is_some()).and_then(|faults| faults.expires_ms);
+            if let Some(ms) = lasts {
+                let mut response = empty(StatusCode::TEMPORARY_REDIRECT);
+                let location = format!("{}?{EXPIRES}={}", request.uri().path(), now_ms() + u128::from(ms));
+                set(&mut response, LOCATION.as_str(), &location);
+                return response;
+            }
+        }
+    }
     let Some(path) = shared.layouts.blob(repository, digest) else { return unknown() };
     let size = match tokio::fs::metadata(&path).await {
         Ok(meta) => meta.len(),
@@ -249,6 +265,10 @@ async fn blob(
         set(&mut response, CONTENT_RANGE.as_str(), &format!("bytes {start}-{}/{size}", end - 1 + more));
     }
     response
+}
+
+fn now_ms() -> u128 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis()
 }
 
 enum Range {

@@ -139,6 +139,20 @@ async fn refusals_redirects_wrong_lengths_and_slow_bodies() {
 }
 
 #[tokio::test]
+async fn redirects_to_addresses_that_expire() {
+    let registry = registry(Link::default()).await;
+    let path = registry.push_blob(&noise(1000)).await;
+    registry.server.set_faults(faults(r#"{"expires_ms":600000,"times":1}"#));
+    let answer = registry.get(&path).await;
+    let followed = answer.url().query().expect("a redirect").to_owned();
+    assert!(answer.status() == 200 && followed.starts_with("expires="), "{followed}");
+    // An address expires whatever goes wrong now.
+    let expired = registry.get(&format!("{path}?expires=1000")).await;
+    assert_eq!(expired.status(), 403);
+    assert_eq!(registry.get(&path).await.url().query(), None);
+}
+
+#[tokio::test]
 async fn one_request_in_so_many_is_always_the_same() {
     let mut hit = Vec::new();
     for _ in 0..2 {
