@@ -55,6 +55,9 @@ enum Command {
     Fuzz(fuzz::Args),
     /// A node under faults of all kinds: no wrong byte, no failed read, no deadlock, and all is complete in the end
     Soak(soak::Args),
+    /// The process behind the soak's disk
+    #[command(hide = true)]
+    SoakDisk(soak::disk::server::Args),
     /// Build the eBPF programs, and install what that needs
     Ebpf,
     /// Kill the daemon at random times while containers use a streamed image
@@ -117,6 +120,7 @@ fn main() -> Result<()> {
         Command::Bench { bench: Bench::Load(args) } => bench::load::load(&args),
         Command::Fuzz(args) => fuzz::fuzz(&args),
         Command::Soak(args) => soak::soak(&args),
+        Command::SoakDisk(args) => soak::disk::server::serve(&args),
         Command::Ebpf => ebpf::build().map(|object| println!("{}", object.display())),
         Command::Kill(args) => kill::kill(&args),
         Command::Oracle => oracle::oracle(),

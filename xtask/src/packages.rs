@@ -18,6 +18,10 @@ pub(crate) const RUNTIME: [(&str, &str); 5] = [
 /// Packages that fuzzing needs.
 pub(crate) const FUZZ: [(&str, &str); 1] = [("g++", "compiles libFuzzer")];
 
+/// Packages that the soak needs.
+pub(crate) const SOAK: [(&str, &str); 2] =
+    [("libfaketime", "makes the daemon's clock jump"), ("e2fsprogs", "makes the node's disk")];
+
 /// Packages that only tests need.
 pub(crate) const TESTS: [(&str, &str); 10] = [
     ("crun", "the other runtime that containers run by"),

@@ -1,35 +1,49 @@
-//! One fault after the other, in an order that the seed decides: of the registry, of the node's disk, of the daemon.
+//! One fault after the other, in an order that the seed decides: of the registry, of names and the clock, of the node's disk, of the
+//! daemon.
 
-use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
 use super::Tally;
+use super::disk::server::DiskFaults;
+use super::of_node;
 use super::random::Random;
 use super::world::World;
 
 /// What can go wrong.
 #[derive(Debug, Clone, Copy)]
-enum Fault {
+pub(crate) enum Fault {
     /// The registry is gone for a while.
     Refused,
     /// Of the registry: as docs/trials.md has them.
     Registry(&'static str),
-    /// The daemon is killed; the next command starts another.
-    Killed,
-    /// It is stopped in good order.
-    Stopped,
+    /// The registry's name has no address, and connections that are there break.
+    NoNames,
+    /// The daemon's clock is wrong by so much.
+    Clock(&'static str),
+    /// Of the disk. Contents in the page cache are dropped if reads are to fail.
+    Disk(DiskFaults),
     /// The disk is full.
     Full,
     /// A byte of a layer's file that nobody reads is changed behind our back; `sluice fsck` is to find it.
     Flipped,
     /// A layer's file is removed behind our back.
     Removed,
+    /// The daemon is killed.
+    Killed,
+    /// It is stopped in good order, and started again.
+    Stopped,
+    /// Its program is replaced before that.
+    Upgraded,
+    /// It may have no more memory than it has.
+    NoMemory,
 }
 
-const FAULTS: [(&str, Fault); 20] = [
+const NO_DISK_FAULT: DiskFaults =
+    DiskFaults { slow_ms: 0, failing_reads_one_in: 0, failing_writes_one_in: 0 };
+const FAULTS: [(&str, Fault); 29] = [
     ("refused", Fault::Refused),
     ("stalled", Fault::Registry(r#"{"path":"/blobs/","stall":true,"one_in":3}"#)),
     ("reset", Fault::Registry(r#"{"truncate_at":0,"one_in":2}"#)),
@@ -47,12 +61,21 @@ const FAULTS: [(&str, Fault); 20] = [
         "redirect to a name without address",
         Fault::Registry(r#"{"redirect":"http://sluice.invalid/","one_in":2}"#),
     ),
+    ("redirect to an address that expires", Fault::Registry(r#"{"expires_ms":40}"#)),
     ("slow loris", Fault::Registry(r#"{"path":"/blobs/","bytes_per_second":20000,"one_in":2}"#)),
-    ("killed", Fault::Killed),
-    ("stopped", Fault::Stopped),
+    ("no names", Fault::NoNames),
+    ("clock a day ahead", Fault::Clock("+1d")),
+    ("clock an hour behind", Fault::Clock("-1h")),
+    ("disk slow", Fault::Disk(DiskFaults { slow_ms: 25, ..NO_DISK_FAULT })),
+    ("reads of the disk fail", Fault::Disk(DiskFaults { failing_reads_one_in: 3, ..NO_DISK_FAULT })),
+    ("writes to the disk fail", Fault::Disk(DiskFaults { failing_writes_one_in: 3, ..NO_DISK_FAULT })),
     ("disk full", Fault::Full),
     ("flipped on disk", Fault::Flipped),
     ("removed from disk", Fault::Removed),
+    ("killed", Fault::Killed),
+    ("stopped", Fault::Stopped),
+    ("upgraded", Fault::Upgraded),
+    ("no memory", Fault::NoMemory),
 ];
 /// A fault lasts from this many milliseconds on.
 const SHORTEST_MS: u64 = 200;
@@ -60,27 +83,49 @@ const LONGEST_MS: u64 = 2500;
 /// Between two faults.
 const PAUSE_MS: u64 = 500;
 
+/// The faults that are asked for.
+pub(crate) fn wanted(registry_only: bool, name: Option<&str>) -> Result<Vec<(&'static str, Fault)>> {
+    let of_registry = |fault: &Fault| matches!(fault, Fault::Registry(_) | Fault::Refused | Fault::NoNames);
+    let wanted: Vec<_> = FAULTS
+        .into_iter()
+        .filter(|(own, fault)| (!registry_only || of_registry(fault)) && name.is_none_or(|name| name == *own))
+        .collect();
+    if wanted.is_empty() {
+        let names: Vec<_> = FAULTS.iter().map(|(name, _)| *name).collect();
+        bail!("there is no such fault; there are {}", names.join(", "));
+    }
+    Ok(wanted)
+}
+
 /// Injects until `end`; after that nothing is wrong any more.
-pub(crate) fn inject(world: &World, tally: &Tally, random: &mut Random, end: Instant, registry_only: bool) {
-    let of_registry = |fault: &Fault| matches!(fault, Fault::Registry(_) | Fault::Refused);
-    let faults: Vec<_> =
-        FAULTS.into_iter().filter(|(_, fault)| !registry_only || of_registry(fault)).collect();
+pub(crate) fn inject(
+    world: &World,
+    tally: &Tally,
+    random: &mut Random,
+    end: Instant,
+    faults: &[(&'static str, Fault)],
+) {
     while Instant::now() < end {
-        let Some(&(name, fault)) = random.pick(&faults) else { return };
+        let Some(&(name, fault)) = random.pick(faults) else { return };
         let duration = Duration::from_millis(SHORTEST_MS + random.below(LONGEST_MS - SHORTEST_MS));
         let done = match fault {
             Fault::Refused => world.outage(duration).map(|()| true),
             Fault::Registry(faults) => registry(world, faults, duration),
-            Fault::Killed => kill(world),
-            Fault::Stopped => world.sluice(&["stop"]).map(|_| true),
+            Fault::NoNames => no_names(world, duration),
+            Fault::Clock(offset) => clock(world, offset, duration),
+            Fault::Disk(faults) => disk(world, faults, duration),
             Fault::Full => world.fill_disk(duration).map(|()| true),
-            Fault::Flipped => flip(world, tally, random),
-            Fault::Removed => remove(world, random),
+            Fault::Flipped => of_node::flip(world, tally, random),
+            Fault::Removed => of_node::remove(world, random),
+            Fault::Killed => of_node::kill(world),
+            Fault::Stopped => of_node::restart(world),
+            Fault::Upgraded => world.replace_binary().and_then(|()| of_node::restart(world)),
+            Fault::NoMemory => of_node::take_memory(world, duration),
         };
         match done {
             Ok(true) => tally.fault(name),
             Ok(false) => {}
-            Err(error) => tally.violated(format!("fault `{name}`: {error:#}")),
+            Err(error) => tally.violated(&format!("fault `{name}`: {error:#}")),
         }
         std::thread::sleep(Duration::from_millis(random.below(PAUSE_MS)));
     }
@@ -94,40 +139,30 @@ fn registry(world: &World, faults: &str, duration: Duration) -> Result<bool> {
     Ok(true)
 }
 
-/// `kill -9` of the daemon.
-fn kill(world: &World) -> Result<bool> {
-    let Some(pid) = world.status().as_ref().and_then(|status| status.get("pid")?.as_u64()) else {
-        return Ok(false);
-    };
-    crate::run::output(std::process::Command::new("kill").args(["-9", &pid.to_string()])).map(|_| true)
+/// Connections that are there need no name: they break, too.
+fn no_names(world: &World, duration: Duration) -> Result<bool> {
+    world.names(false)?;
+    let done = registry(world, r#"{"truncate_at":0,"one_in":2}"#, duration);
+    world.names(true)?;
+    done
 }
 
-/// Everybody is sent home first: the kernel reads a complete layer's file by itself, and has nothing to compare it with.
-fn flip(world: &World, tally: &Tally, random: &mut Random) -> Result<bool> {
-    let _alone = world.quiet.write();
-    let before = world.fsck()?;
-    let dirs = world.layer_dirs()?;
-    let Some(dir) = random.pick(&dirs) else { return Ok(false) };
-    let file = std::fs::File::options().read(true).write(true).open(dir.join("data"))?;
-    let len = file.metadata()?.len();
-    let mut byte = [0];
-    let at = random.below(len);
-    file.read_exact_at(&mut byte, at)?;
-    file.write_all_at(&[byte[0] ^ 0x40], at)?;
-    file.sync_data()?;
-    let found = world.fsck()?;
-    let again = world.fsck()?;
-    if !again.trim_end().ends_with(" 0 problems") {
-        tally.violated(format!("fsck does not mend: {before} {found} {again}"));
+/// The library that makes the clock wrong looks at it once a second: a jump there, and one back.
+fn clock(world: &World, offset: &str, duration: Duration) -> Result<bool> {
+    world.clock(offset)?;
+    std::thread::sleep(duration + Duration::from_secs(1));
+    world.clock("+0")?;
+    Ok(true)
+}
+
+fn disk(world: &World, faults: DiskFaults, duration: Duration) -> Result<bool> {
+    let before = world.disk(faults)?;
+    if faults.failing_reads_one_in > 0 {
+        world.forget_pages()?;
     }
-    Ok(true)
-}
-
-fn remove(world: &World, random: &mut Random) -> Result<bool> {
-    let _alone = world.quiet.write();
-    let dirs = world.layer_dirs()?;
-    let Some(dir) = random.pick(&dirs) else { return Ok(false) };
-    let name = random.pick(&["data", "chunks", "extents"]).copied().unwrap_or("data");
-    std::fs::remove_file(dir.join(name)).context("cannot remove")?;
-    Ok(true)
+    std::thread::sleep(duration);
+    let after = world.disk(NO_DISK_FAULT)?;
+    let failed = (after.reads + after.writes) - (before.reads + before.writes);
+    // One that met no request is none.
+    Ok(faults.slow_ms > 0 || failed > 0)
 }

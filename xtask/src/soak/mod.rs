@@ -3,8 +3,11 @@
 //! One seed gives the images, the order of faults and what each worker does next. Threads run as they like, so two runs
 //! of a seed are alike, not equal. Exit code 1 if anything was violated.
 
+pub(crate) mod disk;
 mod faults;
+mod of_node;
 mod random;
+mod room;
 mod watch;
 mod worker;
 mod world;
@@ -31,21 +34,31 @@ pub(crate) struct Args {
     /// Only faults of the registry, none of the disk or the daemon
     #[arg(long)]
     registry_only: bool,
+    /// Only this fault, by its name in the summary
+    #[arg(long)]
+    fault: Option<String>,
     /// The binary is built as for tests, not as a release
     #[arg(long)]
     debug: bool,
+    /// In a mount namespace of its own already
+    #[arg(long, hide = true)]
+    inside: bool,
 }
 
 /// Threads that read.
 const WORKERS: u64 = 4;
 /// After the last fault everything is complete within this time.
 const CONVERGES: Duration = Duration::from_secs(180);
+/// When this much longer than it should have taken has passed, it is ended by force.
+const HANGS: Duration = Duration::from_secs(300);
 /// Violations that are printed.
 const SHOWN: usize = 20;
 
 /// What was done, and what was found wrong.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Tally {
+    seed: u64,
+    began: Instant,
     operations: Mutex<BTreeMap<&'static str, u64>>,
     faults: Mutex<BTreeMap<&'static str, u64>>,
     violations: Mutex<Vec<String>>,
@@ -54,6 +67,17 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
+    fn new(seed: u64) -> Self {
+        Self {
+            seed,
+            began: Instant::now(),
+            operations: Mutex::default(),
+            faults: Mutex::default(),
+            violations: Mutex::default(),
+            over: AtomicBool::new(false),
+        }
+    }
+
     pub(crate) fn operation(&self, name: &'static str) {
         *lock(&self.operations).entry(name).or_default() += 1;
     }
@@ -62,7 +86,9 @@ impl Tally {
         *lock(&self.faults).entry(name).or_default() += 1;
     }
 
-    pub(crate) fn violated(&self, what: String) {
+    pub(crate) fn violated(&self, what: &str) {
+        let at = self.began.elapsed().as_secs_f64();
+        let what = format!("{at:.1} s, seed {}: {what}", self.seed);
         eprintln!("VIOLATION: {what}");
         lock(&self.violations).push(what);
     }
@@ -74,17 +100,22 @@ impl Tally {
 
 /// Runs it and prints the verdict.
 pub(crate) fn soak(args: &Args) -> Result<()> {
-    crate::packages::install(&crate::packages::RUNTIME)?;
+    if !args.inside {
+        crate::packages::install(&crate::packages::RUNTIME)?;
+        crate::packages::install(&crate::packages::SOAK)?;
+        return room::enter();
+    }
     let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let seed = args.seed.unwrap_or_else(|| clock.subsec_nanos().into());
     println!("soak: seed {seed}, {} minutes", args.minutes);
     let binary = if args.debug { crate::sluice::build_for_tests()? } else { crate::sluice::build()? };
     let world = World::make(&binary, &mut Random::new(seed))?;
-    let tally = Tally::default();
+    let tally = Tally::new(seed);
     let began = Instant::now();
     let end = began + Duration::from_secs_f64(args.minutes * 60.0);
+    let wanted = faults::wanted(args.registry_only, args.fault.as_deref())?;
     let peaks = std::thread::scope(|scope| {
-        let watching = scope.spawn(|| watch::watch(&world, &tally));
+        let watching = scope.spawn(|| watch::watch(&world, &tally, end + CONVERGES * 4 + HANGS));
         let workers: Vec<_> = (0..WORKERS)
             .map(|number| {
                 let random = Random::new(seed.wrapping_add(1 + number));
@@ -92,10 +123,10 @@ pub(crate) fn soak(args: &Args) -> Result<()> {
                 scope.spawn(move || worker::work(world, tally, number, random, end))
             })
             .collect();
-        faults::inject(&world, &tally, &mut Random::new(seed ^ 0xfa01), end, args.registry_only);
+        faults::inject(&world, &tally, &mut Random::new(seed ^ 0xfa01), end, &wanted);
         for worker in workers {
             if worker.join().is_err() {
-                tally.violated("a worker panicked".to_owned());
+                tally.violated("a worker panicked");
             }
         }
         converge(&world, &tally);
@@ -104,7 +135,7 @@ pub(crate) fn soak(args: &Args) -> Result<()> {
     });
     let log = world.log();
     if let Err(error) = world.end() {
-        tally.violated(format!("it does not come to an end: {error:#}"));
+        tally.violated(&format!("it does not come to an end: {error:#}"));
     }
     report(&tally, seed, began.elapsed(), peaks, &log)
 }
@@ -114,7 +145,7 @@ fn converge(world: &World, tally: &Tally) {
     let began = Instant::now();
     for (number, image) in world.images().iter().enumerate() {
         if let Err(error) = worker::settle(world, tally, image, number, CONVERGES) {
-            tally.violated(format!("{} does not converge: {error:#}", image.name));
+            tally.violated(&format!("{} does not converge: {error:#}", image.name));
         }
     }
     println!(
@@ -123,8 +154,8 @@ fn converge(world: &World, tally: &Tally) {
     );
     match world.fsck() {
         Ok(said) if said.trim_end().ends_with(" 0 problems") => {}
-        Ok(said) => tally.violated(format!("fsck: {said}")),
-        Err(error) => tally.violated(format!("fsck: {error:#}")),
+        Ok(said) => tally.violated(&format!("fsck: {said}")),
+        Err(error) => tally.violated(&format!("fsck: {error:#}")),
     }
 }
 

@@ -37,3 +37,24 @@ impl Random {
         out
     }
 }
+
+/// Whether a block begins as [`Random::content`] does: no structure of a file system has the same word twice in front.
+pub(crate) fn is_content(block: &[u8]) -> bool {
+    block.split_at_checked(16).is_some_and(|(front, _)| {
+        let (first, second) = front.split_at(8);
+        first == second && first.iter().any(|byte| *byte != first[0])
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contents_are_told_from_everything_else() {
+        assert!(is_content(&Random::new(7).content(4096)));
+        for other in [&[0; 4096][..], &[0xff; 4096], b"short", b"0123456789abcdef"] {
+            assert!(!is_content(other));
+        }
+    }
+}

@@ -21,11 +21,11 @@ pub(crate) struct Peaks {
     pub(crate) descriptors: u64,
 }
 
-/// Looks again and again until the work is over.
-pub(crate) fn watch(world: &World, tally: &Tally) -> Peaks {
+/// Looks again and again until the work is over. At `latest` whatever still waits is made to fail.
+pub(crate) fn watch(world: &World, tally: &Tally, latest: Instant) -> Peaks {
     let mut peaks = Peaks::default();
     let mut blocked: HashMap<String, (Instant, bool)> = HashMap::new();
-    let (mut fat, mut leaking) = (false, false);
+    let (mut fat, mut leaking, mut hung) = (false, false, false);
     while !tally.is_over() {
         let root = world.path("state").to_string_lossy().into_owned();
         let (mut resident, mut descriptors) = (0, 0);
@@ -36,10 +36,10 @@ pub(crate) fn watch(world: &World, tally: &Tally) -> Peaks {
         peaks.resident_bytes = peaks.resident_bytes.max(resident);
         peaks.descriptors = peaks.descriptors.max(descriptors);
         if resident > RESIDENT_LIMIT && !std::mem::replace(&mut fat, true) {
-            tally.violated(format!("{} MiB are resident", resident >> 20));
+            tally.violated(&format!("{} MiB are resident", resident >> 20));
         }
         if descriptors > DESCRIPTOR_LIMIT && !std::mem::replace(&mut leaking, true) {
-            tally.violated(format!("{descriptors} descriptors are open"));
+            tally.violated(&format!("{descriptors} descriptors are open"));
         }
         let now = sleeping();
         blocked.retain(|thread, _| now.contains(thread));
@@ -47,8 +47,12 @@ pub(crate) fn watch(world: &World, tally: &Tally) -> Peaks {
             let (since, told) = blocked.entry(thread.clone()).or_insert((Instant::now(), false));
             if since.elapsed() > STUCK && !*told {
                 *told = true;
-                tally.violated(format!("thread {thread} has been blocked for {} s", STUCK.as_secs()));
+                tally.violated(&format!("thread {thread} has been blocked for {} s", STUCK.as_secs()));
             }
+        }
+        if Instant::now() > latest && !std::mem::replace(&mut hung, true) {
+            tally.violated("it does not come to an end: the disk is taken away");
+            world.abort();
         }
         std::thread::sleep(INTERVAL);
     }
@@ -56,7 +60,7 @@ pub(crate) fn watch(world: &World, tally: &Tally) -> Peaks {
 }
 
 /// Processes of the node: daemon and block server.
-fn processes(state: &str) -> Vec<String> {
+pub(super) fn processes(state: &str) -> Vec<String> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
         let pid = entry.file_name().to_string_lossy().into_owned();

@@ -4,13 +4,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::lock;
+use super::disk::Disk;
+use super::disk::server::{DiskFaults, Failed};
 use super::random::Random;
+use super::{lock, room};
 use crate::image_maker;
 use crate::run::{output, script, target};
 use crate::sluice::Registry;
@@ -36,8 +39,13 @@ pub(crate) struct Image {
 /// See the module text.
 #[derive(Debug)]
 pub(crate) struct World {
+    /// What everybody runs: a copy of the build, so that it can be replaced.
     binary: PathBuf,
+    build: PathBuf,
+    faketime: PathBuf,
     dir: PathBuf,
+    disk: Mutex<Option<Disk>>,
+    unreadable: AtomicBool,
     images: Vec<Image>,
     registry: Registry,
     /// Held while the store is tampered with, and by those who must not see that.
@@ -46,9 +54,11 @@ pub(crate) struct World {
 }
 
 impl World {
-    pub(crate) fn make(binary: &Path, random: &mut Random) -> Result<Self> {
+    pub(crate) fn make(build: &Path, random: &mut Random) -> Result<Self> {
         let dir = target().join("sluice-soak");
         clean(&dir)?;
+        fs::create_dir_all(&dir)?;
+        room::furnish(&dir)?;
         let (trees, layouts, disk) = (dir.join("trees"), dir.join("layouts"), dir.join("disk"));
         for path in [&trees, &layouts, &disk, &dir.join("mounts"), &dir.join("state")] {
             fs::create_dir_all(path)?;
@@ -57,11 +67,7 @@ impl World {
         for number in 0..LAYERS {
             layers.push((trees.join(number.to_string()), make_tree(&trees, number, random)?));
         }
-        script(
-            &format!("truncate -s {DISK_MIB}M \"$1\"; mkfs.ext4 -q -E nodiscard \"$1\"; mount -o loop \"$1\" \"$2\""),
-            &[&dir.join("disk.img"), &disk],
-        )
-        .context("cannot make a disk for the node")?;
+        let node_disk = Disk::make(&dir, &disk, DISK_MIB)?;
         let mut images = Vec::new();
         for number in 0..IMAGES {
             let own: Vec<_> = [number, number + 1]
@@ -75,16 +81,29 @@ impl World {
             let files = own.iter().flat_map(|(path, names)| names.iter().map(|name| file(path, name)));
             images.push(Image { reference: String::new(), files: files.collect(), name });
         }
-        let registry = Registry::start(binary, &layouts, "400mbit", "1ms")?;
+        let binary = dir.join("sluice");
+        fs::copy(build, &binary).context("cannot copy sluice")?;
+        let registry = Registry::start(build, &layouts, "400mbit", "1ms")?;
         for image in &mut images {
-            image.reference = registry.image(&image.name);
+            image.reference = registry.image(&image.name).replace("127.0.0.1", room::HOST);
         }
         fs::write(
             dir.join("config.toml"),
-            "[stream]\noutage_timeout_s = 600\n[trust]\nmode = \"any\"\n[store]\nreserve_mib = 16\nmemory_budget_mib = 16\n",
+            "[registry]\nplain_http = [\"*\"]\n[stream]\noutage_timeout_s = 600\n[trust]\nmode = \"any\"\n[store]\nreserve_mib = 16\nmemory_budget_mib = 16\n",
         )?;
-        let (quiet, log) = (std::sync::RwLock::default(), Mutex::default());
-        let world = Self { binary: binary.to_path_buf(), dir, images, registry, quiet, log };
+        let world = Self {
+            binary,
+            build: build.to_path_buf(),
+            faketime: faketime()?,
+            dir,
+            disk: Mutex::new(Some(node_disk)),
+            unreadable: AtomicBool::new(false),
+            images,
+            registry,
+            quiet: std::sync::RwLock::default(),
+            log: Mutex::default(),
+        };
+        world.clock("+0")?;
         for image in world.images.iter().take(usize::try_from(IMAGES - 1).unwrap_or_default()) {
             // The last one has none: its first pull is in order.
             world.sluice(&["index", &image.reference])?;
@@ -105,7 +124,72 @@ impl World {
         for (option, name) in [("--root", "disk/root"), ("--state", "state"), ("--config", "config.toml")] {
             command.arg(option).arg(self.dir.join(name));
         }
+        // The clock of day only: what is measured goes on, and so do times of files.
         command
+            .env("LD_PRELOAD", &self.faketime)
+            .env("FAKETIME_TIMESTAMP_FILE", self.path("clock"))
+            .env("FAKETIME_CACHE_DURATION", "1")
+            .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+            .env("FAKETIME_DISABLE_SHM", "1")
+            .env("NO_FAKE_STAT", "1");
+        command
+    }
+
+    /// Sets the daemon's clock: so far from the right time, e.g. `-2h`.
+    pub(crate) fn clock(&self, offset: &str) -> Result<()> {
+        fs::write(self.path("clock"), offset).context("cannot set the clock")
+    }
+
+    /// Whether the registry's name has an address from now on.
+    pub(crate) fn names(&self, known: bool) -> Result<()> {
+        room::names(&self.dir, known)
+    }
+
+    /// Puts a new program in the place of the one that runs, as a package does.
+    pub(crate) fn replace_binary(&self) -> Result<()> {
+        let new = self.path("sluice.new");
+        fs::copy(&self.build, &new).context("cannot copy sluice")?;
+        fs::rename(&new, &self.binary).context("cannot replace sluice")
+    }
+
+    /// Faults of the disk from now on; what failed before.
+    pub(crate) fn disk(&self, faults: DiskFaults) -> Result<Failed> {
+        if faults.failing_reads_one_in > 0 {
+            self.unreadable.store(true, Ordering::SeqCst);
+        }
+        let failed = lock(&self.disk).as_ref().context("there is no disk")?.faults(faults)?;
+        if faults.failing_reads_one_in == 0 {
+            self.unreadable.store(false, Ordering::SeqCst);
+        }
+        Ok(failed)
+    }
+
+    /// Whether contents may not be readable now.
+    pub(crate) fn is_disk_unreadable(&self) -> bool {
+        self.unreadable.load(Ordering::SeqCst)
+    }
+
+    /// Ends what waits for the disk.
+    pub(crate) fn abort(&self) {
+        if let Some(disk) = lock(&self.disk).as_ref() {
+            disk.abort();
+        }
+    }
+
+    /// What the daemon says of the layer that has a file.
+    pub(crate) fn layer(&self, image: &Image, file: &str) -> String {
+        let found = || {
+            let status = self.status()?;
+            let images = status.get("images")?.as_array()?;
+            let own = images.iter().find(|one| is_of(one, image))?;
+            let first: usize = image.name.strip_prefix("soak")?.parse().ok()?;
+            let layer: usize = file.strip_prefix("layer")?.split('/').next()?.parse().ok()?;
+            let layer = own.get("layers")?.get(layer.checked_sub(first)?)?;
+            let text = |name: &str| layer.get(name).map(ToString::to_string).unwrap_or_default();
+            let state = layer.get("state")?.as_str()?;
+            Some(format!("{state}, {} of {} bytes here", text("bytes_local"), text("bytes_total")))
+        };
+        found().unwrap_or_else(|| "state unknown".to_owned())
     }
 
     /// Runs `sluice`; what it wrote.
@@ -143,6 +227,16 @@ impl World {
         Ok(dirs)
     }
 
+    /// Drops what the page cache has of the layers' files.
+    pub(crate) fn forget_pages(&self) -> Result<()> {
+        // Asked of each file: the whole machine's page cache is not ours. One may be removed meanwhile.
+        script(
+            "for file in \"$1\"/*/data; do dd if=\"$file\" iflag=nocache count=0 status=none 2>/dev/null || :; done",
+            &[&self.path("disk/root/layers")],
+        )
+        .map(|_| ())
+    }
+
     /// Takes all of the disk that is free, for a while.
     pub(crate) fn fill_disk(&self, duration: Duration) -> Result<()> {
         let ballast = self.path("disk/ballast");
@@ -172,7 +266,10 @@ impl World {
         drop(lock);
         let dir = self.dir.to_string_lossy().into_owned();
         let left = |table: &str| -> Vec<String> {
-            let ours = |line: &&str| line.contains(&dir) && !line.contains(&format!("{dir}/disk "));
+            let ours = |line: &&str| {
+                line.contains(&dir)
+                    && ["disk", "fuse"].iter().all(|own| !line.contains(&format!("{dir}/{own} ")))
+            };
             table.lines().filter(ours).map(str::to_owned).collect()
         };
         let mut mounts = Vec::new();
@@ -185,6 +282,9 @@ impl World {
         }
         if !mounts.is_empty() {
             bail!("mounts are left behind: {mounts:?}");
+        }
+        if let Some(disk) = super::lock(&self.disk).take() {
+            disk.end()?;
         }
         clean(&self.dir)
     }
@@ -213,11 +313,32 @@ fn make_tree(trees: &Path, number: u64, random: &mut Random) -> Result<Vec<Strin
     Ok(names)
 }
 
+/// Whether an entry of the daemon's status is this image's.
+pub(crate) fn is_of(entry: &Value, image: &Image) -> bool {
+    let name = entry.get("reference").and_then(Value::as_str);
+    name.is_some_and(|name| name.ends_with(&format!("/{}:latest", image.name)))
+}
+
+/// The library that makes a process's clock wrong.
+fn faketime() -> Result<PathBuf> {
+    let found = script("find /usr/lib -name libfaketimeMT.so.1 | head -n 1", &[])?;
+    if found.trim().is_empty() {
+        bail!("libfaketime is installed without libfaketimeMT.so.1");
+    }
+    Ok(PathBuf::from(found.trim()))
+}
+
 /// Unmounts what an earlier run left, and removes it.
 fn clean(dir: &Path) -> Result<()> {
+    unmount(dir)?;
+    fs::remove_dir_all(dir).or_else(|error| if dir.exists() { Err(error) } else { Ok(()) })?;
+    Ok(())
+}
+
+/// Unmounts all that is mounted below a directory.
+pub(crate) fn unmount(dir: &Path) -> Result<()> {
     script(
-        "awk -v dir=\"$1/\" 'index($2, dir) == 1 { print $2 }' /proc/self/mounts | sort -r | while read -r at; do umount -l \"$at\"; done
-         rm -rf \"$1\"",
+        "awk -v dir=\"$1/\" 'index($2, dir) == 1 { print $2 }' /proc/self/mounts | sort -r | while read -r at; do umount -l \"$at\"; done",
         &[dir],
     )
     .map(|_| ())
