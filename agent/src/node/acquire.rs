@@ -41,6 +41,7 @@ impl Node {
             let made = self.make(&image, request.stream, &events, lookup.as_mut()).await?;
             self.announce(&pull, &made)?;
             self.lock(&self.images).insert(digest.clone(), made);
+            self.in_use_now();
         }
         let (acquired, started) = {
             // Before a `gc` can see the holder.

@@ -207,7 +207,11 @@ impl Node {
             if completion.wait_for(|complete| *complete).await.is_err() {
                 return;
             }
-            let handing = tokio::task::spawn_blocking(move || node.hand_over(&layer)).await;
+            let handing = tokio::task::spawn_blocking(move || {
+                node.read_local_far_ahead();
+                node.hand_over(&layer)
+            });
+            let handing = handing.await;
             match handing.map_err(anyhow::Error::from).flatten() {
                 Ok(()) => {}
                 Err(error) => {
@@ -236,6 +240,26 @@ impl Node {
         }
         tracing::info!(layer = layer.layer.digest(), "complete: the kernel reads it from now on");
         Ok(())
+    }
+
+    /// Lets the kernel read far ahead in images whose layers are all local: nothing is fetched for it. Blocks the thread.
+    fn read_local_far_ahead(&self) {
+        let mounted = |image: &super::Image| {
+            let metadata = image.mount.as_ref()?.metadata()?;
+            Some((image.layers.clone(), Arc::clone(metadata)))
+        };
+        let mounts: Vec<_> = self.lock(&self.images).values().filter_map(mounted).collect();
+        for (layers, metadata) in mounts {
+            if self.complete_layers(&layers) == layers.len() {
+                metadata.read_far_ahead();
+            }
+        }
+    }
+
+    /// An image is among those in use from now on. Its last layer may have become complete just before, when nobody found the image.
+    pub(super) fn in_use_now(self: &Arc<Self>) {
+        let node = Arc::clone(self);
+        tokio::task::spawn_blocking(move || node.read_local_far_ahead());
     }
 
     /// Fetches what is missing of `layers` in the background, one after another.

@@ -53,6 +53,7 @@ impl Node {
         }
         let layers: Vec<_> = self.lock(&self.layers).values().cloned().collect();
         self.fill_in_background(&layers);
+        self.in_use_now();
         self.keep();
         Ok(())
     }

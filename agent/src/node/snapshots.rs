@@ -244,9 +244,10 @@ impl Node {
         Ok(true)
     }
 
-    fn put(&self, key: &str, mut image: Image, holder: &Holder) {
+    fn put(self: &Arc<Self>, key: &str, mut image: Image, holder: &Holder) {
         image.holders.push(holder.clone());
         self.lock(&self.images).insert(key.to_owned(), image);
+        self.in_use_now();
         self.keep();
     }
 

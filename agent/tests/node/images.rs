@@ -1,8 +1,9 @@
 //! `mount`, `umount`, `pull`, `status`, `check`, `index`, `rm`, `gc`, `fsck`.
 
 use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
-use crate::rig::{MANY, Node, assert_content, large, one_of_many};
+use crate::rig::{MANY, Node, assert_content, large, one_of_many, wait_until};
 
 /// The image's files are what was put into its layers.
 pub(crate) fn assert_image(root: &std::path::Path) {
@@ -31,6 +32,42 @@ fn a_mounted_image_shows_its_files_and_goes_away() {
     assert!(!dir.join("data").exists());
     let complaint = node.complaint(&["umount", &name]);
     assert!(complaint.contains("nothing is mounted"), "{complaint}");
+}
+
+/// The attribute that says how many KiB the kernel reads ahead in files of an image that is mounted below the node's directory.
+fn read_ahead(node: &Node) -> PathBuf {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let images = node.path("state/images");
+    let mount = mounts.lines().find(|line| line.contains(&*images.to_string_lossy())).expect("a mount");
+    let device = mount.split(' ').find_map(|word| word.strip_prefix("/dev/")).expect("on a device");
+    Path::new("/sys/block").join(device).join("queue/read_ahead_kb")
+}
+
+#[test]
+fn files_are_read_far_ahead_only_once_that_fetches_nothing() {
+    let node = Node::indexed("[stream]\nfill = false\n");
+    let mount = |node: &Node| {
+        let dir = node.room("mount");
+        node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+        dir.to_string_lossy().into_owned()
+    };
+    let kib = || std::fs::read_to_string(read_ahead(&node)).unwrap().trim().parse::<u64>().unwrap();
+    let far = || wait_until("it is read far ahead", || kib() == 512);
+    let dir = mount(&node);
+    assert_eq!(kib(), 128);
+    // Its layers become local while it is in use.
+    node.ok(&["pull", &node.image()]);
+    far();
+    // Had its agent not come to it, the next one would see to it.
+    node.ok(&["stop"]);
+    std::fs::write(read_ahead(&node), "128").unwrap();
+    node.ok(&["gc"]);
+    far();
+    node.ok(&["umount", &dir]);
+    // They are local from the beginning.
+    let dir = mount(&node);
+    far();
+    node.ok(&["umount", &dir]);
 }
 
 #[test]

@@ -87,6 +87,8 @@ fn copy_to_ext4(room: &Room) -> Subject {
 fn mount_local(room: &Room) -> Subject {
     let attach = |path: &PathBuf| std::sync::Arc::new(Device::attach(path).expect("attaches"));
     let image = mount_image(room, room.layers.iter().map(attach).collect(), "local");
+    // As the agent does.
+    image.metadata().expect("its device is known").read_far_ahead();
     let root = image.dir().to_path_buf();
     Subject {
         name: "handed over, cold".to_owned(),
