@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use sluice_prefetch::{Limits, Pace, fetch, wanted};
 use sluice_registry::{Client, Layer, ResolvedImage};
-use sluice_stream::StreamedLayer;
+use sluice_stream::{Starting, StreamedLayer};
 use sluice_trace::{ContentKey, FileFacts, Phase, Profile, ProfileKey, entry_class};
 use tokio::sync::oneshot;
 
@@ -30,6 +30,8 @@ pub(super) struct Lookup {
     pub(super) layers: Vec<String>,
     /// What is recorded of the start, from the question for its image on.
     pub(super) recording: Option<Arc<Recording>>,
+    /// The fill leaves the link to the start.
+    pub(super) starting: Starting,
     /// Tells which layers are streamed, once that is known.
     streamed: Option<oneshot::Sender<Streamed>>,
 }
@@ -79,6 +81,7 @@ impl Node {
         let (streamed, layers_there) = oneshot::channel::<Streamed>();
         let (node, image, own, recorded) = (Arc::clone(self), image.clone(), key.clone(), recording.clone());
         let digests = layers.clone();
+        let starting = self.scheduler.starting();
         // The fill waits until what is known has been fetched.
         let before_fill = self.scheduler.prefetching();
         tokio::spawn(async move {
@@ -107,7 +110,7 @@ impl Node {
                 tracing::warn!(entry = own.entry, error = format!("{error:#}"), "cannot prefetch");
             }
         });
-        Lookup { key, window, layers: digests, recording, streamed: Some(streamed) }
+        Lookup { key, window, layers: digests, recording, starting, streamed: Some(streamed) }
     }
 
     /// What is known is fetched from now on, also while the image's metadata are still made.

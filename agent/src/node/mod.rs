@@ -115,6 +115,8 @@ pub(crate) struct Node {
     /// Reads of starts that are being recorded.
     reads: Arc<reads::ReadLog>,
     windows: Mutex<Vec<(Holder, starts::Window)>>,
+    /// Starts that the fill leaves the link to.
+    starting: Mutex<Vec<(Holder, sluice_stream::Starting)>>,
     /// Mount points whose image was asked for lately, or taken over: they may not be mounted yet.
     mounting: Mutex<HashMap<PathBuf, std::time::Instant>>,
     baselines: baseline::Baselines,
@@ -202,6 +204,7 @@ impl Node {
             profiles: profiles::Profiles::new(config.root.join("profiles")),
             reads: Arc::default(),
             windows: Mutex::default(),
+            starting: Mutex::default(),
             mounting: Mutex::default(),
             baselines: baseline::Baselines::new(config.root.join("baselines")),
             probing: probing::Probing::default(),

@@ -95,7 +95,11 @@ impl Node {
     /// The image is there: what is known is fetched, and what the start touches is recorded.
     pub(super) async fn begin_start(self: &Arc<Self>, mut lookup: Lookup, started: Started) {
         self.layers_are_there(&mut lookup);
-        let Lookup { key, window, recording, .. } = lookup;
+        let Lookup { key, window, recording, starting, .. } = lookup;
+        let complete = self.complete_layers(&started.layers);
+        if complete < started.layers.len() {
+            self.lock(&self.starting).push((started.holder.clone(), starting));
+        }
         // Without probes that see what is in memory, only the first start since the mount is seen as it is.
         let seen = started.fresh || self.probing.sees_memory();
         let Some(reads) = recording.filter(|_| seen) else { return };
@@ -110,7 +114,6 @@ impl Node {
             }
             None => None,
         };
-        let complete = self.complete_layers(&started.layers);
         let began_at = now().saturating_sub(reads.elapsed().as_secs());
         let window_of = Window { key, started, complete, began_at, reads, probed, metadata };
         self.lock(&self.windows).push((holder.clone(), window_of));
@@ -153,6 +156,7 @@ impl Node {
     /// The start's window is over: the container is ready, or ended, or time is up. What was touched is learned.
     pub(crate) async fn end_start(self: &Arc<Self>, holder: &Holder, over: Over) -> Option<StartReport> {
         let ready_ns = (over != Over::TimeUp).then(sluice_kernel::process::monotonic_ns);
+        self.lock(&self.starting).retain(|(one, _)| one != holder);
         let window = {
             let mut windows = self.lock(&self.windows);
             let place = windows.iter().position(|(one, _)| one == holder)?;

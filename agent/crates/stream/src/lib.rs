@@ -22,7 +22,7 @@ mod windows;
 pub use ahead::Expected;
 pub use first_pull::{FirstPull, first_pull};
 pub use layer::{LayerParts, StreamedLayer};
-pub use scheduler::{Counters, FETCH_BYTES, Lane, Prefetching, Scheduler};
+pub use scheduler::{Counters, FETCH_BYTES, Lane, Prefetching, Scheduler, Starting};
 pub use source::{BlobSource, MemorySource, SourceError};
 pub use watch::{FetchDone, Watcher};
 

@@ -1,7 +1,8 @@
 //! The one order of urgency on a node: demand, prefetch, fill.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
@@ -13,6 +14,10 @@ use crate::watch::Watcher;
 const QUIET: Duration = Duration::from_millis(500);
 /// Background work gets a turn at least this often, however much demand there is.
 const STARVED: Duration = Duration::from_secs(2);
+
+/// So long at most the fill leaves the link to a container's start, which demand and prefetch take as they need it; and so long at
+/// most one fetch of it waits if starts follow each other.
+const START: Duration = Duration::from_secs(5);
 
 /// A prefetch waits so long at most while other bytes are demanded: what it brings is what will be asked for next.
 const PREFETCH_PAUSE: Duration = Duration::from_millis(50);
@@ -73,6 +78,8 @@ struct Inner {
     counters: Counters,
     demand: AtomicU64,
     prefetch: AtomicU64,
+    /// When the starts that are under way have had their time, by number.
+    starts: Mutex<BTreeMap<u64, Instant>>,
     /// Milliseconds since `start` when the last demand ended.
     last_demand_ms: AtomicU64,
     start: Instant,
@@ -87,6 +94,20 @@ struct Inner {
 #[derive(Debug)]
 pub(crate) struct Demand {
     inner: Arc<Inner>,
+}
+
+/// Held while a container starts: the fill waits meanwhile, 5 s at most.
+#[derive(Debug)]
+pub struct Starting {
+    inner: Arc<Inner>,
+    number: u64,
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        self.inner.starts().remove(&self.number);
+        self.inner.changed.notify_waiters();
+    }
 }
 
 /// Held while something is prefetched, or about to be: the fill waits meanwhile.
@@ -124,6 +145,7 @@ impl Scheduler {
                 counters: Counters::default(),
                 demand: AtomicU64::new(0),
                 prefetch: AtomicU64::new(0),
+                starts: Mutex::default(),
                 last_demand_ms: AtomicU64::new(0),
                 start: Instant::now(),
                 changed: Notify::new(),
@@ -158,6 +180,14 @@ impl Scheduler {
     pub fn prefetching(&self) -> Prefetching {
         self.inner.prefetch.fetch_add(1, Ordering::AcqRel);
         Prefetching { inner: Arc::clone(&self.inner) }
+    }
+
+    /// A container starts: the fill waits until what this gives is dropped, or the start took too long.
+    pub fn starting(&self) -> Starting {
+        let mut starts = self.inner.starts();
+        let number = starts.last_key_value().map_or(0, |(last, _)| last + 1);
+        starts.insert(number, Instant::now() + START);
+        Starting { inner: Arc::clone(&self.inner), number }
     }
 
     /// Somebody waits for a background run now.
@@ -201,6 +231,18 @@ impl Scheduler {
     }
 }
 
+impl Inner {
+    fn starts(&self) -> MutexGuard<'_, BTreeMap<u64, Instant>> {
+        self.starts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long the last of the starts under way may still take.
+    fn starts_left(&self) -> Option<Duration> {
+        let latest = self.starts().values().max().copied();
+        latest.map(|end| end.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero())
+    }
+}
+
 /// Keeps a background run waiting while something more urgent is under way; each run so long at most.
 #[derive(Debug)]
 pub(crate) struct Pausing<'a> {
@@ -218,14 +260,25 @@ impl Pausing<'_> {
     async fn wait(&mut self, urgent: impl Fn() -> bool) {
         let began = Instant::now();
         let fill = self.lane == Lane::Fill;
-        let left = if fill { STARVED } else { PREFETCH_PAUSE }.saturating_sub(self.paused);
-        while began.elapsed() < left {
+        loop {
             let changed = self.inner.changed.notified();
             tokio::pin!(changed);
             // Registered before looking, so that no change in between is missed.
             changed.as_mut().enable();
+            let start = if fill { self.inner.starts_left() } else { None };
+            let most = match start {
+                Some(_) => START,
+                None if fill => STARVED,
+                None => PREFETCH_PAUSE,
+            };
+            let left = most.saturating_sub(self.paused);
+            if began.elapsed() >= left {
+                break;
+            }
             let pause = if urgent() {
                 break;
+            } else if let Some(start) = start {
+                start.min(left.saturating_sub(began.elapsed()))
             } else if self.inner.demand.load(Ordering::Acquire) > 0
                 || fill && self.inner.prefetch.load(Ordering::Acquire) > 0
             {

@@ -77,6 +77,26 @@ async fn the_fill_gets_a_turn_however_much_demand_there_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_fill_leaves_the_link_to_a_start_but_not_for_ever() {
+    let dir = tempfile::tempdir().expect("dir");
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    let scheduler = Scheduler::new(2);
+    for (seed, ends) in [(1, true), (2, false)] {
+        let sample = plain_sample(seed, 5, 100_000);
+        let source = Source::new(&sample.layer);
+        let layer = sample.streamed(&store, source.clone(), &scheduler, LONG);
+        let (starting, began) = (scheduler.starting(), Instant::now());
+        let fill = filling(&layer);
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let asked = source.asked();
+        assert!(asked.is_empty() || began.elapsed() > Duration::from_secs(4), "{asked:?}");
+        let held = if ends { None } else { Some(starting) };
+        tokio::time::timeout(LONG, fill).await.expect("the fill goes on").expect("joined").expect("fill");
+        drop(held);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_fetch_serves_everybody_who_waits() {
     let dir = tempfile::tempdir().expect("dir");
     let store = Store::open(dir.path(), 1 << 20).expect("store");
