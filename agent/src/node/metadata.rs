@@ -20,7 +20,7 @@ use sluice_registry::ResolvedImage;
 use super::Node;
 
 /// Entries that the agent merges itself: at most 9 MiB of heap, and a process of its own would cost several milliseconds.
-const MERGED_HERE: u64 = 50_000;
+pub(super) const MERGED_HERE: u64 = 50_000;
 
 /// Entries decoded at a time, and how many times ahead of the merge.
 const BATCH: usize = 512;
@@ -54,8 +54,13 @@ pub(super) struct Metadata {
 }
 
 impl Node {
-    /// Merges the layers' tables of contents and writes the image's EROFS metadata into the store.
-    pub(super) async fn write_metadata(&self, image: &ResolvedImage) -> Result<Metadata> {
+    /// Writes the image's EROFS metadata into the store: of the layers' tables of contents as they were `merged` already, else they
+    /// are decoded again and merged here.
+    pub(super) async fn write_metadata(
+        &self,
+        image: &ResolvedImage,
+        merged: Option<Tree>,
+    ) -> Result<Metadata> {
         let (store, layers, config) = (self.store.clone(), image.layers.clone(), self.config.file.clone());
         let target = self.store.erofs_path(&image.manifest_digest)?;
         let one_device = self.form == Form::OneDevice;
@@ -66,13 +71,17 @@ impl Node {
                 let stored = store.layer(&layer.digest)?;
                 let stored = stored.with_context(|| format!("layer {} vanished", layer.digest))?;
                 let index = stored.index_path();
-                let count =
-                    entry_count(&index).with_context(|| format!("index of layer {}", layer.digest))?;
-                entries = entries.saturating_add(count);
+                let header =
+                    stored_header(&index).with_context(|| format!("index of layer {}", layer.digest))?;
+                entries = entries.saturating_add(header.entry_count.get());
                 let blocks = stored.size() / sluice_image::records::BLOCK_SIZE;
                 job.layers.push(LayerTable { digest: layer.digest, index, blocks });
             }
-            if entries > MERGED_HERE { job.run_elsewhere(config.as_deref()) } else { job.run() }
+            match merged {
+                Some(tree) => job.write(&tree),
+                None if entries > MERGED_HERE => job.run_elsewhere(config.as_deref()),
+                None => job.run(),
+            }
         })
         .await?
     }
@@ -103,13 +112,16 @@ impl LayerTable {
 
 impl Job {
     fn run(&self) -> Result<Metadata> {
-        let tree = self.merged()?;
+        self.write(&self.merged()?)
+    }
+
+    fn write(&self, tree: &Tree) -> Result<Metadata> {
         let layer_blocks: Vec<u64> = self.layers.iter().map(|layer| layer.blocks).collect();
         let file = tempfile::NamedTempFile::new_in(&self.temporary)
             .with_context(|| format!("cannot create a file in {}", self.temporary.display()))?;
         let mut file = BufWriter::new(file);
         let form = if self.one_device { Form::OneDevice } else { Form::Devices };
-        erofs::write(&tree, &layer_blocks, form, &mut file)?;
+        erofs::write(tree, &layer_blocks, form, &mut file)?;
         let file = file.into_inner().map_err(|error| anyhow!("cannot write the EROFS image: {error}"))?;
         file.as_file().sync_data()?;
         file.persist(&self.target).with_context(|| format!("cannot write {}", self.target.display()))?;
@@ -162,8 +174,9 @@ pub(crate) fn merge_for_agent() -> Result<()> {
     Ok(serde_json::to_writer(std::io::stdout().lock(), &job.run()?)?)
 }
 
-fn entry_count(index: &Path) -> Result<u64> {
+/// The header of an index in the store.
+pub(super) fn stored_header(index: &Path) -> Result<IndexHeader> {
     let mut header = vec![0; HEADER_LEN];
     std::fs::File::open(index)?.read_exact(&mut header)?;
-    Ok(IndexHeader::parse(&header)?.entry_count.get())
+    Ok(IndexHeader::parse(&header)?)
 }

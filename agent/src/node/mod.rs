@@ -12,6 +12,7 @@ mod kept;
 mod keys;
 mod known;
 mod layers;
+mod merging;
 mod metadata;
 mod one_device;
 mod pack;

@@ -14,6 +14,8 @@ use sluice_stream::first_pull;
 
 use super::ahead::Lookup;
 use super::embedded::embedded_index;
+use super::merging::Merging;
+use super::metadata::stored_header;
 use super::sources::RegistryBlob;
 use super::trust::Found;
 use super::{HEADER_ANNOTATION, INDEX_KIND, Node, SigningKey, TOC_ANNOTATION, header_digest, one_device};
@@ -61,9 +63,11 @@ impl Node {
             }
         }
         let at_once = if found.indexes.is_empty() { LAYERS_AT_ONCE } else { image.layers.len().max(1) };
+        let merging = Merging::begin(&image.layers);
         let mut preparations = Vec::new();
         for layer in distinct {
-            preparations.push(self.prepare_layer(image, layer, &found, events, &progress).boxed());
+            let merging = merging.as_ref();
+            preparations.push(self.prepare_layer(image, layer, &found, merging, events, &progress).boxed());
         }
         let mut work = futures::stream::iter(preparations).buffer_unordered(at_once);
         while let Some(done) = work.try_next().await? {
@@ -74,7 +78,11 @@ impl Node {
             lookup.layers.iter().try_for_each(|digest| self.node_layer(image, digest).map(drop))?;
             self.layers_are_there(lookup);
         }
-        let metadata = self.write_metadata(image).await?;
+        let merged = match merging {
+            Some(merging) => merging.tree().await?,
+            None => None,
+        };
+        let metadata = self.write_metadata(image, merged).await?;
         for note in metadata.notes {
             events.note(note);
         }
@@ -82,16 +90,18 @@ impl Node {
         self.record(image, metadata.layer_blocks)
     }
 
-    /// One layer: from its index, or by a first pull, whose index is returned.
+    /// One layer: from its index, or by a first pull, whose index is returned. Its entries are given to the merge.
     async fn prepare_layer(
         &self,
         image: &ResolvedImage,
         layer: &Layer,
         found: &Found,
+        merging: Option<&Merging>,
         events: &EventSender,
         progress: &(impl Fn(u64) + Sync),
     ) -> Result<Option<(String, LayerIndex)>> {
-        if self.store.layer(&layer.digest)?.is_some() {
+        if let Some(stored) = self.store.layer(&layer.digest)? {
+            decode(&stored, merging);
             progress(layer.size);
             return Ok(None);
         }
@@ -102,8 +112,8 @@ impl Node {
             if !index.random_access() {
                 tracing::info!(layer = layer.digest, "no random access: the layer is streamed in order");
             }
-            let store = self.store.clone();
-            tokio::task::spawn_blocking(move || store.add_layer(&index)).await??;
+            let same = self.add_layer(index, merging).await?;
+            merging.filter(|_| !same).into_iter().for_each(Merging::give_up);
             progress(layer.size);
             return Ok(None);
         }
@@ -117,8 +127,26 @@ impl Node {
             progress,
         )
         .await?;
+        decode(&pull.layer, merging);
         self.trust.remember(&pull.index)?;
         Ok(Some((layer.digest.clone(), pull.index)))
+    }
+
+    /// Puts a layer into the store, its entries on their way meanwhile. False: another index of it is there.
+    async fn add_layer(&self, index: LayerIndex, merging: Option<&Merging>) -> Result<bool> {
+        let header = index.header();
+        let mut way =
+            merging.and_then(|merging| merging.way(&header.layer_digest_text(), header.entry_count.get()));
+        let store = self.store.clone();
+        let added = tokio::task::spawn_blocking(move || -> Result<bool> {
+            let added = store.add_layer_with(&index, move |entry| {
+                if let Some(way) = &mut way {
+                    way.push(entry);
+                }
+            })?;
+            Ok(stored_header(&added.index_path())? == *index.header())
+        });
+        added.await?
     }
 
     /// A layer's index as published, else from the layer's own table of contents, else none.
@@ -199,6 +227,18 @@ impl Node {
                 }
             }
         });
+    }
+}
+
+/// Gives the entries of a layer that is in the store to the merge, which nobody waits for here.
+fn decode(layer: &sluice_store::Layer, merging: Option<&Merging>) {
+    let path = layer.index_path();
+    let way = merging.and_then(|merging| {
+        // One that cannot be read is met again, and told of, where its blocks are counted.
+        merging.way(layer.digest(), stored_header(&path).ok()?.entry_count.get())
+    });
+    if let Some(way) = way {
+        tokio::task::spawn_blocking(move || way.decode(&path));
     }
 }
 

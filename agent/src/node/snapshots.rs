@@ -187,7 +187,7 @@ impl Node {
         }
         self.prepare(&part.image, events, ahead).await?;
         let lower = part.truncated();
-        let blocks = self.write_metadata(&lower).await?.layer_blocks;
+        let blocks = self.write_metadata(&lower, None).await?.layer_blocks;
         let digests: Vec<String> = lower.layers.iter().map(|layer| layer.digest.clone()).collect();
         let made = self.mount_prepared(&part.image, &part.key, &digests, &blocks).await?;
         // The kernel has it open; no image's record would ever remove it.

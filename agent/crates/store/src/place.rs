@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 
+use sluice_image::entry::Entry;
 use sluice_image::index::LayerIndex;
 
 use crate::state::LayerRecord;
@@ -18,6 +19,16 @@ use crate::{Ingest, Layer, OnFile, Store, StoreError, gc, hex_of, remove_dir};
 impl Store {
     /// Adds a layer whose contents are to come. A layer that is there already stays.
     pub fn add_layer(&self, index: &LayerIndex) -> Result<Arc<Layer>, StoreError> {
+        self.add_layer_with(index, |_| {})
+    }
+
+    /// The same; the layer's entries, in order, go to `seen` as they are decoded, and it is dropped behind the last. Of a layer that
+    /// is there already none are.
+    pub fn add_layer_with(
+        &self,
+        index: &LayerIndex,
+        seen: impl FnMut(Entry),
+    ) -> Result<Arc<Layer>, StoreError> {
         let digest = index.header().layer_digest_text();
         if let Some(layer) = self.layer(&digest)? {
             return Ok(layer);
@@ -27,7 +38,7 @@ impl Store {
                 .and_then(|file| file.set_len(index.header().store_size.get()))
                 .on("create", data)
         };
-        self.place(index, |_| true, write_data, false)
+        self.place(index, |_| true, write_data, seen, false)
     }
 
     /// Begins a layer that is decoded as it arrives.
@@ -44,7 +55,7 @@ impl Store {
             return Ok(layer);
         }
         let write_data = |data: &Path| ingest.finish(data, index.header().store_size.get());
-        self.place(index, Layer::is_complete, write_data, true)
+        self.place(index, Layer::is_complete, write_data, |_| {}, true)
     }
 
     /// A layer of the store.
@@ -93,7 +104,7 @@ impl Store {
         record.complete = false;
         // The record first: it must not speak of bytes that a new file has not.
         self.inner.state.put_layer(digest, record)?;
-        crate::records::write_tables(&index, dir)?;
+        crate::records::write_tables(&index, dir, |_| {})?;
         let (staged, data) = (dir.join("data.new"), dir.join("data"));
         File::create(&staged)
             .and_then(|file| file.set_len(index.header().store_size.get()))
@@ -138,12 +149,13 @@ impl Store {
         index: &LayerIndex,
         will_do: impl Fn(&Layer) -> bool,
         write_data: impl FnOnce(&Path) -> Result<(), StoreError>,
+        seen: impl FnMut(Entry),
         complete: bool,
     ) -> Result<Arc<Layer>, StoreError> {
         let digest = index.header().layer_digest_text();
         let number = self.inner.staged.fetch_add(1, Ordering::Relaxed);
         let staged = self.temporary().join(format!("staged-{number}-{}", hex_of(&digest)?));
-        let placed = stage(index, &staged)
+        let placed = stage(index, &staged, seen)
             .and_then(|()| write_data(&staged.join("data")))
             .and_then(|()| flush(&staged))
             .and_then(|()| {
@@ -225,11 +237,11 @@ impl Store {
 }
 
 /// Writes what is derived from an index into a new directory.
-fn stage(index: &LayerIndex, dir: &Path) -> Result<(), StoreError> {
+fn stage(index: &LayerIndex, dir: &Path, seen: impl FnMut(Entry)) -> Result<(), StoreError> {
     fs::create_dir(dir).on("create", dir)?;
     let path = dir.join("index");
     fs::write(&path, index.blob()).on("write", &path)?;
-    crate::records::write_tables(index, dir)
+    crate::records::write_tables(index, dir, seen)
 }
 
 /// Makes a staged layer durable.

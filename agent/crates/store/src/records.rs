@@ -6,6 +6,7 @@ use std::marker::PhantomData;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use sluice_image::entry::Entry;
 use sluice_image::index::LayerIndex;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -89,8 +90,12 @@ impl DigestRecord {
     }
 }
 
-/// Writes `chunks`, `extents` and `digests` of an index into `dir`.
-pub(crate) fn write_tables(index: &LayerIndex, dir: &Path) -> Result<(), StoreError> {
+/// Writes `chunks`, `extents` and `digests` of an index into `dir`; each entry that is met on the way goes to `seen`.
+pub(crate) fn write_tables(
+    index: &LayerIndex,
+    dir: &Path,
+    mut seen: impl FnMut(Entry),
+) -> Result<(), StoreError> {
     let failed = |source| StoreError::Index { layer: index.header().layer_digest_text(), source };
     let [chunks_path, extents_path, digests_path] =
         ["chunks", "extents", "digests"].map(|name| dir.join(name));
@@ -105,7 +110,10 @@ pub(crate) fn write_tables(index: &LayerIndex, dir: &Path) -> Result<(), StoreEr
             let prefix = *chunk.digest.first_chunk().unwrap_or(&[0; 8]);
             digests.push(DigestRecord { prefix, number: (digests.len() as u32).to_be_bytes() });
         }
+        item.entry.into_iter().for_each(&mut seen);
     }
+    // Whoever takes entries knows now that there are no more.
+    drop(seen);
     chunks.flush().on("write", &chunks_path)?;
     extents.flush().on("write", &extents_path)?;
     digests.sort_unstable();
