@@ -121,9 +121,9 @@ fn in_json(name: &str, summary: &Summary) -> serde_json::Value {
         "name": name, "reference": header.reference, "manifest_digest": header.image, "entry": header.entry,
         "kernel": header.kernel, "container": header.container, "began_at": header.began_at,
         "ready_ns": summary.ready_ns, "first_byte_ns": summary.first_byte_ns, "phases_ns": phases,
-        "blocked_ns": summary.blocked_ns, "round_trips": summary.round_trips(), "bytes": summary.bytes_before_ready(),
+        "blocked_ns": summary.blocked_ns, "round_trips": summary.round_trips(), "round_trips_in_turn": summary.round_trips_in_turn, "bytes": summary.bytes_before_ready(),
         "ahead_bytes": summary.ahead_bytes, "ahead_used_bytes": summary.ahead_used_bytes,
-        "touched_bytes": summary.touched_bytes, "files": summary.files.len(), "failures": summary.failures.values().sum::<u64>(),
+        "touched_bytes": summary.touched_bytes, "brought_bytes": summary.brought_bytes, "files": summary.files.len(), "failures": summary.failures.values().sum::<u64>(),
         "fetches": FetchLane::ALL.iter().map(|lane| (lane.name(), json!(fetched(lane)))).collect::<std::collections::BTreeMap<_, _>>(),
         "reads": Origin::ALL.iter().map(|origin| (origin.name(), json!(reads(origin)))).collect::<std::collections::BTreeMap<_, _>>(),
     })
@@ -147,6 +147,11 @@ fn show(path: &Path, json: bool) -> Result<()> {
     say!("  {:<12} {:>12}", "first byte", time(summary.first_byte_ns));
     say!("  {:<12} {:>12}", "ready", time(summary.ready_ns));
     say!("  {:<12} {:>12}", "blocked", milliseconds(summary.blocked_ns));
+    say!(
+        "  {:<12} {:>12}, those under way at the same time counted once",
+        "round trips",
+        summary.round_trips_in_turn
+    );
     for (lane, fetches) in &summary.fetches {
         say!("  fetched, {:<11} {:>9} in {} requests", lane.name(), size(fetches.bytes), fetches.count);
     }

@@ -1,6 +1,6 @@
 //! Makes an image's root file system available: streamed, local, or pulled the ordinary way.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use anyhow::{Context, Result};
@@ -8,11 +8,11 @@ use bytes::Bytes;
 use sluice_blockfs::ImageMount;
 use sluice_image::erofs::Form;
 use sluice_kernel::process::{pidfd_open, wait_for_end};
-use sluice_registry::{Client, ResolvedImage};
+use sluice_registry::{Client, Observer, ResolvedImage, observed};
 use sluice_store::ImageRecord;
 use sluice_trace::Phase;
 
-use super::ahead::Lookup;
+use super::ahead::{Lookup, looks_of};
 use super::reads::Step;
 use super::starts::Started;
 use super::{Image, Node};
@@ -28,12 +28,23 @@ impl Node {
         events: EventSender,
     ) -> Result<Acquired> {
         let asked = Instant::now();
-        let image = self.resolve(&request.reference, &events).await?;
+        let looks = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&looks);
+        let resolving = self.resolve(&request.reference, &events);
+        let observer: Observer = Arc::new(move |began| {
+            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+            seen.push((began, began.elapsed()));
+        });
+        let image = observed(observer, resolving).await?;
         let resolved = Step::since(Phase::Resolve, asked);
         let pull = Pull::begin(&image.reference.whole());
         let digest = image.manifest_digest.clone();
         let mut lookup =
             request.start.as_ref().map(|start| self.look_up(&image, &image.layers, start, asked));
+        if let Some(recording) = lookup.as_ref().and_then(|lookup| lookup.recording.as_ref()) {
+            let looks = std::mem::take(&mut *self.lock(&looks));
+            looks.into_iter().for_each(|(began, took)| recording.looked_up(began, took));
+        }
         let _turn = self.turn(&digest).await;
         let fresh = !self.lock(&self.images).contains_key(&digest);
         if fresh {
@@ -180,7 +191,8 @@ impl Node {
         ahead: Option<&mut Lookup>,
     ) -> Result<Image> {
         let began = Instant::now();
-        let record = self.prepare(image, events, ahead).await?;
+        let looks = looks_of(ahead.as_ref().and_then(|lookup| lookup.recording.clone()));
+        let record = observed(looks, self.prepare(image, events, ahead)).await?;
         let prepared = Step::since(Phase::Index, began);
         let digest = &image.manifest_digest;
         let mut made = self.mount_prepared(image, digest, &record.layers, &record.layer_blocks).await?;

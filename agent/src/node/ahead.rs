@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use sluice_prefetch::{Limits, Pace, fetch, wanted};
-use sluice_registry::{Client, Layer, ResolvedImage};
+use sluice_registry::{Client, Layer, Observer, ResolvedImage, observed};
 use sluice_stream::{Starting, StreamedLayer};
 use sluice_trace::{ContentKey, FileFacts, Phase, Profile, ProfileKey, entry_class};
 use tokio::sync::oneshot;
@@ -61,6 +61,15 @@ pub(super) fn class_of_process(config: &str, argv: &[String]) -> String {
     if !configured.is_empty() && seen.ends_with(&format!(" {configured}")) { configured } else { seen }
 }
 
+/// Tells a start's recording of requests that are made for it.
+pub(super) fn looks_of(recording: Option<Arc<Recording>>) -> Observer {
+    Arc::new(move |began| {
+        if let Some(recording) = &recording {
+            recording.looked_up(began, began.elapsed());
+        }
+    })
+}
+
 impl Node {
     /// Begins to look for what is known of a start that was asked for at `began`, from the image's `layers`, beside the look for
     /// the image's index. What is known is fetched once the layers are there.
@@ -87,7 +96,8 @@ impl Node {
         tokio::spawn(async move {
             let _before_fill = before_fill;
             let began = Instant::now();
-            let mut learned = node.known(&image, &own).await;
+            let known = node.known(&image, &own);
+            let mut learned = observed(looks_of(recorded.clone()), known).await;
             if let Some(recording) = &recorded {
                 recording.step(Step::since(Phase::Profile, began));
             }

@@ -160,6 +160,13 @@ impl Recording {
         self.push(step.began, |_| What::Phase { phase: step.phase, took_ns: step.took.as_nanos() as u64 });
     }
 
+    /// A request that was needed to know what to fetch was answered.
+    pub(super) fn looked_up(&self, began: Instant, took: Duration) {
+        let lane = Lane::Demand;
+        let fetch = FetchDone { layer: "", lane, offset: 0, len: 0, began, first_byte: None, whole: true };
+        self.fetched(FetchLane::Lookup, None, &fetch, took);
+    }
+
     /// The request for the start pack ended.
     pub(super) fn pack_fetched(&self, fetch: &FetchDone<'_>) {
         self.fetched(FetchLane::StartPack, None, fetch, fetch.began.elapsed());

@@ -1,19 +1,19 @@
 //! One request to one endpoint: tokens, redirects, and what an answer that is no success means.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use bytes::Bytes;
 use reqwest::header::{AUTHORIZATION, HeaderValue, LOCATION};
 use reqwest::{Method, Response, StatusCode};
 
-use crate::RegistryError;
 use crate::auth::{self, Authorization, BASIC_LIFE, Credentials, TokenRequest};
 use crate::challenge::Challenge;
 use crate::client::{Answer, Ask, Client, Needs, Target, lock};
 use crate::health::retry_after;
 use crate::hosts::Endpoint;
 use crate::redact::{Secret, host_of, same_origin};
+use crate::{RegistryError, observe};
 
 const MAX_REDIRECTS: usize = 5;
 
@@ -224,7 +224,10 @@ impl Client {
         if let Some(body) = &ask.body {
             request = request.body(body.clone());
         }
-        request.send().await.map_err(|error| transport_error(&host_of(url), &error))
+        let began = Instant::now();
+        let answer = request.send().await;
+        observe::answered(began);
+        answer.map_err(|error| transport_error(&host_of(url), &error))
     }
 
     async fn authorize(
@@ -248,7 +251,10 @@ impl Client {
                 let scope = asked.as_deref().unwrap_or(scope);
                 let request = TokenRequest { realm, service: service.as_deref(), scope };
                 let busy = |wait| self.inner.health.busy(&endpoint.base, wait);
-                request.fetch(http, credentials, busy).await?
+                let began = Instant::now();
+                let fetched = request.fetch(http, credentials, busy).await;
+                observe::answered(began);
+                fetched?
             }
         };
         lock(&self.inner.tokens).put(&host, scope, token.clone(), life);

@@ -78,7 +78,7 @@
   section("waterfall", "Waterfall", "What waited for what, how long, and from where its bytes came. Arrow keys go from bar to bar.", (start, number) => {
     const width = 900, left = 210, row = 15, all = [];
     const lines = start.phases.map(([name, at, took]) => ({ name, bars: [{ at, took, fill: colour("phase"), text: `${name}: ${ms(took)}, from ${ms(at)} on` }] }));
-    for (const lane of ["start pack", "prefetch", "demand", "fill"]) {
+    for (const lane of ["lookup", "start pack", "prefetch", "demand", "fill"]) {
       const own = start.fetches.filter((fetch) => fetch.lane === lane);
       if (own.length) lines.push({ name: `fetch: ${lane}`, bars: own.map((f) => ({ at: f.at, took: f.took, fill: colour(lane), soft: true, text: `fetch for ${lane}: ${size(f.bytes)} in ${ms(f.took)}, first byte after ${ms(f.first)}, from ${ms(f.at)} on` })) });
     }

@@ -11,7 +11,7 @@
 //! | end | a block of length 0; its frame holds JSON of [`Footer`] |
 //!
 //! Blocks hold records: see [`crate::codec`]. Version 2 added kinds of records (steps, fetches, what arrived, files) and where
-//! served bytes were; version 1 is still read. A file without end was cut off (a crash): what is whole is read, then an error
+//! served bytes were; version 3 the lane of look-ups. Older ones are still read. A file without end was cut off (a crash): what is whole is read, then an error
 //! says so.
 
 use std::io::{self, Read, Write};
@@ -21,7 +21,7 @@ use crate::{Footer, Header, Record};
 
 const MAGIC: [u8; 8] = *b"SLUICETR";
 /// Version of the format.
-pub const TRACE_VERSION: u16 = 2;
+pub const TRACE_VERSION: u16 = 3;
 /// The oldest version that is read: what later ones added is missing in it.
 const OLDEST_VERSION: u16 = 1;
 /// Longest header or footer accepted.

@@ -93,11 +93,13 @@ pub enum FetchLane {
     Fill = 2,
     /// The start pack.
     StartPack = 3,
+    /// What has to be known before: manifests, lists of artifacts, tables of contents, profiles. Bytes are not counted.
+    Lookup = 4,
 }
 
 impl FetchLane {
     /// All of them, by number.
-    pub const ALL: [Self; 4] = [Self::Demand, Self::Prefetch, Self::Fill, Self::StartPack];
+    pub const ALL: [Self; 5] = [Self::Demand, Self::Prefetch, Self::Fill, Self::StartPack, Self::Lookup];
 
     /// As exports name it.
     pub fn name(self) -> &'static str {
@@ -106,6 +108,7 @@ impl FetchLane {
             Self::Prefetch => "prefetch",
             Self::Fill => "fill",
             Self::StartPack => "start pack",
+            Self::Lookup => "lookup",
         }
     }
 
@@ -260,11 +263,11 @@ pub enum What {
         /// Nanoseconds.
         took_ns: u64,
     },
-    /// One request for bytes of a layer's blob or of a start pack. The record's time is that of the request.
+    /// One request for bytes of a layer's blob or of a start pack, or to look something up. The record's time is that of the request.
     Fetch {
         /// For whom.
         lane: FetchLane,
-        /// Number of the layer; `None` for a start pack.
+        /// Number of the layer; `None` for a start pack and a look-up.
         layer: Option<u32>,
         /// First byte of the blob.
         offset: u64,

@@ -85,6 +85,9 @@ pub struct Summary {
     pub reads: BTreeMap<Origin, Reads>,
     /// Requests by [`FetchLane`].
     pub fetches: BTreeMap<FetchLane, Fetches>,
+    /// Round trips that followed each other, look-ups included and the fill's not: requests that were under way at the same time
+    /// count once.
+    pub round_trips_in_turn: u64,
     /// Nanoseconds that processes were blocked: those that slept, added up, where probes see them; else the time during which at
     /// least one read waited for the registry.
     pub blocked_ns: u64,
@@ -92,6 +95,8 @@ pub struct Summary {
     pub ahead_bytes: u64,
     /// Those of them that were read.
     pub ahead_used_bytes: u64,
+    /// Bytes of content that arrived, but for the fill.
+    pub brought_bytes: u64,
     /// Bytes of content that were touched.
     pub touched_bytes: u64,
     /// Files that were touched, by path.
@@ -108,13 +113,14 @@ impl Summary {
         self.wanted_fetches().map(|fetches| fetches.bytes).sum()
     }
 
-    /// Requests in all lanes but the fill.
+    /// Requests in all lanes but the fill, for bytes of the image.
     pub fn round_trips(&self) -> u64 {
         self.wanted_fetches().map(|fetches| fetches.count).sum()
     }
 
     fn wanted_fetches(&self) -> impl Iterator<Item = &Fetches> {
-        self.fetches.iter().filter(|(lane, _)| **lane != FetchLane::Fill).map(|(_, fetches)| fetches)
+        let wanted = |lane: &FetchLane| !matches!(lane, FetchLane::Fill | FetchLane::Lookup);
+        self.fetches.iter().filter(move |(lane, _)| wanted(lane)).map(|(_, fetches)| fetches)
     }
 
     /// How much of what was fetched ahead was read, 0 to 1; `None`: nothing was fetched ahead.
@@ -137,7 +143,10 @@ pub struct Summarizer {
     sees_accesses: bool,
     /// End of the latest wait for the registry.
     waited_until: u64,
+    /// When requests were answered, and when they had been sent.
+    answered: Vec<(u64, u64)>,
     ahead: BTreeMap<u32, Ranges>,
+    brought: BTreeMap<u32, Ranges>,
     touched: BTreeMap<u32, Ranges>,
     is_over: bool,
 }
@@ -152,7 +161,9 @@ impl Summarizer {
             summary: Summary { header: header.clone(), ..Summary::default() },
             places: Places::default(),
             waited_until: 0,
+            answered: Vec::new(),
             ahead: BTreeMap::new(),
+            brought: BTreeMap::new(),
             touched: BTreeMap::new(),
             is_over: false,
         }
@@ -173,14 +184,21 @@ impl Summarizer {
                 self.summary.ready_ns = Some(at);
             }
             What::Phase { phase, took_ns } => self.summary.phases.push((*phase, at, *took_ns)),
-            What::Fetch { lane, len, whole, .. } => {
+            What::Fetch { lane, len, first_byte_ns, whole, .. } => {
+                if *lane != FetchLane::Fill && self.answered.len() < MAX_KEPT {
+                    self.answered.push((at.saturating_add(*first_byte_ns), at));
+                }
                 let fetches = self.summary.fetches.entry(*lane).or_default();
                 fetches.count += 1;
                 fetches.bytes += len;
                 fetches.broken += u64::from(!whole);
             }
-            What::Brought { lane: FetchLane::Prefetch | FetchLane::StartPack, layer, offset, len } => {
-                self.ahead.entry(*layer).or_default().add(*offset..offset.saturating_add(*len));
+            What::Brought { lane, layer, offset, len } if *lane != FetchLane::Fill => {
+                let range = *offset..offset.saturating_add(*len);
+                if matches!(lane, FetchLane::Prefetch | FetchLane::StartPack) {
+                    self.ahead.entry(*layer).or_default().add(range.clone());
+                }
+                self.brought.entry(*layer).or_default().add(range);
             }
             What::Served { layer, offset, len, service_ns, from } => {
                 self.served(at, (*layer, *offset, *len), *service_ns, *from);
@@ -257,9 +275,23 @@ impl Summarizer {
             let Some(touched) = self.touched.get(layer) else { continue };
             summary.ahead_used_bytes += ahead.iter().map(|range| touched.bytes_in(&range)).sum::<u64>();
         }
+        summary.brought_bytes = self.brought.values().map(Ranges::bytes).sum();
         summary.touched_bytes = self.touched.values().map(Ranges::bytes).sum();
+        summary.round_trips_in_turn = in_turn(self.answered);
         summary
     }
+}
+
+/// The most requests, given as (answered, sent), of which each was sent when the one before had been answered.
+fn in_turn(mut answered: Vec<(u64, u64)>) -> u64 {
+    answered.sort_unstable();
+    let (mut count, mut last) = (0, 0);
+    for (end, begin) in answered {
+        if begin >= last {
+            (count, last) = (count + 1, end);
+        }
+    }
+    count
 }
 
 /// A path as people write it.
@@ -287,14 +319,18 @@ mod tests {
             took_ns: 2,
             whole: true,
         };
-        let brought = |offset, len| What::Brought { lane: FetchLane::StartPack, layer: 1, offset, len };
+        let brought = |lane, offset, len| What::Brought { lane, layer: 1, offset, len };
         let records = [
             (0, file(0, 100, b"a")),
             (0, file(4096, 9000, b"b")),
             (0, What::Phase { phase: Phase::Mount, took_ns: 5 }),
+            (2, fetch(FetchLane::Lookup, 0)),
+            (10, fetch(FetchLane::Lookup, 0)),
             (10, fetch(FetchLane::StartPack, 700)),
             (11, fetch(FetchLane::Fill, 1 << 30)),
-            (12, brought(0, 8192)),
+            (12, brought(FetchLane::StartPack, 0, 8192)),
+            (13, brought(FetchLane::Demand, 4096, 8192)),
+            (14, brought(FetchLane::Fill, 0, 1 << 30)),
             (20, served(0, 4096, 1, Origin::StartPack)),
             // Two waits at the same time, one later.
             (30, served(4096, 8192, 10, Origin::Registry)),
@@ -313,13 +349,15 @@ mod tests {
         // 30 to 45, 60 to 70.
         assert_eq!(summary.blocked_ns, 15 + 10);
         assert_eq!((summary.bytes_before_ready(), summary.round_trips()), (700, 1));
+        // Neither the second look-up nor the pack waited for the other.
+        assert_eq!(summary.round_trips_in_turn, 2);
         assert_eq!((summary.ahead_bytes, summary.ahead_used_bytes), (8192, 8192));
-        assert_eq!(summary.touched_bytes, 16_384);
+        assert_eq!((summary.touched_bytes, summary.brought_bytes), (16_384, 12_288));
         let reads = summary.reads.get(&Origin::Registry).copied().unwrap_or_default();
         assert_eq!(reads, Reads { count: 3, bytes: 16_384, wait_ns: 30 });
         let file = |path: &str| summary.files.get(path).copied().unwrap_or_default();
         assert_eq!(file("/a"), FileUse { reads: 1, wait_ns: 1, first_ns: 20 });
         assert_eq!(file("/b"), FileUse { reads: 4, wait_ns: 40, first_ns: 30 });
-        assert_eq!(summary.records, (12, 13));
+        assert_eq!(summary.records, (16, 17));
     }
 }
