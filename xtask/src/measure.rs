@@ -1,18 +1,21 @@
 //! Time to ready: from the question for an image to the command's output, in several ways.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::containerd::Containerd;
 use crate::run::script;
 use crate::sluice::{Registry, Sluice};
 
+/// How long a start's trace may take.
+const TRACE_PATIENCE: Duration = Duration::from_secs(5);
+
 /// A way to start a container.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Way {
     /// containerd: pull, unpack, run.
@@ -27,6 +30,14 @@ pub(crate) enum Way {
     Pack,
     /// sluice, everything local.
     Local,
+}
+
+impl std::fmt::Display for Way {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        use clap::ValueEnum as _;
+        let named = self.to_possible_value();
+        formatter.write_str(named.as_ref().map_or("", clap::builder::PossibleValue::get_name))
+    }
 }
 
 impl Way {
@@ -55,6 +66,19 @@ pub(crate) struct Start {
     pub(crate) bytes: u64,
     /// Peak resident memory of the daemon.
     pub(crate) peak_bytes: u64,
+    /// What its trace says, if it left one.
+    pub(crate) traced: Option<Traced>,
+}
+
+/// What the trace of a start says, until ready and without the background fill.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct Traced {
+    /// Bytes of contents that the container touched.
+    pub(crate) touched_bytes: u64,
+    /// Bytes of contents that came.
+    pub(crate) brought_bytes: u64,
+    /// Round trips that followed each other.
+    pub(crate) round_trips_in_turn: u64,
 }
 
 /// What starts are measured with. The image is in the registry several times, by what is published beside it, so that all of it
@@ -164,6 +188,7 @@ impl<'a> Bench<'a> {
         let mut measured = self.measured(start, &said, 0)?;
         let peak = sluice.status()?.get("resident_peak_bytes").and_then(Value::as_u64);
         measured.peak_bytes = peak.context("the daemon does not tell its memory")?;
+        measured.traced = traced(&sluice)?;
         Ok(measured)
     }
 
@@ -177,8 +202,21 @@ impl<'a> Bench<'a> {
         if let Some(word) = self.says.filter(|word| !said.contains(word)) {
             bail!("the container said `{said}` instead of `{word}`");
         }
-        Ok(Start { ready_s, bytes: self.registry.bytes_sent()?, peak_bytes })
+        Ok(Start { ready_s, bytes: self.registry.bytes_sent()?, peak_bytes, traced: None })
     }
+}
+
+/// What the trace of the one start says. It is written when the container has ended, which nobody waits for; without probes a start
+/// that reads nothing through the agent has none.
+fn traced(sluice: &Sluice) -> Result<Option<Traced>> {
+    let began = Instant::now();
+    while sluice.run(&["trace", "list"])?.is_empty() {
+        if began.elapsed() > TRACE_PATIENCE {
+            return Ok(None);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(Some(serde_json::from_str(&sluice.run(&["trace", "show", "--json"])?)?))
 }
 
 /// The middle of some numbers.
