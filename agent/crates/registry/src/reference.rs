@@ -27,10 +27,12 @@ pub(crate) fn parse(text: &str) -> Option<Reference> {
     }
     let is_host = |first: &str| first.contains(['.', ':']) || first == "localhost";
     let (host, path) = match name.split_once('/') {
-        Some((first, path)) if is_host(first) && is_domain(first) => (first, path),
+        Some((first, path)) if is_host(first) => (first, path),
         _ => (DOCKER, name),
     };
-    if !path.split('/').all(is_component) {
+    // The grammar takes what is no host's name for a component (`a_0.a/0`), though what comes of it is a host.
+    let fits = is_domain(host) || name.split('/').all(is_component);
+    if !fits || !path.split('/').all(is_component) {
         return None;
     }
     let host = if host == DOCKER_LEGACY { DOCKER } else { host };
@@ -116,6 +118,10 @@ mod tests {
             "docker.io/library/busybox",
             "test.com:5000",
             "a/b_c.com:8080",
+            "a_0.a/0",
+            "a_0.a:1/0",
+            "a-.a/0",
+            "a..b/c",
             "UPPER/case",
             "Host.example/a",
             "",
