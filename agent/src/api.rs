@@ -100,6 +100,13 @@ pub(crate) struct StopRequest {
     pub(crate) drain: bool,
 }
 
+/// `POST /v1/upgrade`: another program takes the daemon's place; the answer is which.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct UpgradeRequest {
+    /// None: what stands where the daemon's own was started from.
+    pub(crate) program: Option<PathBuf>,
+}
+
 /// How an image's files are served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -162,6 +169,12 @@ pub(crate) enum Event {
 pub(crate) struct Status {
     pub(crate) pid: u32,
     pub(crate) version: String,
+    /// The program's file.
+    #[serde(default)]
+    pub(crate) program: PathBuf,
+    /// When the daemon began, milliseconds since 1970.
+    #[serde(default)]
+    pub(crate) since_ms: u64,
     pub(crate) resident_bytes: u64,
     pub(crate) resident_peak_bytes: u64,
     pub(crate) disk_bytes: u64,

@@ -170,6 +170,17 @@ pub(crate) enum Command {
     KeepDaemon,
     /// Stop the daemon; containers go on, and reads of what is not local wait for the next one
     Stop,
+    /// Have another version of this program take the daemon's place; no read fails
+    Upgrade {
+        /// The program [default: what is where the daemon's own was started from]
+        program: Option<PathBuf>,
+    },
+    /// Tell whether this program can take the place of a daemon
+    #[command(hide = true)]
+    CanFollow {
+        /// Version of the protocol that the daemon's server of block files speaks
+        protocol: u64,
+    },
     /// Serve block files, whichever daemon comes and goes
     #[command(hide = true)]
     BlockServer,

@@ -1,8 +1,8 @@
 //! The command line's side of the daemon's socket; starts a daemon when none runs.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use futures::StreamExt;
@@ -17,14 +17,16 @@ use crate::{daemon, keeper};
 /// How often a daemon that went is followed by the next, for one question.
 const ATTEMPTS: u32 = 8;
 const PAUSE: Duration = Duration::from_millis(100);
+/// Questions that may be asked again when the answer broke off: asked twice, they do what they do once.
+const REPEATABLE: [&str; 4] = ["acquire", "pull", "release", "status"];
 
 /// A way to the node's daemon, or to one inside this process with `--standalone`.
 #[derive(Debug)]
 pub(crate) struct Client {
     http: reqwest::Client,
-    socket: PathBuf,
+    config: Arc<Config>,
     /// How to start a daemon, should the one that was there end before it was asked.
-    starter: Option<(Arc<Config>, Global)>,
+    starter: Option<Global>,
     /// Ends with the client.
     standalone: Option<daemon::Running>,
 }
@@ -40,17 +42,17 @@ impl Client {
             }
             None
         };
-        let starter = standalone.is_none().then(|| (Arc::clone(config), global.clone()));
-        Ok(Self { http: http_client(config)?, socket: config.socket(), starter, standalone })
+        let starter = standalone.is_none().then(|| global.clone());
+        Ok(Self { http: http_client(config)?, config: Arc::clone(config), starter, standalone })
     }
 
-    /// Connects to a daemon that runs, or says that none does.
-    pub(crate) async fn connect_running(config: &Config) -> Result<Option<Self>> {
-        let socket = config.socket();
-        if !alive(&socket).await {
+    /// Connects to a daemon that runs, or that is being started; or says that none is.
+    pub(crate) async fn connect_running(config: &Arc<Config>) -> Result<Option<Self>> {
+        if !comes(config).await {
             return Ok(None);
         }
-        Ok(Some(Self { http: http_client(config)?, socket, starter: None, standalone: None }))
+        let http = http_client(config)?;
+        Ok(Some(Self { http, config: Arc::clone(config), starter: None, standalone: None }))
     }
 
     /// One question, one answer.
@@ -71,7 +73,7 @@ impl Client {
             let error = match self.follow_once(path, body, &mut on_event).await {
                 Ok(answer) => return Ok(answer),
                 Err(Broken::Unanswered(error)) if attempts < ATTEMPTS => error,
-                Err(Broken::Midway(error)) if attempts < ATTEMPTS && path == "acquire" => error,
+                Err(Broken::Midway(error)) if attempts < ATTEMPTS && REPEATABLE.contains(&path) => error,
                 Err(Broken::Unanswered(error) | Broken::Midway(error) | Broken::Told(error)) => {
                     return Err(error);
                 }
@@ -79,10 +81,11 @@ impl Client {
             attempts += 1;
             // A process that ends still takes connections for a moment; a manager that holds the socket starts the next one.
             tokio::time::sleep(PAUSE).await;
-            if !alive(&self.socket).await {
-                let Some((config, global)) = &self.starter else { return Err(error) };
-                keeper::start(config, global)?;
+            if comes(&self.config).await {
+                continue;
             }
+            let Some(global) = &self.starter else { return Err(error) };
+            keeper::start(&self.config, global)?;
         }
     }
 
@@ -124,6 +127,22 @@ impl Client {
             Some(running) => running.stop(true).await,
             None => Ok(()),
         }
+    }
+}
+
+/// Whether a daemon is there; one that is being started is waited for.
+async fn comes(config: &Config) -> bool {
+    let deadline = Instant::now() + keeper::LONGEST_START;
+    loop {
+        // In this order: whoever starts one lets go when it is there.
+        let coming = keeper::is_at_work(config);
+        if alive(&config.socket()).await {
+            return true;
+        }
+        if !coming || Instant::now() > deadline {
+            return false;
+        }
+        tokio::time::sleep(PAUSE).await;
     }
 }
 

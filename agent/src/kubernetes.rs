@@ -86,7 +86,7 @@ async fn follow(config: Arc<Config>, sender: mpsc::Sender<NodeEvent>) {
     }
 }
 
-async fn is_streaming(config: &Config) -> bool {
+async fn is_streaming(config: &Arc<Config>) -> bool {
     let asked = async {
         let client = Client::connect_running(config).await?.context("no daemon runs")?;
         client.ask::<NodeStatus>("node", &NodeRequest::Status).await

@@ -14,6 +14,7 @@ mod keeper;
 mod kubernetes;
 mod metrics;
 mod node;
+mod program;
 
 use std::process::ExitCode;
 use std::sync::Arc;

@@ -36,7 +36,7 @@ pub(crate) fn start_runner(dir: &JobDir) -> Result<Child> {
     let log_path = dir.path(RUNNER_LOG);
     let log = std::fs::OpenOptions::new().create(true).append(true).open(&log_path);
     let log = log.with_context(|| format!("cannot open {}", log_path.display()))?;
-    let mut command = Command::new(std::env::current_exe().context("cannot find the sluice binary")?);
+    let mut command = Command::new(crate::program::own()?);
     command.args(dir.meta()?.options).arg("batch-runner").arg(dir.id());
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).current_dir("/").process_group(0);
     let mut child = command.spawn().context("cannot start the job's process")?;

@@ -116,7 +116,7 @@ impl Context {
         let journal = Journal::open(&dir, plan.task_count)?;
         let output = Output::open(&dir, &meta.uid, logs_path(job, &plan, &dir))?;
         let context = Self {
-            binary: std::env::current_exe().context("cannot find the sluice binary")?,
+            binary: crate::program::own()?,
             limits: Limits { cpu_milli: plan.cpu_milli, memory_mib: plan.memory_mib },
             barriers: Barriers::new(plan.task_count),
             groups: Hierarchies::find(),

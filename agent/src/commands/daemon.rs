@@ -5,6 +5,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::os::unix::process::CommandExt;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,12 +18,17 @@ use crate::cli::Global;
 use crate::client::Client;
 use crate::config::Config;
 use crate::daemon::{self, Stop};
+use crate::program;
 
 /// Serves until told to stop by a signal or by `sluice stop`.
 pub(crate) async fn serve(config: Arc<Config>, announce: bool) -> Result<()> {
     // Before anybody is told that we run, and may want to end us.
-    let interrupted = super::interrupted()?;
-    let running = daemon::start(Arc::clone(&config)).await?;
+    let mut interrupted = pin!(super::interrupted()?);
+    let running = tokio::select! {
+        running = daemon::start(Arc::clone(&config)) => running?,
+        // What was begun is left as by one that was killed.
+        () = &mut interrupted => return Ok(()),
+    };
     // Whoever waits for the daemon does not wait for jobs.
     tokio::task::spawn_blocking(move || {
         if let Err(error) = crate::batch::resume(&config) {
@@ -39,7 +45,28 @@ pub(crate) async fn serve(config: Arc<Config>, announce: bool) -> Result<()> {
         () = running.needs_another() => return start_over(),
     };
     tracing::info!(?how, "stopping");
-    running.stop(how == Stop::Drain).await
+    end_by_all_means()?;
+    running.stop(how == Stop::Drain).await?;
+    if let Stop::Follow(program) = how {
+        match daemon::become_successor(&program) {
+            Err(error) => tracing::error!(error = format!("{error:#}"), "this program goes on"),
+        }
+        return start_over();
+    }
+    Ok(())
+}
+
+/// The next daemon waits for this one's end, and no read that hangs in the kernel may keep it from that. What is lost by it is what is
+/// lost with one that is killed: contents that were not flushed are fetched again.
+fn end_by_all_means() -> Result<()> {
+    let watch = || {
+        std::thread::sleep(LONGEST_END);
+        tracing::error!("the daemon does not come to an end: it is cut off");
+        // As one that was told to stop: its keeper starts no other.
+        std::process::exit(0);
+    };
+    std::thread::Builder::new().name("end".to_owned()).spawn(watch).context("cannot start a thread")?;
+    Ok(())
 }
 
 /// Serves block files until their file system is unmounted.
@@ -57,10 +84,8 @@ fn start_over() -> Result<()> {
         bail!("the server of block files died: the service manager starts the next daemon");
     }
     tracing::error!("the server of block files died: the daemon starts over");
-    let binary = std::env::current_exe().context("cannot find the sluice binary")?;
-    // Whoever waited for the announcement has heard it.
-    let arguments = std::env::args_os().skip(1).filter(|argument| argument != "--announce");
-    Err(std::process::Command::new(binary).args(arguments).exec()).context("cannot start over")
+    Err(std::process::Command::new(program::own()?).args(daemon::own_arguments()).exec())
+        .context("cannot start over")
 }
 
 fn say_ready() -> Result<()> {
@@ -80,10 +105,12 @@ fn notify_systemd() -> Result<()> {
 }
 
 /// Longer than a full disk cache takes to reach a slow disk.
+const LONGEST_END: Duration = Duration::from_secs(50);
+/// How long `sluice stop` waits for that.
 const LONGEST_STOP: Duration = Duration::from_secs(60);
 
 /// Asks the daemon to stop. Images in use are left to the next one.
-pub(crate) async fn stop(config: &Config) -> Result<()> {
+pub(crate) async fn stop(config: &Arc<Config>) -> Result<()> {
     match Client::connect_running(config).await? {
         Some(client) => ask_to_stop(config, &client, false).await,
         None => nothing_runs(config),

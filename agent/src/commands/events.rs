@@ -2,6 +2,8 @@
 
 use std::io::Write;
 
+use std::sync::Arc;
+
 use anyhow::{Result, bail};
 
 use crate::api::{Event, EventsRequest};
@@ -10,7 +12,7 @@ use crate::config::Config;
 use crate::journal::NodeEvent;
 
 /// Prints what the daemon kept and, with `follow`, what comes.
-pub(crate) async fn events(config: &Config, follow: bool, json: bool) -> Result<()> {
+pub(crate) async fn events(config: &Arc<Config>, follow: bool, json: bool) -> Result<()> {
     let Some(client) = Client::connect_running(config).await? else {
         bail!("no daemon runs on {}; `sluice daemon` starts one", config.socket().display());
     };

@@ -28,6 +28,7 @@ mod run_report;
 mod shell;
 mod status;
 mod trace;
+mod upgrade;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -101,6 +102,8 @@ pub(crate) async fn execute(cli: Cli, config: Arc<Config>) -> Result<ExitCode> {
         Command::KeepDaemon => return crate::keeper::keep(&config),
         Command::Daemon { announce } => daemon::serve(config, announce).await?,
         Command::Stop => daemon::stop(&config).await?,
+        Command::Upgrade { program } => upgrade::upgrade(&config, program).await?,
+        Command::CanFollow { protocol } => upgrade::can_follow(protocol)?,
         Command::BlockServer => daemon::serve_blocks(&config)?,
         Command::WriteMetadata => crate::node::merge_for_agent()?,
         Command::Registry(args) => registry::serve(args).await?,

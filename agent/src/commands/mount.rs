@@ -45,7 +45,7 @@ pub(crate) async fn mount(
 }
 
 /// Unmounts `dir` and tells the daemon, if one runs.
-pub(crate) async fn umount(config: &Config, dir: &Path) -> Result<()> {
+pub(crate) async fn umount(config: &Arc<Config>, dir: &Path) -> Result<()> {
     let dir = dir.canonicalize().with_context(|| format!("cannot unmount {}", dir.display()))?;
     if !sluice_kernel::mount::is_mount_point(&dir)? {
         bail!("nothing is mounted on {}", dir.display());

@@ -1,5 +1,6 @@
 //! `sluice status`: what is on the node, once or watched, for people or as JSON.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -11,7 +12,12 @@ use crate::config::Config;
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Prints the status of the node or of one image.
-pub(crate) async fn status(config: &Config, image: Option<String>, watch: bool, json: bool) -> Result<()> {
+pub(crate) async fn status(
+    config: &Arc<Config>,
+    image: Option<String>,
+    watch: bool,
+    json: bool,
+) -> Result<()> {
     let Some(client) = Client::connect_running(config).await? else {
         bail!("no daemon runs on {}; `sluice daemon` starts one", config.socket().display());
     };

@@ -43,7 +43,7 @@ fn start(config: &Config) -> Result<()> {
     let log_path = config.state.join("blocks.log");
     let log = std::fs::OpenOptions::new().create(true).append(true).open(&log_path);
     let log = log.with_context(|| format!("cannot open {}", log_path.display()))?;
-    let mut command = Command::new(std::env::current_exe().context("cannot find the sluice binary")?);
+    let mut command = Command::new(crate::program::own()?);
     if let Some(file) = &config.file {
         command.arg("--config").arg(file);
     }

@@ -143,7 +143,7 @@ impl Job {
     }
 
     fn run_elsewhere(&self, config: Option<&Path>) -> Result<Metadata> {
-        let mut command = Command::new(std::env::current_exe().context("cannot find the sluice binary")?);
+        let mut command = Command::new(crate::program::own()?);
         if let Some(config) = config {
             command.arg("--config").arg(config);
         }

@@ -36,6 +36,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use sluice_blockfs::{BlockFs, ImageMount};
@@ -44,7 +45,7 @@ use sluice_kernel::Abilities;
 use sluice_kernel::mount::UnmountOptions;
 use sluice_registry::artifact::{ArtifactStore, Kind};
 use sluice_registry::{Client, Limits, RegistryConfig};
-use sluice_store::Store;
+use sluice_store::{Store, StoreError};
 use sluice_stream::Scheduler;
 
 use crate::api::{FsckReport, GcReport, Holder, PullReport, Served};
@@ -72,6 +73,9 @@ const MOUNTED_WITHIN: std::time::Duration = std::time::Duration::from_secs(60);
 /// The end of a mount waits for reads that are under way: as long, and again as long once they fail.
 const LAST_READS: std::time::Duration = std::time::Duration::from_secs(2);
 
+/// How long the last agent may take to write what it has.
+const LAST_AGENT: std::time::Duration = std::time::Duration::from_secs(20);
+
 /// Stream indexes as artifacts.
 pub(crate) const INDEX_KIND: Kind = Kind {
     artifact_type: sluice_image::index::ARTIFACT_TYPE,
@@ -87,6 +91,8 @@ pub(crate) const TOC_ANNOTATION: &str = "dev.sluice.index.toc-length";
 #[derive(Debug)]
 pub(crate) struct Node {
     config: Arc<Config>,
+    /// When this agent began, milliseconds since 1970.
+    since_ms: u64,
     /// Why images cannot be streamed here, if so.
     cannot_stream: Option<String>,
     /// How images are attached on this kernel.
@@ -119,7 +125,7 @@ pub(crate) struct Node {
     /// Starts that the fill leaves the link to.
     starting: Mutex<Vec<(Holder, sluice_stream::Starting)>>,
     /// Mount points whose image was asked for lately, or taken over: they may not be mounted yet.
-    mounting: Mutex<HashMap<PathBuf, std::time::Instant>>,
+    mounting: Mutex<HashMap<PathBuf, Instant>>,
     baselines: baseline::Baselines,
     probing: probing::Probing,
     faults: faults::Reported,
@@ -181,7 +187,7 @@ impl Node {
         let probed = Arc::clone(&config);
         let unsafe_links = tokio::task::spawn_blocking(move || unsafe_links(&probed)).await?;
         let node = Arc::new(Self {
-            store: Store::open_with(&config.root, config.store_limits)?,
+            store: open_store(&config).await?,
             artifacts: artifact_store(&config, None, &registry)?,
             trust: Arc::new(trust(&config, None)?),
             registry,
@@ -210,6 +216,9 @@ impl Node {
             baselines: baseline::Baselines::new(config.root.join("baselines")),
             probing: probing::Probing::default(),
             faults: faults::Reported::default(),
+            since_ms: SystemTime::now()
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .map_or(0, |since| since.as_millis() as u64),
             config,
         });
         if node.config.probes {
@@ -427,6 +436,18 @@ impl Node {
 
     fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
         mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Opens the store; an agent that was told to stop may still have it.
+async fn open_store(config: &Config) -> Result<Store> {
+    let deadline = Instant::now() + LAST_AGENT;
+    loop {
+        match Store::open_with(&config.root, config.store_limits) {
+            Err(StoreError::Locked(_)) if Instant::now() < deadline => {}
+            opened => return Ok(opened?),
+        }
+        tokio::time::sleep(LAST_AGENT / 400).await;
     }
 }
 

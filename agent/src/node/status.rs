@@ -41,6 +41,8 @@ impl Node {
         Ok(Status {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            program: crate::program::place()?,
+            since_ms: self.since_ms,
             resident_bytes,
             resident_peak_bytes,
             disk_bytes: self.store.disk_bytes()?,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::rig::{MANY, Node, assert_content, large, one_of_many};
+use crate::rig::{MANY, Node, assert_content, ended, large, one_of_many, wait_until};
 
 #[test]
 fn readers_do_not_notice_that_daemons_die() {
@@ -37,7 +37,7 @@ fn readers_do_not_notice_that_daemons_die() {
         node.kill_daemon();
         node.ok(&["gc"]); // Any command starts the next daemon.
         let before = reads.load(Ordering::Relaxed);
-        crate::rig::wait_until("reads go on", || reads.load(Ordering::Relaxed) > before + 1);
+        wait_until("reads go on", || reads.load(Ordering::Relaxed) > before + 1);
     }
     over.store(true, Ordering::Relaxed);
     let longest = reader.join().expect("no read failed");
@@ -50,6 +50,88 @@ fn readers_do_not_notice_that_daemons_die() {
     assert!(node.ok(&["fsck"]).ends_with(" 0 problems\n"));
 }
 
+/// Another version takes over, at a place of its own and then in the same place; who reads notices nothing.
+#[test]
+fn an_upgrade_fails_no_read() {
+    let node = Node::indexed("[stream]\nfill = false\n");
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    let out = node.path("out");
+    let script = "echo up; for n in $(cat /mnt/numbers); do until [ -e /mnt/$n ]; do sleep 0.05; done; \
+                  sha256sum /data/many/$n > /dev/null || exit 1; done; sha256sum /data/large";
+    let shared = node.room("shared");
+    std::fs::write(shared.join("numbers"), "0 1 2").unwrap();
+    let volume = format!("{}:/mnt", shared.display());
+    let mut command = node.command(&["run", "-v", &volume, &node.image(), "sh", "-c", script]);
+    let container = command.stdout(std::fs::File::create(&out).unwrap()).spawn().unwrap();
+    wait_until("the container is up", || std::fs::read_to_string(&out).unwrap().contains("up"));
+
+    let (over, reads) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        let _ends = Ends(&over);
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let number = reads.fetch_add(1, Ordering::Relaxed) as usize % MANY;
+                assert_content(&dir.join(format!("data/many/{number}")), &one_of_many(number));
+            }
+        });
+        let program = node.path("sluice");
+        for (round, named) in [true, false, false].into_iter().enumerate() {
+            let new = node.path("sluice.new");
+            std::fs::copy(env!("CARGO_BIN_EXE_sluice"), &new).unwrap();
+            std::fs::rename(&new, &program).unwrap();
+            let (pid, since) = (node.daemon_pid(), node.status()["since_ms"].clone());
+            let named = named.then(|| program.to_string_lossy().into_owned());
+            node.ok(&[&["upgrade"][..], &named.as_deref().into_iter().collect::<Vec<_>>()].concat());
+            let status = node.status();
+            assert_eq!(status["program"], program.to_str().unwrap());
+            assert_ne!(status["since_ms"], since);
+            assert_eq!(node.daemon_pid(), pid, "whoever watches it sees the same process");
+            std::fs::write(shared.join(round.to_string()), "").unwrap();
+            let before = reads.load(Ordering::Relaxed);
+            wait_until("reads go on", || reads.load(Ordering::Relaxed) > before + 1);
+        }
+    });
+    assert!(ended("the container", container).success(), "{}", node.log());
+    assert!(std::fs::read_to_string(&out).unwrap().contains(&crate::rig::sha256(&large())));
+    node.ok(&["umount", &dir.to_string_lossy()]);
+}
+
+/// Ends what waits for it, also when an assertion fails.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// It is asked before anything ends.
+#[test]
+fn what_cannot_follow_is_no_upgrade() {
+    let node = Node::indexed("");
+    let dir = node.room("mount");
+    assert!(node.complaint(&["upgrade"]).contains("no daemon runs"));
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    let daemon = node.status()["since_ms"].clone();
+    for (program, reason) in
+        [("/bin/true", "another program"), ("/etc/passwd", "cannot run"), ("/no/file", "cannot find")]
+    {
+        let complaint = node.complaint(&["upgrade", program]);
+        assert!(complaint.contains(reason), "{complaint}");
+    }
+    // A configuration that the next daemon would not take.
+    std::fs::write(node.path("config.toml"), "nonsense = 1\n").unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_sluice"));
+    command.args(["--config", "/dev/null", "upgrade", "--root"]).arg(node.path("root"));
+    let output = command.arg("--state").arg(node.path("state")).output().unwrap();
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && complaint.contains("nonsense"), "{complaint}");
+    std::fs::write(node.path("config.toml"), "").unwrap();
+    assert_eq!(node.status()["since_ms"], daemon);
+    node.ok(&["umount", &dir.to_string_lossy()]);
+}
+
 #[test]
 fn a_container_outlives_a_stopped_daemon() {
     let node = Node::indexed("[stream]\nfill = false\n");
@@ -59,7 +141,7 @@ fn a_container_outlives_a_stopped_daemon() {
     let volume = format!("{}:/mnt", shared.display());
     let mut command = node.command(&["run", "-v", &volume, &node.image(), "sh", "-c", script]);
     let mut child = command.stdout(std::fs::File::create(&out).unwrap()).spawn().unwrap();
-    crate::rig::wait_until("the container is up", || std::fs::read_to_string(&out).unwrap().contains("up"));
+    wait_until("the container is up", || std::fs::read_to_string(&out).unwrap().contains("up"));
     node.ok(&["stop"]);
     std::fs::write(shared.join("go"), "").unwrap();
     std::thread::sleep(Duration::from_millis(300));
@@ -154,6 +236,21 @@ fn a_killed_daemon_is_followed_by_the_next() {
     assert_eq!(node.ok(&["stop"]).lines().count(), 1, "one that was told to stop is not");
 }
 
+/// Whoever asks while its keeper starts the next one waits for that, and is not told that none runs.
+#[test]
+fn a_question_meets_the_next_daemon() {
+    let node = Node::indexed("[stream]\nfill = false\n");
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    for _ in 0..5 {
+        let daemon = node.daemon_pid();
+        node.kill_daemon();
+        assert_ne!(node.daemon_pid(), daemon);
+        node.ok(&["node", "status"]);
+    }
+    node.ok(&["umount", &dir.to_string_lossy()]);
+}
+
 /// The daemon that lives on takes it for what it is.
 #[test]
 fn a_server_of_block_files_that_dies_alone_is_replaced() {
@@ -164,7 +261,7 @@ fn a_server_of_block_files_that_dies_alone_is_replaced() {
     let daemon = node.daemon_pid();
     node.kill_block_server();
     // Reads of what is not local fail until there is another one.
-    crate::rig::wait_until("the image is read again", || std::fs::read(dir.join("data/large")).is_ok());
+    wait_until("the image is read again", || std::fs::read(dir.join("data/large")).is_ok());
     assert_content(&dir.join("data/large"), &large());
     assert_eq!(node.daemon_pid(), daemon, "it started over in its place");
     assert!(node.log().contains("the daemon starts over"), "{}", node.log());
@@ -200,5 +297,5 @@ fn drain_ends_also_what_a_killed_daemon_left() {
     node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
     node.kill_daemon();
     node.ok(&["node", "drain"]);
-    crate::rig::wait_until("nothing is left", || node.leftovers().is_empty());
+    wait_until("nothing is left", || node.leftovers().is_empty());
 }

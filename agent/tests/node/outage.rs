@@ -1,10 +1,11 @@
 //! A registry that goes away and comes back, and one that lies.
 
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::rig::{Node, assert_content, large};
+use crate::rig::{Node, assert_content, ended, large, wait_until};
 
 #[test]
 fn a_blocked_read_waits_for_the_registry() {
@@ -73,7 +74,33 @@ fn drain_does_not_wait_for_a_dead_registry() {
     let start = Instant::now();
     node.ok(&["node", "drain"]);
     assert!(start.elapsed() < Duration::from_secs(15), "it took {:?}", start.elapsed());
-    crate::rig::wait_until("nothing is left", || node.leftovers().is_empty());
+    wait_until("nothing is left", || node.leftovers().is_empty());
+}
+
+/// Nor for a slow one: whoever waits for it asks the next daemon.
+#[test]
+fn a_daemon_that_stops_does_not_wait_for_a_slow_registry() {
+    let node = Node::new("");
+    let (image, blob) = (node.image(), format!("/blobs/{}", node.layers()[0]));
+    for command in [vec!["pull", &image], vec!["run", &image, "cat", "/data/changed"]] {
+        node.become_another();
+        node.bytes_sent();
+        // Once only, and for longer than `stop` would wait.
+        node.faults(&json!({ "path": blob, "bytes_per_second": 100_000, "times": 1 }));
+        let mut asking = node.command(&command);
+        let asking = asking.stdout(Stdio::null()).spawn().unwrap();
+        let mut sent = 0;
+        wait_until("the layer comes", || {
+            sent += node.bytes_sent();
+            sent > 20_000
+        });
+        let stopped = ended("the stop", node.command(&["stop"]).spawn().unwrap());
+        assert!(stopped.success(), "{}", node.log());
+        assert!(node.log().contains("cut short"), "{}", node.log());
+        let asked = ended(command[0], asking);
+        assert!(asked.success(), "{command:?}: {}", node.log());
+        assert_eq!(node.status()["images"].as_array().unwrap().len(), 1);
+    }
 }
 
 /// Has the kernel ask for a file's first bytes, and waits for none.

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -65,12 +65,17 @@ impl Node {
 
     /// Digests of the image's layers.
     pub(crate) fn layers(&self) -> Vec<String> {
+        self.layers_of(0)
+    }
+
+    /// Those of the image's version of this number.
+    pub(crate) fn layers_of(&self, version: usize) -> Vec<String> {
         let layout = self.dir.join("images/image");
         let read = |name: &str| -> Value {
             serde_json::from_slice(&fs::read(layout.join(name)).expect("readable")).expect("json")
         };
         let digest = |descriptor: &Value| descriptor["digest"].as_str().expect("a digest").to_owned();
-        let manifest = digest(&read("index.json")["manifests"][0]);
+        let manifest = digest(&read("index.json")["manifests"][version]);
         let manifest = read(&format!("blobs/{}", manifest.replace(':', "/")));
         manifest["layers"].as_array().expect("layers").iter().map(digest).collect()
     }
@@ -169,6 +174,17 @@ impl Node {
         let (head, body) = answer.split_once("\r\n\r\n").expect("an answer");
         assert!(head.starts_with("HTTP/1.1 2"), "{answer}");
         body.to_owned()
+    }
+
+    /// Waits until a blob comes that the registry was told to send slowly.
+    #[track_caller]
+    pub(crate) fn wait_for_slow_blob(&self) {
+        // All else comes at once.
+        let mut pieces = 0;
+        wait_until("the slow blob comes", || {
+            pieces += u32::from(self.bytes_sent() > 0);
+            pieces > 5
+        });
     }
 
     /// Ends the registry for good.
@@ -288,6 +304,23 @@ pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !holds() {
         assert!(Instant::now() < deadline, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// How a command ended, which must do so in two minutes.
+#[track_caller]
+pub(crate) fn ended(what: &str, mut child: Child) -> ExitStatus {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    loop {
+        if let Some(status) = child.try_wait().expect("a child") {
+            return status;
+        }
+        if Instant::now() > deadline {
+            let waits = fs::read_to_string(format!("/proc/{}/wchan", child.id())).unwrap_or_default();
+            drop(child.kill());
+            panic!("{what} does not end; it waits in `{waits}`");
+        }
         std::thread::sleep(Duration::from_millis(20));
     }
 }

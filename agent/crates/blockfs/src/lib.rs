@@ -19,6 +19,7 @@ use std::path::PathBuf;
 pub use client::BlockFs;
 pub use device::{Device, ImageMount};
 pub use options::{Choice, Options, Way};
+pub use protocol::VERSION as PROTOCOL_VERSION;
 pub use server::serve;
 pub use source::{BlockSource, ReadError};
 

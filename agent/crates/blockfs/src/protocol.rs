@@ -8,7 +8,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 /// Of this page.
-pub(crate) const VERSION: u64 = 1;
+pub const VERSION: u64 = 1;
 const HEAD_BYTES: usize = 40;
 /// No message is longer: one request's bytes, or a list of files.
 const MAX_BYTES: usize = 16 << 20;
