@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::logging::LogFormat;
 pub(crate) use batch::{BatchAction, SubmitArgs, Target};
 pub(crate) use traces::{ExportArgs, OtlpProtocol, RegressArgs, TraceAction, TraceFormat};
 
@@ -38,6 +39,9 @@ pub(crate) struct Global {
     /// Do the work in this process instead of in the daemon
     #[arg(long, global = true)]
     pub(crate) standalone: bool,
+    /// How the log is written [default: text]
+    #[arg(long, global = true, value_name = "FORMAT", env = "SLUICE_LOG_FORMAT")]
+    pub(crate) log_format: Option<LogFormat>,
     /// More log output: -v is info, -vv debug (SLUICE_LOG takes a filter)
     #[arg(long = "verbose", global = true, action = clap::ArgAction::Count)]
     pub(crate) verbose: u8,

@@ -11,6 +11,7 @@ use sluice_blockfs::{Choice, Options, Way};
 use sluice_store::StoreLimits;
 
 use crate::cli::Global;
+use crate::logging::LogFormat;
 use crate::node::Mode;
 
 const DEFAULT_CONFIG: &str = "/etc/sluice/config.toml";
@@ -27,6 +28,7 @@ struct RawConfig {
     index_store: Option<String>,
     publish_index: Option<bool>,
     memory_limit_mib: Option<u64>,
+    log_format: Option<LogFormat>,
     registry: RawRegistry,
     stream: RawStream,
     store: RawStore,
@@ -222,6 +224,8 @@ pub(crate) struct Config {
     pub(crate) root: PathBuf,
     /// Directory of sockets and mounts.
     pub(crate) state: PathBuf,
+    /// How the log is written.
+    pub(crate) log_format: LogFormat,
     /// Object store of stream indexes; the image's registry if none.
     pub(crate) index_store: Option<String>,
     /// Publish the index made by a first pull.
@@ -313,6 +317,7 @@ impl Config {
         Ok(Self {
             root: absolute(global.root.clone().or(raw.root).unwrap_or_else(|| DEFAULT_ROOT.into()))?,
             state: absolute(global.state.clone().or(raw.state).unwrap_or_else(|| DEFAULT_STATE.into()))?,
+            log_format: global.log_format.or(raw.log_format).unwrap_or_default(),
             index_store: raw.index_store,
             publish_index: raw.publish_index.unwrap_or(true),
             hosts_dir: raw.registry.hosts_dir,

@@ -55,6 +55,9 @@ pub(crate) fn start(config: &Config, global: &Global) -> Result<()> {
     for host in &global.plain_http {
         command.arg(format!("--plain-http={host}"));
     }
+    if let Some(format) = global.log_format {
+        command.args(["--log-format", format.name()]);
+    }
     for _ in 0..global.verbose {
         command.arg("--verbose");
     }

@@ -12,6 +12,7 @@ mod doctor;
 mod journal;
 mod keeper;
 mod kubernetes;
+mod logging;
 mod metrics;
 mod node;
 mod program;
@@ -27,7 +28,10 @@ use crate::config::Config;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    start_log(&cli);
+    // What is wrong with it is said below, as all that goes wrong.
+    let config = Config::resolve(&cli.global);
+    let format = config.as_ref().map_or(cli.global.log_format, |config| Some(config.log_format));
+    logging::start(&cli, format.unwrap_or_default());
     if matches!(cli.command, Command::Daemon { .. }) {
         sluice_kernel::process::return_freed_memory();
     }
@@ -35,7 +39,7 @@ fn main() -> ExitCode {
         anstream_error(&error);
         return ExitCode::from(125);
     }
-    match run(cli) {
+    match config.and_then(|config| run(cli, config)) {
         Ok(code) => code,
         // As a shell reports SIGPIPE.
         Err(error) if error.is::<commands::Unheard>() => ExitCode::from(141),
@@ -64,29 +68,10 @@ fn anstream_error(error: &anyhow::Error) {
     eprintln!("sluice: {error:#}");
 }
 
-/// The log goes to standard error: warnings by default, and what `SLUICE_LOG` or `--verbose` asks for.
-fn start_log(cli: &Cli) {
-    let daemon = matches!(cli.command, Command::Daemon { .. });
-    let level = match (cli.global.verbose, daemon) {
-        (0, false) => "warn",
-        (0, true) | (1, _) => "info",
-        _ => "debug",
-    };
-    let filter = tracing_subscriber::EnvFilter::try_from_env("SLUICE_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(format!("warn,sluice={level},sluice_stream={level},sluice_store={level},sluice_blockfs={level},sluice_registry={level},sluice_containerd={level}")));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_target(daemon)
-        .with_ansi(false)
-        .init();
-}
-
-fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+fn run(cli: Cli, config: Config) -> anyhow::Result<ExitCode> {
     sluice_registry::install_crypto();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let config = Arc::new(Config::resolve(&cli.global)?);
-    let code = runtime.block_on(commands::execute(cli, config));
+    let code = runtime.block_on(commands::execute(cli, Arc::new(config)));
     // A read that still waits for a registry must not keep the command from ending.
     runtime.shutdown_background();
     code

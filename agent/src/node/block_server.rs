@@ -48,7 +48,7 @@ fn start(config: &Config) -> Result<()> {
         command.arg("--config").arg(file);
     }
     let mut server = command
-        .arg("block-server")
+        .args(["--log-format", config.log_format.name(), "block-server"])
         .args([Path::new("--root"), &config.root, Path::new("--state"), &config.state])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
