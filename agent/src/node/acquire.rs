@@ -45,6 +45,7 @@ impl Node {
             let looks = std::mem::take(&mut *self.lock(&looks));
             looks.into_iter().for_each(|(began, took)| recording.looked_up(began, took));
         }
+        let _needed = self.need(&image).await;
         let _turn = self.turn(&digest).await;
         let fresh = !self.lock(&self.images).contains_key(&digest);
         if fresh {
@@ -52,7 +53,7 @@ impl Node {
             let made = self.make(&image, request.stream, &events, lookup.as_mut()).await?;
             self.announce(&pull, &made)?;
             self.lock(&self.images).insert(digest.clone(), made);
-            self.in_use_now();
+            self.entered_use();
         }
         let (acquired, started) = {
             // Before a `gc` can see the holder.

@@ -257,7 +257,7 @@ impl Node {
     }
 
     /// An image is among those in use from now on. Its last layer may have become complete just before, when nobody found the image.
-    pub(super) fn in_use_now(self: &Arc<Self>) {
+    pub(super) fn entered_use(self: &Arc<Self>) {
         let node = Arc::clone(self);
         tokio::task::spawn_blocking(move || node.read_local_far_ahead());
     }

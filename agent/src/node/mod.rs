@@ -112,6 +112,10 @@ pub(crate) struct Node {
     whole_images: Mutex<HashMap<String, PathBuf>>,
     /// One preparation of an image at a time.
     preparing: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// What is made ready at the moment.
+    needed: room::Needs,
+    /// Held by who removes layers, from finding what nobody needs until it is gone.
+    removing: tokio::sync::Mutex<()>,
     /// One writer of what is kept for the next agent.
     keeping: Mutex<()>,
     /// What happened to images.
@@ -199,6 +203,8 @@ impl Node {
             images: Mutex::default(),
             whole_images: Mutex::default(),
             preparing: Mutex::default(),
+            needed: room::Needs::default(),
+            removing: tokio::sync::Mutex::default(),
             keeping: Mutex::default(),
             cannot_stream: cannot_stream(&abilities).or(unsafe_links),
             form: if config.one_device || !abilities.erofs_devices.available {
@@ -290,6 +296,7 @@ impl Node {
     /// Brings all of an image here, and waits for it.
     pub(crate) async fn pull(self: &Arc<Self>, reference: &str, events: EventSender) -> Result<PullReport> {
         let image = self.resolve(reference, &events).await?;
+        let _needed = self.need(&image).await;
         let record = self.prepare(&image, &events, None).await?;
         let mut total = 0;
         for digest in &record.layers {
@@ -309,15 +316,15 @@ impl Node {
     pub(crate) async fn remove(self: &Arc<Self>, reference: &str) -> Result<()> {
         let record =
             self.find_record(reference)?.with_context(|| format!("there is no image `{reference}` here"))?;
-        let turn = Arc::clone(self.lock(&self.preparing).entry(record.manifest_digest.clone()).or_default());
-        let Ok(turn) = turn.try_lock() else {
+        let removing = self.removing.lock().await;
+        if self.needed.has(&record.manifest_digest) {
             bail!("{reference} is being made ready for somebody; try again");
-        };
+        }
         if self.lock(&self.images).contains_key(&record.manifest_digest) {
             bail!("{reference} is in use; stop its containers and unmount it first");
         }
         self.store.remove_image(&record.manifest_digest)?;
-        drop(turn);
+        drop(removing);
         self.gc().await.map(|_| ())
     }
 
@@ -329,7 +336,9 @@ impl Node {
                 self.release(&holder).await?;
             }
         }
-        let in_use = self.in_use_when_settled().await?;
+        self.settle().await?;
+        let _removing = self.removing.lock().await;
+        let in_use = self.in_use_now()?;
         let recorded: Vec<String> = self.store.images()?.into_iter().flat_map(|image| image.layers).collect();
         self.forget_layers(|digest| {
             in_use.layers.contains(digest) || recorded.iter().any(|one| one == digest)

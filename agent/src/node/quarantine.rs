@@ -173,6 +173,7 @@ impl Node {
                 record.manifest.into(),
                 record.config.into(),
             )?;
+            let _needed = self.need(&image).await;
             self.prepare(&image, &events, None).boxed().await?;
         }
         match self.lock(&self.blockfs).as_ref() {

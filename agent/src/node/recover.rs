@@ -53,7 +53,7 @@ impl Node {
         }
         let layers: Vec<_> = self.lock(&self.layers).values().cloned().collect();
         self.fill_in_background(&layers);
-        self.in_use_now();
+        self.entered_use();
         self.keep();
         Ok(())
     }

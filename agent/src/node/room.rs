@@ -1,11 +1,13 @@
 //! Room in the layer store, and in memory: what is in use is known here, so here images are evicted when the disk or the quota is full.
 
-use std::collections::HashSet;
-use std::sync::{Arc, Weak};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use sluice_kernel::loop_device::LoopListing;
+use sluice_registry::ResolvedImage;
 use sluice_store::InUse;
 
 use super::{Node, recover, status};
@@ -17,55 +19,100 @@ const ROOM_BYTES: u64 = 64 << 20;
 /// How long devices that nobody's image needs are waited for.
 const SETTLE: Duration = Duration::from_secs(1);
 
+/// What is being made ready, and is not in use yet.
+#[derive(Debug, Default)]
+pub(super) struct Needs {
+    listed: Arc<Mutex<HashMap<u64, Need>>>,
+    next: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Need {
+    image: String,
+    layers: Vec<String>,
+}
+
+/// See [`Node::need`].
+#[derive(Debug)]
+pub(super) struct Needed {
+    listed: Arc<Mutex<HashMap<u64, Need>>>,
+    number: u64,
+}
+
+impl Needs {
+    fn add(&self, image: String, layers: Vec<String>) -> Needed {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        lock(&self.listed).insert(number, Need { image, layers });
+        Needed { listed: Arc::clone(&self.listed), number }
+    }
+
+    fn all(&self) -> InUse {
+        let mut all = InUse::default();
+        for need in lock(&self.listed).values() {
+            all.images.insert(need.image.clone());
+            all.layers.extend(need.layers.iter().cloned());
+        }
+        all
+    }
+
+    /// Whether an image is being made ready.
+    pub(super) fn has(&self, manifest_digest: &str) -> bool {
+        lock(&self.listed).values().any(|need| need.image == manifest_digest)
+    }
+}
+
+impl Drop for Needed {
+    fn drop(&mut self) {
+        lock(&self.listed).remove(&self.number);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Node {
+    /// Says what `image` needs while it is made, pulled or given to somebody: until the answer is dropped none of it is removed. A
+    /// removal that is under way is waited for.
+    pub(super) async fn need(&self, image: &ResolvedImage) -> Needed {
+        let layers = image.layers.iter().map(|layer| layer.digest.clone()).collect();
+        let _over = self.removing.lock().await;
+        self.needed.add(image.manifest_digest.clone(), layers)
+    }
+
     /// What must stay: images and layers that somebody holds, or is about to.
-    fn in_use(&self) -> Result<InUse> {
-        let mut in_use = InUse::default();
+    fn in_use(&self) -> InUse {
+        let mut in_use = self.needed.all();
         for (digest, image) in self.lock(&self.images).iter() {
             in_use.images.insert(digest.clone());
             in_use.layers.extend(image.layers.iter().cloned());
         }
-        // An image that is being made has a turn that somebody has.
-        let mut preparing: Vec<String> = self
-            .lock(&self.preparing)
-            .iter()
-            .filter(|(_, turn)| turn.try_lock().is_err())
-            .map(|(digest, _)| digest.clone())
-            .collect();
-        let mut named = HashSet::new();
-        for image in self.store.images()? {
-            if let Some(at) = preparing.iter().position(|digest| *digest == image.manifest_digest) {
-                preparing.swap_remove(at);
-                in_use.images.insert(image.manifest_digest);
-                in_use.layers.extend(image.layers.iter().cloned());
-            }
-            named.extend(image.layers);
-        }
-        if !preparing.is_empty() {
-            // The layers of an image that is not recorded yet are those that no other names.
-            let all = self.store.layers()?.into_iter().chain(self.store.unpacked()?);
-            in_use.layers.extend(all.filter(|digest| !named.contains(digest)));
-        }
+        in_use
+    }
+
+    /// What is in use now, and what is behind devices. Asked with `removing` held, so that it stays true.
+    pub(super) fn in_use_now(&self) -> Result<InUse> {
+        let mut in_use = self.in_use();
+        in_use.layers.extend(self.layers_behind_devices()?);
         Ok(in_use)
     }
 
-    /// What is in use, and what containers that outlived their holders may still read through devices. Those of a container
-    /// that just ended go a moment after it, with its mount namespace: they are waited for.
-    pub(super) async fn in_use_when_settled(&self) -> Result<InUse> {
+    /// Containers that outlived their holders may still read layers through devices. Those of a container that just ended go a
+    /// moment after it, with its mount namespace: they are waited for.
+    pub(super) async fn settle(&self) -> Result<()> {
         let deadline = Instant::now() + SETTLE;
         loop {
-            let mut in_use = self.in_use()?;
-            let held = in_use.layers.len();
-            in_use.layers.extend(self.layers_behind_devices()?);
-            if in_use.layers.len() == held {
-                return Ok(in_use);
+            let held = self.in_use().layers.len();
+            let in_use = self.in_use_now()?;
+            if in_use.layers.len() <= held {
+                return Ok(());
             }
             if Instant::now() > deadline {
                 tracing::info!(
                     layers = in_use.layers.len() - held,
                     "layers that nobody holds stay: their devices are in use"
                 );
-                return Ok(in_use);
+                return Ok(());
             }
             tokio::time::sleep(SETTLE / 50).await;
         }
@@ -134,11 +181,13 @@ impl Node {
     }
 
     async fn make_room(self: &Arc<Self>) -> Result<()> {
-        let in_use = self.in_use_when_settled().await?;
+        self.settle().await?;
+        let _removing = self.removing.lock().await;
+        let in_use = self.in_use_now()?;
         self.forget_layers(|digest| in_use.layers.contains(digest)).await;
         let store = self.store.clone();
         let freed = tokio::task::spawn_blocking(move || store.make_room(ROOM_BYTES, &in_use)).await??;
-        self.reads.metrics.evicted.fetch_add(freed.images as u64, std::sync::atomic::Ordering::Relaxed);
+        self.reads.metrics.evicted.fetch_add(freed.images as u64, Ordering::Relaxed);
         if freed.bytes > 0 {
             tracing::info!(
                 images = freed.images,

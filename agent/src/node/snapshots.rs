@@ -97,6 +97,7 @@ impl Node {
             part_of(image.clone(), layer)?;
             // Before anything is recorded: lazy reads go to the repository of the last pull.
             self.check_access(&image).await?;
+            let _needed = self.need(&image).await;
             let _turn = self.turn(&layer.manifest_digest).await;
             if !self.hold(&layer.manifest_digest, &holder)? {
                 self.journal.pulling(&pull);
@@ -140,6 +141,7 @@ impl Node {
         let asked = Instant::now();
         let mut lookup = (!known)
             .then(|| self.look_up(&part.image, &part.truncated().layers, &StartRequest::default(), asked));
+        let _needed = self.need(&part.image).await;
         let _turn = self.turn(&part.key).await;
         let fresh = !self.hold(&part.key, &holder)?;
         if fresh {
@@ -247,7 +249,7 @@ impl Node {
     fn put(self: &Arc<Self>, key: &str, mut image: Image, holder: &Holder) {
         image.holders.push(holder.clone());
         self.lock(&self.images).insert(key.to_owned(), image);
-        self.in_use_now();
+        self.entered_use();
         self.keep();
     }
 

@@ -2,8 +2,11 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
-use crate::rig::{MANY, Node, assert_content, large, one_of_many, wait_until};
+use serde_json::json;
+
+use crate::rig::{MANY, Node, assert_content, ended, large, one_of_many, wait_until};
 
 /// The image's files are what was put into its layers.
 pub(crate) fn assert_image(root: &std::path::Path) {
@@ -183,4 +186,32 @@ fn a_quota_takes_what_nobody_uses_and_never_what_is_mounted() {
     node.ok(&["umount", &dir.to_string_lossy()]);
     crate::rig::wait_until("the image is evicted", || node.status()["images"].as_array().unwrap().is_empty());
     assert!(node.ok(&["fsck"]).ends_with(" 0 problems\n"));
+}
+
+/// The layers of an image that is being made are its own from the moment on in which that begins.
+#[test]
+fn nothing_is_removed_from_an_image_that_is_being_made() {
+    let node = Node::new("");
+    node.add_version();
+    let newer = node.image().replace("latest", "newer");
+    let blob = format!("/blobs/{}", node.layers_of(1)[1]);
+    for command in [vec!["pull", &newer], vec!["run", "--no-stream", &newer, "cat", "/data/changed"]] {
+        node.become_another();
+        // The lower layer is there, by another image that nobody uses.
+        match command[0] {
+            "pull" => node.ok(&["pull", &node.image()]),
+            _ => node.ok(&["run", "--no-stream", &node.image(), "cat", "/data/changed"]),
+        };
+        node.bytes_sent();
+        node.faults(&json!({ "path": blob, "bytes_per_second": 50, "times": 1 }));
+        let mut making = node.command(&command);
+        let making = making.stdout(Stdio::null()).spawn().unwrap();
+        node.wait_for_slow_blob();
+        node.ok(&["rm", &node.image()]);
+        node.ok(&["gc"]);
+        let complaint = node.complaint(&["rm", &newer]);
+        assert!(complaint.contains("no image"), "{complaint}");
+        assert!(ended(command[0], making).success(), "{command:?}: {}", node.log());
+        assert_eq!(node.ok(&["run", &newer, "cat", "/data/changed"]), "newer");
+    }
 }
