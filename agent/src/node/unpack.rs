@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use futures::StreamExt;
+use sluice_containerd::chain_ids;
 use sluice_registry::{Layer, ResolvedImage};
 
 use super::Node;
@@ -12,7 +13,8 @@ use super::prepare::unsupported;
 use crate::daemon::EventSender;
 
 impl Node {
-    /// Every layer downloaded, verified and unpacked; the directories, topmost first.
+    /// Every layer downloaded, verified and unpacked; the directories, topmost first. What a layer unpacks to depends on those below
+    /// it, so there is one directory for each chain of layers.
     pub(super) async fn pull_ordinary(
         &self,
         image: &ResolvedImage,
@@ -21,22 +23,29 @@ impl Node {
         let total = image.layers.iter().map(|layer| layer.size).sum();
         let mut done = 0;
         let mut dirs: Vec<PathBuf> = Vec::new();
-        for layer in &image.layers {
-            let dir = self.store.unpacked_path(&layer.digest)?;
+        let chain = chain_ids(image.layers.iter().map(|layer| layer.diff_id.as_str()));
+        for (layer, chain) in image.layers.iter().zip(chain) {
+            let dir = self.store.unpacked_path(&layer.digest)?.join(chain.trim_start_matches("sha256:"));
             // Another image may have it, too. A layer's own turn is its judgement's, which waits for images.
-            let _turn = self.turn(&format!("unpacked {}", layer.digest)).await;
+            let _turn = self.turn(&format!("unpacked {chain}")).await;
             if !dir.exists() {
-                self.unpack(image, layer, &dir).await.with_context(|| format!("layer {}", layer.digest))?;
+                let unpacked = self.unpack(image, layer, &dirs, &dir).await;
+                unpacked.with_context(|| format!("layer {}", layer.digest))?;
             }
             done += layer.size;
             events.progress(done, total);
-            dirs.retain(|other| *other != dir);
             dirs.insert(0, dir);
         }
         Ok(dirs)
     }
 
-    async fn unpack(&self, image: &ResolvedImage, layer: &Layer, dir: &Path) -> Result<()> {
+    async fn unpack(
+        &self,
+        image: &ResolvedImage,
+        layer: &Layer,
+        below: &[PathBuf],
+        dir: &Path,
+    ) -> Result<()> {
         if let Some(reason) = unsupported(&layer.media_type) {
             bail!("{reason}");
         }
@@ -44,16 +53,21 @@ impl Node {
         let mut body = blob.read(0..layer.size, false);
         let (sender, receiver) = tokio::sync::mpsc::channel::<std::io::Result<Bytes>>(32);
         let (temporary, target) = (self.store.temporary(), dir.to_path_buf());
-        let (digest, diff_id) = (layer.digest.clone(), layer.diff_id.clone());
+        let (digest, diff_id, below) = (layer.digest.clone(), layer.diff_id.clone(), below.to_vec());
         let unpacking = tokio::task::spawn_blocking(move || -> Result<()> {
-            let staged = temporary.join(digest.trim_start_matches("sha256:"));
-            std::fs::create_dir_all(&staged)?;
+            // Of its own for each attempt: what a failed one left goes with it.
+            let staged = tempfile::tempdir_in(&temporary)
+                .with_context(|| format!("cannot create a directory in {}", temporary.display()))?;
             let reader = ChannelReader { receiver, piece: Bytes::new() };
-            sluice_container::unpack::unpack_layer(reader, &staged, &digest, &diff_id)?;
+            sluice_container::unpack::unpack_layer(reader, staged.path(), &below, &digest, &diff_id)?;
             if let Some(parent) = target.parent() {
                 std::fs::create_dir_all(parent)?;
             }
-            std::fs::rename(&staged, &target).with_context(|| format!("cannot move {}", staged.display()))
+            let moved = std::fs::rename(staged.path(), &target);
+            moved.with_context(|| format!("cannot move {}", staged.path().display()))?;
+            // Nothing is left to be removed.
+            let _moved_away = staged.keep();
+            Ok(())
         });
         while let Some(piece) = body.next().await {
             if sender.send(piece.map_err(std::io::Error::other)).await.is_err() {

@@ -1,7 +1,7 @@
 //! Pulls by plain clients: streamed through `sluice ctr-pull`, ordinary through `ctr`, and what is in the containers.
 
 use crate::images::{Layer, noise, varied};
-use crate::rig::{Rig, assert_same};
+use crate::rig::{Rig, assert_same, listed, ok};
 
 #[test]
 fn a_streamed_image_runs_before_it_is_here_and_is_what_overlayfs_shows() {
@@ -34,6 +34,40 @@ fn an_ordinary_pull_works_with_this_as_the_only_snapshotter() {
     // Pulled again through us: it is there, and stays as it is.
     let said = rig.ctr_pull("app");
     assert!(said.contains("0 streamed, 3 there before"), "{said}");
+}
+
+/// Directories that a layer does not describe, and links of lower layers in their place, are what containerd makes of them.
+#[test]
+fn what_the_agent_unpacks_itself_is_what_overlayfs_shows() {
+    let rig = Rig::new("");
+    let soft = tar::EntryType::Symlink;
+    let mut layers = varied(6);
+    layers[0] = std::mem::replace(&mut layers[0], Layer::new())
+        .dir("private/", 0o2710)
+        .link(soft, "way", "private", 0o777, 0)
+        .link(soft, "nowhere", "/missing", 0o777, 0)
+        .dir("replaced/", 0o700);
+    layers[1] = std::mem::replace(&mut layers[1], Layer::new()).text("replaced", "by a file");
+    layers.push(
+        Layer::new()
+            .text("private/x", "x")
+            .text("way/x", "x")
+            .text("nowhere/x", "x")
+            .text("replaced/x", "x")
+            .link(soft, "early", "data/late", 0o777, 0)
+            .text("early/x", "x")
+            .text("new/x", "x"),
+    );
+    rig.images.add("app", layers, &["sh"]);
+    let dir = rig.path("unpacked");
+    std::fs::create_dir(&dir).unwrap();
+    let dir = dir.to_str().unwrap();
+    ok(&rig.sluice(&["mount", "--no-stream", &rig.reference("app"), dir]));
+    let ours =
+        listed(dir, |script| ok(&std::process::Command::new("sh").arg("-c").arg(script).output().unwrap()));
+    ok(&rig.sluice(&["umount", dir]));
+    rig.ctr(&["images", "pull", "--plain-http", "--snapshotter", "overlayfs", &rig.reference("app")]);
+    assert_same(&ours, &rig.listing("overlayfs", "app", "o"));
 }
 
 #[test]

@@ -277,20 +277,7 @@ runtime_type = "io.containerd.runc.v2"
 
     /// Lines about every file of the image's root, the same for every snapshotter.
     pub(crate) fn listing(&self, snapshotter: &str, name: &str, id: &str) -> Vec<String> {
-        let prune = r"\( -path ./proc -o -path ./dev -o -path ./sys -o -path ./run \) -prune -o";
-        let script = format!(
-            r"cd / && find . -xdev {prune} -printf '%p %y %m %U %G %s %n %T@ %l\n' && find . -xdev {prune} -type f -exec sha256sum {{}} +"
-        );
-        let mut lines: Vec<String> = self
-            .run(snapshotter, name, id, &script)
-            .lines()
-            // The root itself belongs to the snapshotter.
-            .filter(|line| !line.starts_with(". "))
-            .map(without_directory_details)
-            .collect();
-        lines.sort();
-        assert!(lines.len() > 20, "{lines:?}");
-        lines
+        listed("/", |script| self.run(snapshotter, name, id, script))
     }
 
     pub(crate) fn wait(&self, what: &str, mut done: impl FnMut() -> bool) {
@@ -312,6 +299,23 @@ runtime_type = "io.containerd.runc.v2"
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(30)..].join("\n")
     }
+}
+
+/// What a directory holds, by a script that `run` runs where it is.
+pub(crate) fn listed(dir: &str, run: impl FnOnce(&str) -> String) -> Vec<String> {
+    let prune = r"\( -path ./proc -o -path ./dev -o -path ./sys -o -path ./run \) -prune -o";
+    let script = format!(
+        r"cd {dir} && find . -xdev {prune} -printf '%p %y %m %U %G %s %n %T@ %l\n' && find . -xdev {prune} -type f -exec sha256sum {{}} +"
+    );
+    let mut lines: Vec<String> = run(&script)
+        .lines()
+        // The root itself belongs to the snapshotter.
+        .filter(|line| !line.starts_with(". "))
+        .map(without_directory_details)
+        .collect();
+    lines.sort();
+    assert!(lines.len() > 20, "{lines:?}");
+    lines
 }
 
 /// Sizes and link counts of directories differ between file systems, and their times with what was unpacked into them.

@@ -5,6 +5,7 @@
 
 mod bundle;
 mod inside;
+mod parents;
 mod spec;
 pub mod unpack;
 mod users;

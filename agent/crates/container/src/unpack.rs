@@ -20,6 +20,7 @@ use sluice_image::entry::Timestamp;
 use sluice_image::tar::{Step, TarEntry, TarError, TarKind, TarParser};
 
 use crate::inside::{fd_path, open_dir_inside, split};
+use crate::parents::{Parents, make_dir};
 
 /// Why a layer cannot be unpacked.
 #[derive(Debug, thiserror::Error)]
@@ -65,22 +66,24 @@ pub enum UnpackError {
 }
 
 const OPAQUE: &[u8] = b".wh..wh..opq";
-const OPAQUE_XATTR: &str = "trusted.overlay.opaque";
-/// Directories that no entry describes.
-const IMPLIED_MODE: u32 = 0o755;
+pub(crate) const OPAQUE_XATTR: &str = "trusted.overlay.opaque";
+/// Directories that no entry describes, in this layer or below.
+pub(crate) const IMPLIED_MODE: u32 = 0o755;
 const BUFFER: usize = 256 * 1024;
 
 /// Unpacks the layer that `reader` gives (gzip, zstd or plain) into the empty directory `dir`, verifies both digests
-/// (`sha256:…`, of the compressed bytes and of the tar), and makes it durable. On an error what was made so far is left for the
+/// (`sha256:…`, of the compressed bytes and of the tar), and makes it durable. Directories that it does not describe are as in the
+/// layers `below` it, topmost first. On an error what was made so far is left for the
 /// caller to remove. Needs root and `/proc`; blocks.
 pub fn unpack_layer(
     mut reader: impl Read,
     dir: &Path,
+    below: &[impl AsRef<Path>],
     digest: &str,
     diff_id: &str,
 ) -> Result<(), UnpackError> {
     let mut layer = LayerStream {
-        unpacker: Unpacker::new(dir)?,
+        unpacker: Unpacker::new(dir, below)?,
         parser: TarParser::new(false),
         decoder: None,
         tar: ring::digest::Context::new(&ring::digest::SHA256),
@@ -171,7 +174,7 @@ fn at_entry(path: &[u8]) -> impl FnOnce(io::Error) -> UnpackError {
 }
 
 struct Unpacker {
-    root: File,
+    parents: Parents,
     /// The file whose content comes. It gets its attributes when it is full: writing would change its times, and take its
     /// capabilities away.
     open: Option<(File, TarEntry)>,
@@ -180,12 +183,13 @@ struct Unpacker {
 }
 
 impl Unpacker {
-    fn new(dir: &Path) -> Result<Self, UnpackError> {
+    fn new(dir: &Path, below: &[impl AsRef<Path>]) -> Result<Self, UnpackError> {
         let failed = |source| UnpackError::Directory { what: "open", source };
         let root = File::open(dir).map_err(failed)?;
         // Most layers do not describe the root; in overlayfs the topmost layer's attributes are the container's.
         root.set_permissions(fs::Permissions::from_mode(IMPLIED_MODE)).map_err(failed)?;
-        Ok(Self { root, open: None, directories: Vec::new() })
+        let parents = Parents::new(root, below).map_err(failed)?;
+        Ok(Self { parents, open: None, directories: Vec::new() })
     }
 
     fn take(&mut self, parser: &mut TarParser, mut tar: &[u8]) -> Result<(), UnpackError> {
@@ -221,9 +225,9 @@ impl Unpacker {
     fn entry(&mut self, entry: TarEntry) -> io::Result<()> {
         let (parent, name) = split(&entry.path);
         if name.is_empty() {
-            return self.directory(self.root.try_clone()?, entry);
+            return self.directory(self.parents.root.try_clone()?, entry);
         }
-        let parent = self.make_dirs(parent)?;
+        let parent = self.parents.open(parent, &mut self.directories)?;
         if name == OPAQUE {
             return xattr::FileExt::set_xattr(&parent, OPAQUE_XATTR, b"y");
         }
@@ -264,7 +268,7 @@ impl Unpacker {
             }
             TarKind::HardLink(target) => {
                 let (target_parent, target_name) = split(target);
-                let target_parent = open_dir_inside(&self.root, target_parent)?;
+                let target_parent = open_dir_inside(&self.parents.root, target_parent)?;
                 make_way(&path)?;
                 return fs::hard_link(fd_path(&target_parent, target_name), path);
             }
@@ -289,26 +293,10 @@ impl Unpacker {
         set_attributes(&path, &entry)
     }
 
-    /// Opens a directory, making what is missing of it.
-    fn make_dirs(&self, path: &[u8]) -> io::Result<File> {
-        match open_dir_inside(&self.root, path) {
-            // ENOTDIR: perhaps a whiteout of this layer.
-            Err(error) if is_absent(&error) && !path.is_empty() => {}
-            other => return other,
-        }
-        let (parent, name) = split(path);
-        let parent = self.make_dirs(parent)?;
-        match fs::symlink_metadata(fd_path(&parent, name)) {
-            Ok(meta) if !is_whiteout(&meta) => Err(Errno::ENOTDIR.into()),
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => make_dir(&parent, name),
-        }
-    }
-
     fn finish(mut self) -> Result<(), UnpackError> {
         self.close()?;
-        for (path, mtime) in self.directories.iter().rev() {
-            match open_dir_inside(&self.root, path) {
+        for (path, mtime) in &self.directories {
+            match open_dir_inside(&self.parents.root, path) {
                 Ok(dir) => futimens(&dir, &spec(*mtime), &spec(*mtime)).map_err(io::Error::from),
                 // A later entry replaced the directory.
                 Err(error) if is_absent(&error) => Ok(()),
@@ -316,16 +304,16 @@ impl Unpacker {
             }
             .map_err(at_entry(path))?;
         }
-        nix::unistd::syncfs(&self.root)
+        nix::unistd::syncfs(&self.parents.root)
             .map_err(|errno| UnpackError::Directory { what: "sync", source: errno.into() })
     }
 }
 
-fn is_absent(error: &io::Error) -> bool {
+pub(crate) fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
-fn is_whiteout(meta: &fs::Metadata) -> bool {
+pub(crate) fn is_whiteout(meta: &fs::Metadata) -> bool {
     meta.file_type().is_char_device() && meta.rdev() == 0
 }
 
@@ -346,31 +334,8 @@ fn white_out(parent: &File, name: &[u8]) -> io::Result<()> {
     }
 }
 
-/// Makes and opens a directory; one that is there already merges, anything else is replaced.
-fn make_dir(parent: &File, name: &[u8]) -> io::Result<File> {
-    let path = fd_path(parent, name);
-    let (there, hides) = match fs::symlink_metadata(&path) {
-        Ok(meta) => (meta.is_dir(), is_whiteout(&meta)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => (false, false),
-        Err(error) => return Err(error),
-    };
-    if !there {
-        make_way(&path)?;
-        fs::create_dir(&path)?;
-    }
-    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
-    let dir = OpenOptions::new().read(true).custom_flags(flags.bits()).open(&path)?;
-    if !there {
-        dir.set_permissions(fs::Permissions::from_mode(IMPLIED_MODE))?;
-    }
-    if hides {
-        xattr::FileExt::set_xattr(&dir, OPAQUE_XATTR, b"y")?;
-    }
-    Ok(dir)
-}
-
 /// Removes what stands where a new entry goes.
-fn make_way(path: &Path) -> io::Result<()> {
+pub(crate) fn make_way(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
         Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
         Ok(_) => fs::remove_file(path),

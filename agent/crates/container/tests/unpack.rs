@@ -12,6 +12,8 @@ use sluice_container::unpack::{UnpackError, unpack_layer};
 use sluice_kernel::mount::{UnmountOptions, unmount};
 use tar::{Builder, EntryType, Header};
 
+/// No layers below.
+const ALONE: [&Path; 0] = [];
 const TIME: u64 = 1_234_567_890;
 
 /// A tar that may hold what no well-meaning one does.
@@ -70,9 +72,14 @@ impl Layer {
     }
 
     fn unpack(self, dir: &Path) -> Result<(), UnpackError> {
+        self.unpack_above(dir, &[])
+    }
+
+    /// Above other layers, topmost first.
+    fn unpack_above(self, dir: &Path, below: &[&Path]) -> Result<(), UnpackError> {
         let tar = self.tar();
         let sum = digest(&tar);
-        unpack_layer(tar.as_slice(), dir, &sum, &sum)
+        unpack_layer(tar.as_slice(), dir, below, &sum, &sum)
     }
 }
 
@@ -326,13 +333,14 @@ fn all_compressions_and_both_digests() {
     let diff_id = digest(&tar);
     for layer in [&tar, &gzip, &zstd] {
         let (_outer, dir) = place();
-        unpack_layer(Trickle { left: layer, reads: 0 }, &dir, &digest(layer), &diff_id).expect("unpack");
+        unpack_layer(Trickle { left: layer, reads: 0 }, &dir, &ALONE, &digest(layer), &diff_id)
+            .expect("unpack");
         assert_eq!(fs::metadata(dir.join("file")).expect("file").len(), 1_000_000);
         let other = digest(b"other");
         for (sum, diff_id, wrong) in [(&other, &diff_id, "layer digest"), (&digest(layer), &other, "diffID")]
         {
             let (_outer, dir) = place();
-            let error = unpack_layer(layer.as_slice(), &dir, sum, diff_id).expect_err("mismatch");
+            let error = unpack_layer(layer.as_slice(), &dir, &ALONE, sum, diff_id).expect_err("mismatch");
             assert!(matches!(error, UnpackError::Digest { what, .. } if what == wrong), "{error:?}");
         }
     }
@@ -371,13 +379,14 @@ fn damaged_layers_are_refused() {
             let (_outer, dir) = place();
             let cut = &whole[..len];
             // By its own digest: what remains is for the decoder, the parser and the diffID to find.
-            unpack_layer(cut, &dir, &digest(cut), &digest(&tar)).expect_err("cut short");
+            unpack_layer(cut, &dir, &ALONE, &digest(cut), &digest(&tar)).expect_err("cut short");
         }
         let mut flipped = whole.clone();
         let at = whole.len() / 3;
         flipped[at] ^= 0x55;
         let (_outer, dir) = place();
-        unpack_layer(flipped.as_slice(), &dir, &digest(&flipped), &digest(&tar)).expect_err("damaged");
+        unpack_layer(flipped.as_slice(), &dir, &ALONE, &digest(&flipped), &digest(&tar))
+            .expect_err("damaged");
     }
 }
 
@@ -395,7 +404,7 @@ fn a_real_tree_as_tar_writes_it() {
         .output()
         .expect("these tests need tar(1)");
     let sum = digest(&output.stdout);
-    unpack_layer(output.stdout.as_slice(), &dir, &sum, &sum).expect("unpack");
+    unpack_layer(output.stdout.as_slice(), &dir, &ALONE, &sum, &sum).expect("unpack");
     let differences = std::process::Command::new("diff")
         .args(["--recursive", "--no-dereference"])
         .args([&tree, &dir])
@@ -404,4 +413,43 @@ fn a_real_tree_as_tar_writes_it() {
     assert!(differences.status.success(), "{}", String::from_utf8_lossy(&differences.stdout));
     let inode = |path: &str| fs::metadata(dir.join(path)).expect(path).ino();
     assert_eq!(inode("a/h"), inode("a/b/c"));
+}
+
+/// As containerd has it (its `mkparent`): what the layer does not describe is as below, by the topmost layer that has it.
+#[test]
+fn implied_directories_are_as_in_the_layers_below() {
+    let (outer, lowest) = place();
+    let attributed = |layer: Layer, path: &str, mode| layer.add(EntryType::Directory, path, mode, "", b"");
+    let lower =
+        attributed(Layer::new(), "both/", 0o700).symlink("link", "usr/real").symlink("out", "/../both");
+    let lower = attributed(lower.xattr("user.name", b"value"), "usr/", 0o2775);
+    attributed(attributed(lower, "usr/real/", 0o711), "hidden/", 0o700).unpack(&lowest).expect("unpack");
+    let (middle, top) = (outer.path().join("middle"), outer.path().join("top"));
+    for dir in [&middle, &top] {
+        fs::create_dir(dir).expect("create");
+    }
+    attributed(Layer::new(), "both/", 0o750).file("hidden", "").unpack(&middle).expect("unpack");
+    let below = [middle.as_path(), lowest.as_path()];
+    let layer = Layer::new().symlink("early", "usr/late").file("early/x", "");
+    let layer = layer.file("both/x", "").file("link/x", "").file("usr/x", "").file("out/x", "");
+    layer.file("hidden/x", "").file("new/x", "").unpack_above(&top, &below).expect("unpack");
+    for (path, mode, owner) in [
+        ("both", 0o750, 1000),
+        ("usr", 0o2775, 1000),
+        ("link", 0o711, 1000),
+        ("out", 0o700, 1000),
+        ("hidden", 0o755, 0),
+        ("new", 0o755, 0),
+        ("usr/late", 0o755, 0),
+    ] {
+        let meta = fs::symlink_metadata(top.join(path)).expect(path);
+        assert!(meta.is_dir(), "{path}");
+        assert_eq!((meta.mode() & 0o7777, meta.uid()), (mode, owner), "{path}");
+        if owner != 0 {
+            assert_eq!(meta.mtime(), TIME as i64, "{path}");
+        }
+    }
+    let value = xattr::get(top.join("usr"), "user.name").expect("get");
+    assert_eq!(value.as_deref(), Some(&b"value"[..]));
+    assert!(top.join("usr/late/x").exists(), "a link of the layer itself is followed");
 }
