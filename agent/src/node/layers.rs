@@ -11,7 +11,7 @@ use sluice_store::Layer;
 use sluice_stream::{BlobSource, LayerParts, MemorySource, StreamedLayer};
 
 use super::Node;
-use super::sources::{IndexBlob, LayerBlocks, RegistryBlob};
+use super::sources::{IndexBlob, LayerBlocks, LocalIndex, RegistryBlob};
 use crate::daemon::EventSender;
 
 /// See the module text.
@@ -174,15 +174,20 @@ impl Node {
         let blob = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let index = sluice_image::index::LayerIndex::from_blob(blob)?;
         let size = index.header().layer_size.get();
-        let index_blob: Arc<dyn BlobSource> = if index.has_own_tar() {
-            Arc::new(IndexBlob {
-                artifacts: self.artifacts.clone(),
-                trust: Arc::clone(&self.trust),
-                header: super::header_digest(&index),
-                image: image.clone(),
-                layer: digest.to_owned(),
-                found: Arc::default(),
-            })
+        let published = || IndexBlob {
+            artifacts: self.artifacts.clone(),
+            trust: Arc::clone(&self.trust),
+            header: super::header_digest(&index),
+            image: image.clone(),
+            layer: digest.to_owned(),
+            found: Arc::default(),
+        };
+        let windows = &index.header().windows;
+        let whole = windows.offset.get().saturating_add(windows.len.get());
+        let index_blob: Arc<dyn BlobSource> = if index.has_own_tar() && index.blob().len() as u64 >= whole {
+            Arc::new(LocalIndex { path, size: whole, published: published() })
+        } else if index.has_own_tar() {
+            Arc::new(published())
         } else {
             // Made here from the layer's own table of contents: nobody else has it.
             Arc::new(MemorySource(bytes::Bytes::copy_from_slice(index.blob())))

@@ -2,6 +2,8 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -79,6 +81,51 @@ impl IndexBlob {
             transient: true,
         })
     }
+}
+
+/// An index blob that is all here, as a first pull left it: nothing needs to be published for it. What is damaged on the disk may be.
+#[derive(Debug)]
+pub(super) struct LocalIndex {
+    pub(super) path: PathBuf,
+    pub(super) size: u64,
+    pub(super) published: IndexBlob,
+}
+
+impl BlobSource for LocalIndex {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read(&self, range: Range<u64>, lane: Lane) -> BoxStream<'static, Result<Bytes, SourceError>> {
+        let (path, published) = (self.path.clone(), self.published.clone());
+        let read = async move {
+            let wanted = range.clone();
+            let local = tokio::task::spawn_blocking(move || read_local(&path, &wanted)).await;
+            match local.map_err(std::io::Error::other).flatten() {
+                Ok(bytes) => futures::stream::once(std::future::ready(Ok(bytes))).boxed(),
+                Err(error) => {
+                    tracing::warn!(layer = published.layer, %error, "the layer's own index cannot be read");
+                    published.read(range, lane)
+                }
+            }
+        };
+        futures::stream::once(read).flatten().boxed()
+    }
+
+    fn read_elsewhere(
+        &self,
+        range: Range<u64>,
+        lane: Lane,
+    ) -> BoxStream<'static, Result<Bytes, SourceError>> {
+        self.published.read(range, lane)
+    }
+}
+
+fn read_local(path: &Path, range: &Range<u64>) -> std::io::Result<Bytes> {
+    let len = usize::try_from(range.end.saturating_sub(range.start)).map_err(std::io::Error::other)?;
+    let mut bytes = vec![0; len];
+    File::open(path)?.read_exact_at(&mut bytes, range.start)?;
+    Ok(bytes.into())
 }
 
 /// A streamed layer as a block file.

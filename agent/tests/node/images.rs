@@ -215,3 +215,25 @@ fn nothing_is_removed_from_an_image_that_is_being_made() {
         assert_eq!(node.ok(&["run", &newer, "cat", "/data/changed"]), "newer");
     }
 }
+
+/// Nobody has published an index of it; the node has its own.
+#[test]
+fn a_layer_that_was_indexed_here_is_fetched_again_without_a_published_index() {
+    let node = Node::new("publish_index = false\n");
+    node.ok(&["pull", &node.image()]);
+    node.ok(&["stop"]);
+    for layer in std::fs::read_dir(node.path("root/layers")).unwrap() {
+        std::fs::remove_file(layer.unwrap().path().join("data")).unwrap();
+    }
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    let (root, read) = (dir.clone(), std::sync::mpsc::channel());
+    std::thread::spawn(move || {
+        assert_image(&root);
+        read.0.send(()).unwrap();
+    });
+    let came = read.1.recv_timeout(std::time::Duration::from_secs(90));
+    assert!(came.is_ok(), "{}", node.log());
+    node.wait_for_state("local");
+    node.ok(&["umount", &dir.to_string_lossy()]);
+}
