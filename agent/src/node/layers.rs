@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use sluice_blockfs::Device;
 use sluice_registry::ResolvedImage;
 use sluice_store::Layer;
-use sluice_stream::{BlobSource, LayerParts, MemorySource, StreamedLayer};
+use sluice_stream::{BlobSource, LayerParts, MemorySource, StreamError, StreamedLayer};
 
 use super::Node;
 use super::sources::{IndexBlob, LayerBlocks, LocalIndex, RegistryBlob};
@@ -115,7 +115,13 @@ impl NodeLayer {
             fill.abort();
         }
         match &self.streamed {
-            Some(streamed) => Ok(streamed.flush().await?),
+            Some(streamed) => match streamed.flush().await {
+                Err(error @ StreamError::Lost { .. }) => {
+                    tracing::warn!(%error, "the next agent fetches it again");
+                    Ok(())
+                }
+                other => Ok(other?),
+            },
             None => Ok(()),
         }
     }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(crate) const PAGE_BYTES: usize = 4096;
 const WORDS_PER_PAGE: usize = PAGE_BYTES / 8;
 
-/// Bits that only ever get set (but for `clear`, used by fsck).
+/// Bits, and which pages of them changed.
 #[derive(Debug)]
 pub(crate) struct Bitmap {
     words: Vec<AtomicU64>,
@@ -70,6 +70,38 @@ impl Bitmap {
         });
     }
 
+    /// Clears what `others` has not; gives the runs of bits that were set.
+    pub(crate) fn retain(&self, others: &Self) -> Vec<Range<u64>> {
+        let mut cleared: Vec<Range<u64>> = Vec::new();
+        for (at, word) in self.words.iter().enumerate() {
+            let keep = others.words.get(at).map_or(0, |word| word.load(Ordering::Acquire));
+            let gone = word.fetch_and(keep, Ordering::AcqRel) & !keep;
+            if gone == 0 {
+                continue;
+            }
+            self.set.fetch_sub(u64::from(gone.count_ones()), Ordering::AcqRel);
+            self.mark_dirty(at);
+            for bit in (0..64).filter(|bit| gone & (1 << bit) != 0).map(|bit| at as u64 * 64 + bit) {
+                match cleared.last_mut().filter(|run| run.end == bit) {
+                    Some(run) => run.end += 1,
+                    None => cleared.push(bit..bit + 1),
+                }
+            }
+        }
+        cleared
+    }
+
+    /// The runs of clear bits.
+    pub(crate) fn clear_runs(&self) -> Vec<Range<u64>> {
+        let (mut runs, mut from) = (Vec::new(), self.run(0));
+        while from < self.len {
+            let to = self.alike(from, false);
+            runs.push(from..to);
+            from = self.run(to);
+        }
+        runs
+    }
+
     /// Whether all bits of a range are set.
     pub(crate) fn all(&self, range: Range<u64>) -> bool {
         let mut all = range.end <= self.len;
@@ -79,9 +111,15 @@ impl Bitmap {
 
     /// The first clear bit at or after `from`.
     pub(crate) fn run(&self, from: u64) -> u64 {
+        self.alike(from, true)
+    }
+
+    /// The first bit at or after `from` that is not as `set` says.
+    fn alike(&self, from: u64, set: bool) -> u64 {
         let mut at = from.min(self.len);
         while at < self.len {
             let word = self.words.get((at / 64) as usize).map_or(0, |word| word.load(Ordering::Acquire));
+            let word = if set { word } else { !word };
             let ones = u64::from((word >> (at % 64)).trailing_ones());
             at += ones;
             if ones == 0 || !at.is_multiple_of(64) {
@@ -107,13 +145,23 @@ impl Bitmap {
         for (at, dirty) in self.dirty.iter().enumerate() {
             let bits = dirty.swap(0, Ordering::AcqRel);
             for bit in (0..64).filter(|bit| bits & (1 << bit) != 0) {
-                let page = at * 64 + bit;
-                let words = self.words.iter().skip(page * WORDS_PER_PAGE).take(WORDS_PER_PAGE);
-                let bytes = words.flat_map(|word| word.load(Ordering::Acquire).to_le_bytes()).collect();
-                pages.push((page as u32, bytes));
+                let page = (at * 64 + bit) as u32;
+                pages.push((page, self.page(page)));
             }
         }
         pages
+    }
+
+    /// All pages, with their present content.
+    pub(crate) fn pages(&self) -> Vec<(u32, Vec<u8>)> {
+        let count = self.words.len().div_ceil(WORDS_PER_PAGE) as u32;
+        (0..count).map(|page| (page, self.page(page))).collect()
+    }
+
+    /// The present content of a page.
+    pub(crate) fn page(&self, page: u32) -> Vec<u8> {
+        let words = self.words.iter().skip(page as usize * WORDS_PER_PAGE).take(WORDS_PER_PAGE);
+        words.flat_map(|word| word.load(Ordering::Acquire).to_le_bytes()).collect()
     }
 
     /// Marks pages dirty again that could not be stored.
@@ -195,6 +243,19 @@ mod tests {
             }
             prop_assert_eq!(again.count(), bitmap.count());
             prop_assert!(bitmap.take_dirty().is_empty());
+            // 33 of every 100 bits stay.
+            let (keep, gone, clear) = (Bitmap::new(len, false), Bitmap::new(len, false), Bitmap::new(len, true));
+            (0..len).step_by(100).for_each(|bit| keep.set(bit..bit + 33));
+            let before = bitmap.count();
+            bitmap.clear_runs().into_iter().for_each(|run| clear.clear(run));
+            prop_assert_eq!(clear.count(), before);
+            bitmap.retain(&keep).into_iter().for_each(|run| gone.set(run));
+            prop_assert_eq!(bitmap.count() + gone.count(), before);
+            for (bit, was) in plain.iter().enumerate().step_by(31) {
+                let range = bit as u64..bit as u64 + 1;
+                prop_assert_eq!(bitmap.all(range.clone()), *was && bit % 100 < 33);
+                prop_assert_eq!(gone.all(range), *was && bit % 100 >= 33);
+            }
             prop_assert!(!bitmap.all(0..len + 1));
         }
     }

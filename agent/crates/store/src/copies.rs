@@ -136,13 +136,16 @@ impl Layer {
             return Ok(false);
         }
         let mut bytes = vec![0; len];
-        if source.memory_bytes() == 0 && self.share_blocks(source, there, chunk)? {
-            self.file().read_exact_at(&mut bytes, chunk.store_offset.get())?;
-            if algorithm.digest(&bytes) == chunk.digest {
-                self.shared(chunk);
-                return Ok(true);
+        if source.memory_bytes() == 0 && !self.is_doubtful(chunk.store_offset.get()) {
+            let _inserting = self.inserting();
+            if self.share_blocks(source, there, chunk)? {
+                self.file().read_exact_at(&mut bytes, chunk.store_offset.get())?;
+                if algorithm.digest(&bytes) == chunk.digest {
+                    self.shared(chunk);
+                    return Ok(true);
+                }
+                return Ok(false);
             }
-            return Ok(false);
         }
         if !source.try_read(source_offset, &mut bytes)? || algorithm.digest(&bytes) != chunk.digest {
             return Ok(false);

@@ -6,6 +6,7 @@ use std::ops::Range;
 use sluice_image::index::LayerIndex;
 use sluice_image::records::{BLOCK_SIZE, ChunkRecord};
 
+use crate::reading::Found;
 use crate::{Layer, OnFile, Store, StoreError};
 
 /// What was found. Bad chunks are forgotten, so that they are fetched again.
@@ -122,7 +123,7 @@ impl Store {
         }
         if bad {
             report.damaged.push(layer.digest().to_owned());
-            self.record_whole_map(layer)?;
+            self.flush(layer)?;
         }
         tracing::debug!(layer = layer.digest(), dir = %layer.dir().display(), bad, "checked");
         Ok(())
@@ -138,15 +139,16 @@ fn check_chunk(
     report: &mut FsckReport,
 ) -> Option<String> {
     let bytes = buffer.get_mut(..chunk.len.get() as usize)?;
-    match layer.try_read(chunk.store_offset.get(), bytes) {
-        Ok(false) => return None,
-        Ok(true) => {}
-        Err(error) => {
-            report.chunks_checked += 1;
-            return Some(format!("cannot be read: {error}"));
-        }
+    let found = layer.look(chunk.store_offset.get(), bytes);
+    if matches!(found, Ok(Found::NotAll)) {
+        return None;
     }
     report.chunks_checked += 1;
+    match found {
+        Ok(Found::Lost(why)) => return Some(format!("cannot be read: {why}")),
+        Err(error) => return Some(format!("cannot be read: {error}")),
+        Ok(_) => {}
+    }
     let same = index.digest_algorithm().digest(bytes) == chunk.digest;
     (!same).then(|| "are not what they were".to_owned())
 }

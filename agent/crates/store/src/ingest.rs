@@ -30,6 +30,8 @@ impl Ingest {
 
     pub(crate) fn finish(self, target: &Path, size: u64) -> Result<(), StoreError> {
         self.file().set_len(size).on("set the length of", target)?;
+        // By the descriptor that wrote: one opened afterwards may not be told that a write was lost.
+        self.file().sync_data().on("flush", target)?;
         self.file.persist(target).map_err(|error| error.error).on("move to", target)?;
         Ok(())
     }

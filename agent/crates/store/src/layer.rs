@@ -6,14 +6,16 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 
 use bytes::Bytes;
-use sluice_image::records::{BLOCK_SIZE, ChunkRecord, ExtentRecord};
+use sluice_image::index::header::{HEADER_LEN, IndexHeader};
+use sluice_image::records::{BLOCK_SIZE, ChunkRecord, DigestAlgorithm, ExtentRecord};
 
-use crate::bitmap::{Bitmap, PAGE_BYTES};
-use crate::memory::{Memory, overlay};
+use crate::bitmap::Bitmap;
+use crate::flush::Flushing;
+use crate::memory::Memory;
 use crate::records::Records;
 use crate::space::Space;
 use crate::state::{LayerRecord, Page};
@@ -27,16 +29,29 @@ pub struct Layer {
     generation: u64,
     dir: PathBuf,
     size: u64,
-    file: File,
+    /// The one descriptor by which it is written and flushed: the kernel tells each open file once that a write was lost.
+    pub(crate) file: File,
     chunks: Records<ChunkRecord>,
     extents: Records<ExtentRecord>,
-    verified: Bitmap,
+    /// What digests chunks; `None` if the index of a complete layer cannot be read.
+    pub(crate) algorithm: Option<DigestAlgorithm>,
+    pub(crate) verified: Bitmap,
     /// What of it is recorded, and so on the disk for good.
-    durable: Bitmap,
-    complete: AtomicBool,
-    /// Verified chunks that the disk could not take.
-    memory: Memory,
-    space: Arc<Space>,
+    pub(crate) durable: Bitmap,
+    /// What the disk lost before: it is kept in memory until it is on the disk.
+    pub(crate) doubtful: OnceLock<Bitmap>,
+    pub(crate) complete: AtomicBool,
+    /// Verified chunks that are not on the disk for good.
+    pub(crate) memory: Memory,
+    pub(crate) space: Arc<Space>,
+    /// Held for reading from before bytes are written until their bits are set, for writing while bits are cleared because a
+    /// flush failed: so a bit that is set afterwards speaks of bytes written afterwards.
+    inserting: RwLock<()>,
+    pub(crate) flushing: Mutex<Flushing>,
+    /// Something that was written came back different: the next flush counts as failed.
+    pub(crate) suspect: AtomicBool,
+    /// Held while `verified`, `durable` and `complete` change together.
+    maps: Mutex<()>,
 }
 
 impl Layer {
@@ -57,7 +72,13 @@ impl Layer {
         }
         // What was loaded is stored already.
         drop(verified.take_dirty());
-        Ok(Self {
+        let algorithm = match algorithm_of(&dir.join("index")) {
+            Ok(algorithm) => Some(algorithm),
+            // It is not needed to read what is recorded.
+            Err(_) if record.complete => None,
+            Err(error) => return Err(error),
+        };
+        let layer = Self {
             digest: digest.to_owned(),
             diff_id: record.diff_id.clone(),
             generation: record.generation,
@@ -65,13 +86,24 @@ impl Layer {
             file,
             chunks: Records::open(&dir.join("chunks"))?,
             extents: Records::open(&dir.join("extents"))?,
+            algorithm,
             verified,
             durable,
+            doubtful: OnceLock::new(),
             complete: AtomicBool::new(record.complete),
             memory: Memory::new(Arc::clone(&space)),
             space,
+            inserting: RwLock::default(),
+            flushing: Mutex::new(Flushing::new(record.complete)),
+            suspect: AtomicBool::new(false),
+            maps: Mutex::default(),
             dir,
-        })
+        };
+        // What an earlier process wrote and did not record: it may be what the disk lost.
+        for run in layer.durable.clear_runs() {
+            layer.clear_away(&run);
+        }
+        Ok(layer)
     }
 
     /// `sha256:…` of the layer blob.
@@ -124,10 +156,6 @@ impl Layer {
         self.complete.load(Ordering::Acquire)
     }
 
-    pub(crate) fn set_complete(&self) {
-        self.complete.store(true, Ordering::Release);
-    }
-
     /// Whether every block is verified.
     pub fn is_full(&self) -> bool {
         self.verified.count() == self.verified.len()
@@ -138,7 +166,7 @@ impl Layer {
         self.verified.count() * BLOCK_SIZE
     }
 
-    /// Bytes verified that are only in memory: the disk could not take them.
+    /// Bytes verified that are in memory: the disk could not take them, or lost them before.
     pub fn memory_bytes(&self) -> u64 {
         self.memory.bytes()
     }
@@ -156,28 +184,6 @@ impl Layer {
     /// Whether all bytes of a range are verified. The range may end beyond the file: only what is in it counts.
     pub fn has(&self, range: Range<u64>) -> bool {
         self.verified.all(blocks(range.start..range.end.min(self.size)))
-    }
-
-    /// Fills `buffer` from `offset` if all of it is verified; says whether it was. Bytes beyond the end are zero.
-    pub fn try_read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<bool> {
-        let end = offset.saturating_add(buffer.len() as u64).min(self.size);
-        let (inside, beyond) = buffer.split_at_mut((end.saturating_sub(offset)) as usize);
-        beyond.fill(0);
-        loop {
-            let evictions = self.memory.evictions();
-            if !self.has(offset..end) {
-                return Ok(false);
-            }
-            // Taken before the file is read: what is not held any more was written before.
-            let held = self.memory.overlapping(offset..end);
-            if overlay(&held, offset, inside) < inside.len() as u64 {
-                self.file.read_exact_at(inside, offset)?;
-                overlay(&held, offset, inside);
-            }
-            if evictions == self.memory.evictions() {
-                return Ok(true);
-            }
-        }
     }
 
     /// Chunks with bytes in `range` that are not verified, in order.
@@ -217,7 +223,7 @@ impl Layer {
     }
 
     /// Number of the chunk that holds `offset`, or of the first one after it.
-    fn first_chunk(&self, offset: u64) -> io::Result<u64> {
+    pub(crate) fn first_chunk(&self, offset: u64) -> io::Result<u64> {
         self.chunks.partition_point(|chunk| span_of(chunk).end <= offset)
     }
 
@@ -253,102 +259,83 @@ impl Layer {
     /// Takes a chunk whose digest the caller has checked. When the disk takes no more it stays in memory, within the budget; an
     /// urgent one makes older ones go. Says whether it was kept.
     pub fn insert_verified(&self, chunk: &ChunkRecord, bytes: &Bytes, urgent: bool) -> bool {
+        let _inserting = self.inserting();
         let start = chunk.store_offset.get();
+        if self.is_doubtful(start) {
+            return self.keep(start, bytes, urgent);
+        }
         if let Err(error) = self.write(start, bytes) {
             if !crate::space::is_full(&error) {
                 tracing::warn!(layer = self.digest, offset = start, size = bytes.len(), %error, "cannot write to the layer store; keeping bytes in memory");
             }
-            let forget = |range| self.verified.clear(blocks(range));
-            let remember = |range| self.verified.set(blocks(range));
-            return self.memory.keep(start, bytes.clone(), urgent, forget, remember);
+            return self.keep(start, bytes, urgent);
         }
         self.verified.set(blocks(span_of(chunk)));
         true
     }
 
-    /// Takes a chunk that is all zeros, as the caller has checked: it needs no space.
-    pub fn insert_hole(&self, chunk: &ChunkRecord) -> io::Result<()> {
-        let span = span_of(chunk);
-        // Damage that fsck found may stand there.
-        match sluice_kernel::file::punch_hole(self.file.as_fd(), span.start, span.end - span.start) {
-            Ok(()) => {}
-            Err(error) => {
-                tracing::debug!(layer = self.digest, offset = span.start, %error, "no hole can be made: zeros are written");
-                self.write(span.start, &vec![0; (span.end - span.start) as usize])?;
+    /// Keeps a chunk in memory.
+    fn keep(&self, start: u64, bytes: &Bytes, urgent: bool) -> bool {
+        let forget = |range| {
+            let blocks = blocks(range);
+            // One that is on the disk, too, can be read from there.
+            if !self.durable.all(blocks.clone()) {
+                self.verified.clear(blocks);
             }
-        }
-        self.verified.set(blocks(span));
-        Ok(())
+        };
+        let remember = |range| self.verified.set(blocks(range));
+        self.memory.keep(start, bytes.clone(), urgent, forget, remember)
     }
 
-    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    /// Takes a chunk that is all zeros, as the caller has checked: it needs no space.
+    pub fn insert_hole(&self, chunk: &ChunkRecord) {
+        let span = span_of(chunk);
+        let inserting = self.inserting();
+        // Damage that fsck found may stand there.
+        match sluice_kernel::file::punch_hole(self.file.as_fd(), span.start, span.end - span.start) {
+            Ok(()) => self.verified.set(blocks(span)),
+            Err(error) => {
+                tracing::debug!(layer = self.digest, offset = span.start, %error, "no hole can be made: zeros are written");
+                drop(inserting);
+                // An urgent one is always kept.
+                self.insert_verified(chunk, &Bytes::from(vec![0; chunk.len.get() as usize]), true);
+            }
+        }
+    }
+
+    /// Writes to the file, if there is space.
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let len = bytes.len() as u64;
         self.space.admit(len)?;
         self.file.write_all_at(bytes, offset).inspect_err(|error| self.space.refused(len, error))
     }
 
-    /// Forgets that a range was verified.
-    pub(crate) fn unverify(&self, range: Range<u64>) {
-        self.complete.store(false, Ordering::Release);
-        self.durable.clear(blocks(range.clone()));
-        self.verified.clear(blocks(range));
+    /// See the field.
+    pub(crate) fn inserting(&self) -> RwLockReadGuard<'_, ()> {
+        self.inserting.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes what memory holds, flushes the file, and returns the pages of the map that are to be recorded now. If the flush
-    /// fails nobody can tell what reached the disk: `committed` gives the pages of the map as they are recorded, and what was
-    /// verified since is forgotten.
-    pub(crate) fn sync(
-        &self,
-        committed: impl FnOnce() -> Result<Vec<Page>, StoreError>,
-    ) -> Result<Vec<Page>, StoreError> {
-        if let Err(error) = self.memory.drain(|start, bytes| self.write(start, bytes)) {
-            tracing::debug!(layer = self.digest, %error, "the disk still takes no more");
-        }
-        // Taken before the flush: bits set meanwhile are dirty again and come with the next one.
-        let mut pages = self.verified.take_dirty();
-        if pages.is_empty() {
-            return Ok(pages);
-        }
-        // What is in memory only is not to be recorded. Looked at after the bits: a chunk whose bit was seen is either still
-        // held, or written before the flush.
-        let held: Vec<Range<u64>> = self.memory.ranges().into_iter().map(blocks).collect();
-        if !held.is_empty() {
-            self.verified.mark_pages(crate::bitmap::mask(&mut pages, &held).into_iter());
-        }
-        if let Err(error) = self.file.sync_data() {
-            let recorded = committed()?;
-            for (page, _) in &pages {
-                let bytes = recorded.iter().find(|(one, _)| one == page).map(|(_, bytes)| bytes.as_slice());
-                self.verified.load_page(*page, bytes.unwrap_or(&[0; PAGE_BYTES]));
-            }
-            return Err(error).on("flush", &self.data_path());
-        }
-        Ok(pages)
+    /// Waits until nothing is being inserted, and keeps it so during `work`.
+    pub(crate) fn while_nothing_is_inserted<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _alone = self.inserting.write().unwrap_or_else(PoisonError::into_inner);
+        work()
     }
 
-    /// Where the run of bytes ends that begins at `offset` and is verified, on the disk and recorded as such: it may be read from
-    /// the file at [`Self::data_path`] without asking again. `offset` if there is none.
-    pub fn durable_until(&self, offset: u64) -> u64 {
-        let end = self.durable.run(offset / BLOCK_SIZE) * BLOCK_SIZE;
-        end.min(self.size).max(offset)
+    /// See the field `maps`.
+    pub(crate) fn with_maps<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _together = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
+        work()
     }
 
-    /// Pages that were recorded.
-    pub(crate) fn recorded(&self, pages: &[Page]) {
-        for (page, bytes) in pages {
-            self.durable.load_page(*page, bytes);
-        }
+    /// Whether the disk lost the chunk at a store offset before, and has it not yet.
+    pub(crate) fn is_doubtful(&self, start: u64) -> bool {
+        let block = start / BLOCK_SIZE;
+        self.doubtful.get().is_some_and(|doubtful| doubtful.all(block..block + 1))
     }
 
-    /// Marks pages again that could not be recorded.
-    pub(crate) fn not_recorded(&self, pages: &[Page]) {
-        self.verified.mark_pages(pages.iter().map(|(page, _)| *page));
-    }
-
-    /// Makes the next flush record the whole map.
-    pub(crate) fn mark_all(&self) {
-        let pages = self.verified.len().div_ceil(8 * PAGE_BYTES as u64);
-        self.verified.mark_pages(0..pages as u32);
+    /// The map of what is doubtful.
+    pub(crate) fn doubtful(&self) -> &Bitmap {
+        self.doubtful.get_or_init(|| Bitmap::new(self.verified.len(), false))
     }
 
     pub(crate) fn file(&self) -> &File {
@@ -360,7 +347,7 @@ impl Layer {
         self.chunks.get(number)
     }
 
-    /// Takes a chunk whose blocks are another layer's, and whose digest was checked.
+    /// Takes a chunk whose blocks are another layer's, and whose digest was checked. The caller is [`Self::inserting`].
     pub(crate) fn shared(&self, chunk: &ChunkRecord) {
         self.verified.set(blocks(span_of(chunk)));
     }
@@ -381,11 +368,21 @@ impl Layer {
 }
 
 /// Store range of a chunk, rounded up to whole blocks: the padding behind it is zero by the layout rule.
-fn span_of(chunk: &ChunkRecord) -> Range<u64> {
+pub(crate) fn span_of(chunk: &ChunkRecord) -> Range<u64> {
     let start = chunk.store_offset.get();
     start..start + u64::from(chunk.len.get()).next_multiple_of(BLOCK_SIZE)
 }
 
-fn blocks(range: Range<u64>) -> Range<u64> {
+/// Numbers of the blocks that hold a store range.
+pub(crate) fn blocks(range: Range<u64>) -> Range<u64> {
     range.start / BLOCK_SIZE..range.end.div_ceil(BLOCK_SIZE)
+}
+
+/// What digests the chunks of an index blob, by its header.
+fn algorithm_of(path: &Path) -> Result<DigestAlgorithm, StoreError> {
+    let mut header = [0; HEADER_LEN];
+    File::open(path).and_then(|file| file.read_exact_at(&mut header, 0)).on("read", path)?;
+    let parsed = IndexHeader::parse(&header);
+    let header = parsed.map_err(|source| StoreError::Index { layer: path.display().to_string(), source })?;
+    Ok(header.digest_algorithm())
 }

@@ -6,12 +6,14 @@
 
 mod bitmap;
 mod copies;
+mod flush;
 mod fsck;
 mod gc;
 mod ingest;
 mod layer;
 mod memory;
 mod place;
+mod reading;
 mod records;
 mod space;
 mod state;
@@ -25,6 +27,8 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use sluice_image::index::IndexError;
+
+use flush::Flushing;
 
 pub use copies::LocalCopies;
 pub use fsck::FsckReport;
@@ -79,6 +83,17 @@ pub enum StoreError {
     /// A layer cannot be complete while some of its bytes are only in memory.
     #[error("layer {0} is not all on the disk: there is no space")]
     OnlyInMemory(String),
+    /// The disk did not keep what was written. What of it was not recorded is forgotten: it is to be fetched again.
+    #[error("the disk did not keep what was written to layer {layer}; {bytes} bytes of it are fetched again")]
+    Lost {
+        /// Digest of the layer.
+        layer: String,
+        /// Bytes that were verified and are forgotten.
+        bytes: u64,
+        /// What the flush said.
+        #[source]
+        source: io::Error,
+    },
     /// A layer cannot be complete while blocks are missing.
     #[error("layer {0} has blocks that are not verified")]
     NotFull(String),
@@ -172,48 +187,69 @@ impl Store {
         self.inner.state.layers()
     }
 
-    /// Makes durable what was verified so far, but for what is in memory only. Blocks the thread.
+    /// Makes durable what was verified so far, but for what is in memory only. Flushes of a layer come one at a time: one that had to
+    /// wait has nothing left to do. Blocks the thread.
+    ///
+    /// `Lost`: what was verified since the last flush is not there any more, and is to be fetched again.
     pub fn flush(&self, layer: &Layer) -> Result<(), StoreError> {
-        self.record(layer, |state, pages| match pages {
+        self.flush_alone(layer, &mut layer.flushing())
+    }
+
+    fn flush_alone(&self, layer: &Layer, flushing: &mut Flushing) -> Result<(), StoreError> {
+        self.record(layer, flushing, Vec::new())?;
+        match layer.write_singly() {
+            written if written.is_empty() => Ok(()),
+            written => self.record(layer, flushing, written),
+        }
+    }
+
+    /// Flushes the layer's file, then records what was verified before.
+    fn record(&self, layer: &Layer, flushing: &mut Flushing, written: Vec<u64>) -> Result<(), StoreError> {
+        let (state, digest, generation) = (&self.inner.state, layer.digest(), layer.generation());
+        // It lost something since it was recorded as complete: there are no pages of its map to be changed.
+        let anew = flushing.complete && !layer.is_complete();
+        if anew {
+            layer.mark_all();
+        }
+        let flushed = match layer.sync(written) {
+            Err(error) if anew => {
+                state.set_incomplete(digest, generation, &layer.durable_pages())?;
+                flushing.complete = false;
+                return Err(error);
+            }
+            flushed => flushed?,
+        };
+        let recorded = match flushed.pages.as_slice() {
             [] => Ok(()),
-            pages => state.put_bits(layer.digest(), layer.generation(), pages),
-        })
-    }
-
-    /// Records that a layer is not complete (any more), and what of it is verified.
-    pub(crate) fn record_whole_map(&self, layer: &Layer) -> Result<(), StoreError> {
-        layer.mark_all();
-        self.record(layer, |state, pages| state.set_incomplete(layer.digest(), layer.generation(), pages))
-    }
-
-    /// Flushes the layer's file, then lets `put` record what was verified before.
-    fn record(
-        &self,
-        layer: &Layer,
-        put: impl FnOnce(&state::State, &[state::Page]) -> Result<(), StoreError>,
-    ) -> Result<(), StoreError> {
-        let state = &self.inner.state;
-        let committed =
-            || Ok(state.layer_and_bits(layer.digest())?.map(|(_, pages)| pages).unwrap_or_default());
-        let pages = layer.sync(committed)?;
-        let recorded = put(state, &pages);
+            pages if anew => state.set_incomplete(digest, generation, pages),
+            pages => state.put_bits(digest, generation, pages),
+        };
         match &recorded {
-            Ok(()) => layer.recorded(&pages),
-            Err(_) => layer.not_recorded(&pages),
+            Ok(()) => {
+                flushing.complete &= !anew;
+                layer.recorded(&flushed);
+            }
+            Err(_) => layer.not_recorded(&flushed),
         }
         recorded
     }
 
     /// Marks a layer complete: all blocks verified, all of them on the disk, and its diffID checked by the caller.
     pub fn mark_complete(&self, layer: &Layer) -> Result<(), StoreError> {
-        self.flush(layer)?;
+        let mut flushing = layer.flushing();
+        self.flush_alone(layer, &mut flushing)?;
         if !layer.is_full() {
             return Err(StoreError::NotFull(layer.digest().to_owned()));
         }
         if layer.memory_bytes() > 0 {
             return Err(StoreError::OnlyInMemory(layer.digest().to_owned()));
         }
+        // What was verified since the flush is not on the disk yet.
+        if !layer.is_durable() {
+            return Err(StoreError::NotFull(layer.digest().to_owned()));
+        }
         self.inner.state.set_complete(layer.digest(), layer.generation())?;
+        flushing.complete = true;
         layer.set_complete();
         Ok(())
     }

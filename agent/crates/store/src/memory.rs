@@ -1,10 +1,11 @@
-//! Verified chunks that are not on the disk: it was full, or failed. Readers get them from here.
+//! Verified chunks that are not on the disk for good: it was full, or failed. Readers get them from here.
 //!
-//! The order of things is what makes this safe. A chunk is here before its bits are set; it leaves only after it was written, or
-//! after its bits were cleared and `evictions` counted up. So a reader that looks at the bits, then here, then at the
+//! The order of things is what makes this safe. A chunk is here before its bits are set; it leaves only after it was written and
+//! flushed, or after its bits were cleared and `evictions` counted up. So a reader that looks at the bits, then here, then at the
 //! file has every byte, unless `evictions` changed meanwhile.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -48,6 +49,11 @@ impl Memory {
         self.evictions.load(Ordering::Acquire)
     }
 
+    /// Bits were cleared: whoever saw them looks again.
+    pub(crate) fn cleared(&self) {
+        self.evictions.fetch_add(1, Ordering::AcqRel);
+    }
+
     /// Keeps a chunk if there is room, and then sets its bits by `remember`. For an urgent one the oldest make room: `forget` clears
     /// their bits. Both under one lock: a bit set when the chunk had gone again would show a hole.
     pub(crate) fn keep(
@@ -80,7 +86,7 @@ impl Memory {
             if let Some(gone) = held.chunks.get(&oldest) {
                 forget(padded(oldest, gone.len()));
             }
-            self.evictions.fetch_add(1, Ordering::AcqRel);
+            self.cleared();
             self.remove(&mut held, oldest);
         }
         self.bytes.fetch_add(len, Ordering::AcqRel);
@@ -114,20 +120,44 @@ impl Memory {
             .collect()
     }
 
-    /// Store ranges of all chunks held, in whole blocks.
-    pub(crate) fn ranges(&self) -> Vec<Range<u64>> {
-        self.lock().chunks.iter().map(|(start, bytes)| padded(*start, bytes.len())).collect()
+    /// Lets `look` see the store ranges of all chunks held but `except` (sorted store offsets), in whole blocks. Meanwhile nothing
+    /// comes or goes here, and no bits change on account of that.
+    pub(crate) fn with_ranges<T>(&self, except: &[u64], look: impl FnOnce(&[Range<u64>]) -> T) -> T {
+        let held = self.lock();
+        let ranges: Vec<Range<u64>> = held
+            .chunks
+            .iter()
+            .filter(|(start, _)| except.binary_search(start).is_err())
+            .map(|(start, bytes)| padded(*start, bytes.len()))
+            .collect();
+        look(&ranges)
     }
 
-    /// Writes what is held, until `write` fails.
-    pub(crate) fn drain(&self, write: impl Fn(u64, &[u8]) -> std::io::Result<()>) -> std::io::Result<()> {
+    /// Gives what is held to `write`, in order, until that fails. It stays here until it is released: what was written is not on the
+    /// disk yet. Gives the store offsets of what `write` says it has written.
+    pub(crate) fn write_out(
+        &self,
+        write: impl Fn(u64, &[u8]) -> io::Result<bool>,
+    ) -> (Vec<u64>, io::Result<()>) {
+        let (mut written, mut from) = (Vec::new(), 0);
         loop {
             // Not held while writing: readers need it.
-            let first = self.lock().chunks.first_key_value().map(|(start, bytes)| (*start, bytes.clone()));
-            let Some((start, bytes)) = first else { return Ok(()) };
-            write(start, &bytes)?;
-            let mut held = self.lock();
-            self.remove(&mut held, start);
+            let next = self.lock().chunks.range(from..).next().map(|(start, bytes)| (*start, bytes.clone()));
+            let Some((start, bytes)) = next else { return (written, Ok(())) };
+            match write(start, &bytes) {
+                Ok(true) => written.push(start),
+                Ok(false) => {}
+                Err(error) => return (written, Err(error)),
+            }
+            from = start + 1;
+        }
+    }
+
+    /// Lets go of chunks that are on the disk.
+    pub(crate) fn release(&self, written: &[u64]) {
+        let mut held = self.lock();
+        for start in written {
+            self.remove(&mut held, *start);
         }
     }
 
@@ -145,22 +175,23 @@ impl Drop for Memory {
 /// Copies into `buffer`, which begins at `offset`, what `held` has of it, zeros behind each chunk included. Returns how many
 /// bytes that were.
 pub(crate) fn overlay(held: &[(u64, Bytes)], offset: u64, buffer: &mut [u8]) -> u64 {
-    let end = offset + buffer.len() as u64;
-    let mut covered = 0;
-    for (start, bytes) in held {
-        let whole = padded(*start, bytes.len());
-        let (from, to) = (offset.max(whole.start), end.min(whole.end));
-        let Some(target) = buffer.get_mut((from - offset) as usize..(to.max(from) - offset) as usize) else {
-            continue;
-        };
-        let source = bytes.get((from - start) as usize..).unwrap_or(&[]);
-        let copied = source.len().min(target.len());
-        let (content, padding) = target.split_at_mut(copied);
-        content.copy_from_slice(source.get(..copied).unwrap_or(&[]));
-        padding.fill(0);
-        covered += to.saturating_sub(from);
-    }
-    covered
+    held.iter().map(|(start, bytes)| copy_part(*start, bytes, offset, buffer)).sum()
+}
+
+/// Copies into `buffer`, which begins at `offset`, what a chunk at `start` has of it, zeros behind it included. Returns how many
+/// bytes that were.
+pub(crate) fn copy_part(start: u64, bytes: &[u8], offset: u64, buffer: &mut [u8]) -> u64 {
+    let (whole, end) = (padded(start, bytes.len()), offset + buffer.len() as u64);
+    let (from, to) = (offset.max(whole.start), end.min(whole.end));
+    let Some(target) = buffer.get_mut((from - offset) as usize..(to.max(from) - offset) as usize) else {
+        return 0;
+    };
+    let source = bytes.get((from - start) as usize..).unwrap_or(&[]);
+    let copied = source.len().min(target.len());
+    let (content, padding) = target.split_at_mut(copied);
+    content.copy_from_slice(source.get(..copied).unwrap_or(&[]));
+    padding.fill(0);
+    to.saturating_sub(from)
 }
 
 fn padded(start: u64, len: usize) -> Range<u64> {
@@ -172,10 +203,14 @@ mod tests {
     use super::*;
     use crate::StoreLimits;
 
+    fn memory(budget: u64) -> Memory {
+        let limits = StoreLimits { memory_budget_bytes: budget, quota_bytes: None, reserve_bytes: 0 };
+        Memory::new(Arc::new(Space::new(std::path::Path::new("/"), limits)))
+    }
+
     #[test]
     fn what_is_held_stays_when_it_comes_again() {
-        let limits = StoreLimits { memory_budget_bytes: 10_000, quota_bytes: None, reserve_bytes: 0 };
-        let memory = Memory::new(Arc::new(Space::new(std::path::Path::new("/"), limits)));
+        let memory = memory(10_000);
         let nothing_goes = |range| panic!("{range:?} was forgotten");
         assert!(memory.keep(4096, Bytes::from(vec![1; 6000]), false, nothing_goes, |_| {}));
         // No room for another, but this one is there.
@@ -183,5 +218,25 @@ mod tests {
         assert!(memory.keep(4096, Bytes::from(vec![1; 6000]), false, nothing_goes, |_| {}));
         assert_eq!((memory.bytes(), memory.overlapping(8000..8001).len()), (6000, 1));
         assert_eq!(memory.evictions(), 0);
+    }
+
+    #[test]
+    fn what_was_written_stays_until_it_is_released() {
+        let memory = memory(1 << 20);
+        for start in [0, 8192, 16384] {
+            assert!(memory.keep(start, Bytes::from(vec![1; 5000]), false, |_| {}, |_| {}));
+        }
+        let write = |start, bytes: &[u8]| {
+            assert_eq!(bytes.len(), 5000);
+            if start == 16384 { Err(io::ErrorKind::StorageFull.into()) } else { Ok(true) }
+        };
+        let (written, ended) = memory.write_out(write);
+        assert_eq!((written.as_slice(), memory.bytes()), ([0, 8192].as_slice(), 15_000));
+        assert!(ended.is_err());
+        memory.with_ranges(&written, |ranges| {
+            assert!(matches!(ranges, [range] if *range == (16384..24576)), "{ranges:?}");
+        });
+        memory.release(&written);
+        assert_eq!((memory.bytes(), memory.overlapping(0..1 << 20).len()), (5000, 1));
     }
 }

@@ -110,7 +110,7 @@ impl Store {
             .and_then(|file| file.set_len(index.header().store_size.get()))
             .and_then(|()| fs::rename(&staged, &data))
             .on("create", &data)?;
-        Ok(self.inner.state.layer(digest)?)
+        self.inner.state.layer(digest)
     }
 
     /// Forgets a layer and its file; bytes freed. Handles of it go on reading, but nothing they verify is recorded any more.

@@ -95,9 +95,14 @@ impl Space {
         self.used.store(used, Ordering::Release);
     }
 
+    /// What was written is not there any more.
+    pub(crate) fn freed(&self, len: u64) {
+        self.used.fetch_sub(len.min(self.used.load(Ordering::Acquire)), Ordering::AcqRel);
+    }
+
     /// A write that found no space although it was admitted.
     pub(crate) fn refused(&self, len: u64, error: &io::Error) {
-        self.used.fetch_sub(len.min(self.used.load(Ordering::Acquire)), Ordering::AcqRel);
+        self.freed(len);
         self.now_full(is_full(error), Some(error));
     }
 
@@ -134,7 +139,7 @@ impl StoreError {
     /// Whether there is no space: trying again helps once there is.
     pub fn is_full(&self) -> bool {
         match self {
-            Self::File { source, .. } => is_full(source),
+            Self::File { source, .. } | Self::Lost { source, .. } => is_full(source),
             Self::State(error) => matches!(&**error, redb::Error::Io(error) if is_full(error)),
             Self::OnlyInMemory(_) => true,
             _ => false,

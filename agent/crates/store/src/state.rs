@@ -3,9 +3,11 @@
 //! A transaction that fails for want of space leaves redb refusing everything until it is opened anew: that is done here, at
 //! once and again before each later use until it succeeds.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock};
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
@@ -126,6 +128,7 @@ impl State {
         }
         let mut database = self.database.write().unwrap_or_else(PoisonError::into_inner);
         if database.is_none() {
+            forget_cached(&self.path)?;
             *database = Some(open(&self.path)?);
         }
         Ok(())
@@ -282,6 +285,17 @@ fn create(path: &Path) -> Result<(), StoreError> {
     sync_dir(root)?;
     // The root itself may be new.
     root.parent().map_or(Ok(()), sync_dir)
+}
+
+/// After a write or a flush that failed, the page cache may have what the disk has not: the database is to be read as the disk has it.
+fn forget_cached(path: &Path) -> Result<(), StoreError> {
+    let file = File::open(path).on("open", path)?;
+    if let Err(error) = file.sync_data() {
+        tracing::debug!(path = %path.display(), %error, "what failed before is told again");
+    }
+    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
+        .map_err(std::io::Error::from)
+        .on("drop the cached pages of", path)
 }
 
 fn open(path: &Path) -> Result<Database, StoreError> {

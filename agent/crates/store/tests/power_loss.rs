@@ -2,136 +2,31 @@
 //! that a loss of power could leave can be made. The store must be well on each of them and have everything that it had said
 //! was recorded.
 //!
-//! store → ext4 → loop device → FUSE file: a flush of the device is an fsync of the file. What was written before the last flush
-//! is there; of what was written after it any part may be, in any order.
+//! What was written before the last flush of the disk is there; of what was written after it any part may be, in any order.
+//!
+//! Without a harness: the binary starts itself as the server of the disk.
 #![allow(clippy::print_stdout, reason = "what was tried")]
 
 mod rig;
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::fs;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, SystemTime};
+use std::process::{Command, ExitCode};
 
-use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, LockOwner, OpenFlags,
-    ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, WriteFlags,
-};
+use rig::served::{Operation, ServedDisk};
 use rig::{Sample, noise, run, sample};
 use sluice_store::{Layer, Store};
 
 const DISK_BYTES: u64 = 64 << 20;
 /// What the disk writes whole or not at all: ext4 needs as much for its own structures.
 const SECTOR: u64 = 4096;
-const FILE: INodeNo = INodeNo(2);
-const TTL: Duration = Duration::from_secs(3600);
 
-/// What reached the disk.
-#[derive(Debug)]
-enum Operation {
-    Write(u64, Vec<u8>),
-    Flush,
-}
-
-#[derive(Debug, Default)]
-struct Recorded {
-    content: Vec<u8>,
-    log: Vec<Operation>,
-}
-
-/// A file system of one file, `disk`.
-#[derive(Clone)]
-struct DiskFile(Arc<Mutex<Recorded>>);
-
-impl DiskFile {
-    fn lock(&self) -> MutexGuard<'_, Recorded> {
-        self.0.lock().expect("lock")
-    }
-
-    fn attributes(&self, inode: INodeNo) -> FileAttr {
-        let file = inode == FILE;
-        let epoch = SystemTime::UNIX_EPOCH;
-        FileAttr {
-            ino: inode,
-            size: if file { DISK_BYTES } else { 0 },
-            blocks: 0,
-            atime: epoch,
-            mtime: epoch,
-            ctime: epoch,
-            crtime: epoch,
-            kind: if file { FileType::RegularFile } else { FileType::Directory },
-            perm: 0o700,
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            blksize: 4096,
-            flags: 0,
-        }
-    }
-}
-
-impl Filesystem for DiskFile {
-    fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        if name == "disk" {
-            reply.entry(&TTL, &self.attributes(FILE), Generation(0));
-        } else {
-            reply.error(Errno::ENOENT);
-        }
-    }
-
-    fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        reply.attr(&TTL, &self.attributes(inode));
-    }
-
-    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        reply.opened(FileHandle(0), FopenFlags::empty());
-    }
-
-    fn read(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: FileHandle,
-        offset: u64,
-        size: u32,
-        _: OpenFlags,
-        _: Option<LockOwner>,
-        reply: ReplyData,
-    ) {
-        let disk = self.lock();
-        let start = (offset as usize).min(disk.content.len());
-        let end = (start + size as usize).min(disk.content.len());
-        reply.data(&disk.content[start..end]);
-    }
-
-    fn write(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: FileHandle,
-        offset: u64,
-        data: &[u8],
-        _: WriteFlags,
-        _: OpenFlags,
-        _: Option<LockOwner>,
-        reply: ReplyWrite,
-    ) {
-        let mut disk = self.lock();
-        disk.content[offset as usize..offset as usize + data.len()].copy_from_slice(data);
-        disk.log.push(Operation::Write(offset, data.to_vec()));
-        reply.written(data.len() as u32);
-    }
-
-    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        self.lock().log.push(Operation::Flush);
-        reply.ok();
-    }
+fn main() -> ExitCode {
+    rig::served::serve_if_asked();
+    rig::run_cases(&[("the_store_is_well_whenever_power_is_lost", the_store_is_well_whenever_power_is_lost)])
 }
 
 /// A disk image and where it is mounted.
@@ -163,7 +58,7 @@ struct Promise {
 
 /// Runs a store, and writes down what it promises.
 struct Promises<'a> {
-    disk: &'a DiskFile,
+    disk: &'a ServedDisk,
     kept: Vec<Promise>,
     /// While the damage that the test does itself may be on the disk.
     damaged: Range<usize>,
@@ -171,7 +66,7 @@ struct Promises<'a> {
 
 impl Promises<'_> {
     fn now(&self) -> usize {
-        self.disk.lock().log.len()
+        self.disk.operations()
     }
 
     fn recorded(&mut self, layer: &Layer, chunks: Vec<u64>, complete: bool) {
@@ -302,30 +197,20 @@ fn check(image: &Path, dir: &Path, promises: &[Promise], count: usize, damaged: 
     kept
 }
 
-#[test]
 fn the_store_is_well_whenever_power_is_lost() {
     let files = tempfile::tempdir().expect("dir");
-    let [fuse_dir, dir, image] = ["fuse", "mnt", "image"].map(|name| files.path().join(name));
-    fs::create_dir(&fuse_dir).and_then(|()| fs::create_dir(&dir)).expect("dirs");
-    fs::File::create(&image).and_then(|file| file.set_len(DISK_BYTES)).expect("image");
-    run(Command::new("mkfs.ext4").args(["-q", "-F", "-b", "4096", "-J", "size=4"]).arg(&image));
-    let base = fs::read(&image).expect("image");
-    let disk = DiskFile(Arc::new(Mutex::new(Recorded { content: base.clone(), log: Vec::new() })));
+    let [dir, image] = ["mnt", "image"].map(|name| files.path().join(name));
+    fs::create_dir(&dir).expect("dir");
     let samples: Vec<Sample> = (1..4)
         .map(|seed| sample(&[noise(seed, 700_000), noise(seed + 50, 3000), noise(seed + 90, 400_000)]))
         .collect();
-    let session = fuser::Session::new(disk.clone(), &fuse_dir, &fuser::Config::default())
-        .and_then(fuser::Session::spawn)
-        .expect("mounted");
+    let mut disk = ServedDisk::new(DISK_BYTES);
+    let base = fs::read(disk.image()).expect("image");
     let mut promises = Promises { disk: &disk, kept: Vec::new(), damaged: 0..0 };
-    {
-        let _mounted = Mounted::new(&fuse_dir.join("disk"), &dir);
-        workload(&mut promises, &dir.join("store"), &samples);
-    }
+    workload(&mut promises, &disk.path().join("store"), &samples);
     let Promises { kept: promises, damaged, .. } = promises;
-    drop(session);
-    let recorded = disk.lock();
-    let log = &recorded.log;
+    disk.unmount();
+    let log = &disk.log();
     let flushes = log.iter().filter(|one| matches!(one, Operation::Flush)).count();
     assert!(flushes > 20, "{flushes} flushes reached the disk");
     let mut random = Random(0x5DEE_CE66_D1CE_F00D);

@@ -1,5 +1,6 @@
 //! The background fill: what other layers have is copied, the rest fetched in order, then the whole is checked.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,6 +18,8 @@ use crate::{Lane, StreamError, StreamedLayer};
 const FILL_RUN: u64 = 4 << 20;
 /// What was verified is made durable this often while filling.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(2);
+/// A disk that loses whatever is written for so long ends a fill.
+const DISK_PATIENCE: Duration = Duration::from_secs(10);
 /// How often a paused fill looks whether the store has space again: nothing tells.
 const SPACE_POLL: Duration = Duration::from_millis(500);
 /// Chunks copied in one turn.
@@ -24,9 +27,25 @@ const COPIES_AT_ONCE: usize = 64;
 
 impl StreamedLayer {
     /// Brings everything that is missing, in order, when nothing more urgent is to be done; then checks the whole. Waits for a
-    /// source that is away, and for space. Bytes that stay damaged are passed over, and are an error at the end.
+    /// source that is away, and for space. Bytes that stay damaged are passed over, and are an error at the end. What the disk
+    /// loses is fetched again; if that goes on, it is an error.
     pub async fn fill(self: &Arc<Self>) -> Result<(), StreamError> {
         self.copy_all().await?;
+        let mut disk = Outage::new(DISK_PATIENCE);
+        loop {
+            let all = 0..self.parts.layer.size();
+            self.fill_all(&mut disk).await?;
+            match self.finish().await {
+                Err(error @ StreamError::Lost { .. }) => {
+                    disk.pause(&error, self.parts.layer.digest(), all).await?;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Brings everything that is missing; `disk` knows how long it has been losing what came.
+    async fn fill_all(self: &Arc<Self>, disk: &mut Outage) -> Result<(), StreamError> {
         let layer = Arc::clone(&self.parts.layer);
         let mut offset = 0;
         let mut outage = Outage::new(Duration::MAX);
@@ -37,13 +56,19 @@ impl StreamedLayer {
                 return Err(error);
             }
             if flushed.elapsed() >= FLUSH_INTERVAL {
-                self.flush_if_space().await?;
+                match self.flush_if_space().await {
+                    Ok(()) => disk.over(),
+                    Err(error @ StreamError::Lost { .. }) => {
+                        disk.pause(&error, layer.digest(), 0..layer.size()).await?;
+                    }
+                    Err(error) => return Err(error),
+                }
                 flushed = Instant::now();
             }
             let Some(chunk) = layer.next_missing(offset).map_err(|error| self.io(&error))? else {
                 match damaged {
                     Some(error) => return Err(self.with_path(error).await),
-                    None if layer.is_full() => break,
+                    None if layer.is_full() => return Ok(()),
                     None => offset = 0,
                 }
                 continue;
@@ -59,7 +84,6 @@ impl StreamedLayer {
                 Err(error) => outage.pause(&error, layer.digest(), bytes).await?,
             }
         }
-        self.finish().await
     }
 
     /// Fetches the run of spans that begins with `chunk`'s.
@@ -96,7 +120,11 @@ impl StreamedLayer {
             tokio::select! {
                 fetched = &mut fetching => return fetched,
                 () = tokio::time::sleep(FLUSH_INTERVAL) => {
-                    self.flush_if_space().await?;
+                    match self.flush_if_space().await {
+                        // The run goes on; what was lost of it is fetched again behind it.
+                        Ok(()) | Err(StreamError::Lost { .. }) => {}
+                        Err(error) => return Err(error),
+                    }
                     *flushed = Instant::now();
                 }
             }
@@ -193,14 +221,20 @@ impl StreamedLayer {
         }
     }
 
-    /// Checks the diffID of a full layer and marks it complete, as soon as all of it is on the disk.
+    /// Checks the diffID of a full layer and marks it complete, as soon as all of it is on the disk. `Lost`: it is not full any more.
     async fn finish(&self) -> Result<(), StreamError> {
+        // What is recorded is read without comparing each chunk again.
+        self.flush_if_space().await?;
         let digest = self.parts.layer.digest().to_owned();
         let layer = Arc::clone(&self.parts.layer);
         let checked = tokio::task::spawn_blocking(move || check_diff_id(&layer)).await;
-        if let Err(error) = checked.map_err(|error| self.store_failed(error.to_string()))? {
-            *self.broken() = Some(error.clone());
-            return Err(error);
+        match checked.map_err(|error| self.store_failed(error.to_string()))? {
+            Ok(()) => {}
+            Err(error @ StreamError::Lost { .. }) => return Err(error),
+            Err(error) => {
+                *self.broken() = Some(error.clone());
+                return Err(error);
+            }
         }
         loop {
             match self.in_store(|store, layer| store.mark_complete(layer)).await {
@@ -239,16 +273,16 @@ fn check_diff_id(layer: &Layer) -> Result<(), StreamError> {
         return Ok(());
     }
     let mut context = ring::digest::Context::new(&ring::digest::SHA256);
+    let gone = Cell::new(false);
     let read = |offset: u64, buffer: &mut [u8]| {
-        if layer.try_read(offset, buffer)? {
-            Ok(())
-        } else {
-            Err(std::io::Error::other("a verified block is gone"))
-        }
+        gone.set(!layer.try_read(offset, buffer)?);
+        if gone.get() { Err(std::io::Error::other("a verified block is gone")) } else { Ok(()) }
     };
-    index
-        .replay_tar(read, |bytes| context.update(bytes))
-        .map_err(|error| StreamError::index(digest, &error))?;
+    index.replay_tar(read, |bytes| context.update(bytes)).map_err(|error| match gone.get() {
+        // That says nothing of the index.
+        true => StreamError::Lost { layer: digest.to_owned(), message: error.to_string() },
+        false => StreamError::index(digest, &error),
+    })?;
     let sum = context.finish();
     let actual =
         format!("sha256:{}", sum.as_ref().iter().map(|byte| format!("{byte:02x}")).collect::<String>());

@@ -139,7 +139,7 @@ impl StreamedLayer {
             let mut buffer = vec![0; len];
             match self.parts.layer.try_read(offset, &mut buffer) {
                 Ok(true) => return Ok(Bytes::from(buffer)),
-                // On a full disk it may have had to make way for others' bytes already.
+                // It had to make way for others' bytes on a full disk, or the disk does not give it: it is brought again.
                 Ok(false) => {}
                 Err(error) => return Err(self.failed(self.io(&error), range).await),
             }
@@ -329,7 +329,7 @@ impl StreamedLayer {
             return Err(StreamError::corrupt(self.parts.layer.digest(), chunk, what));
         }
         drop(zeros);
-        self.parts.layer.insert_hole(chunk).map_err(|error| self.io(&error))?;
+        self.parts.layer.insert_hole(chunk);
         self.claims.arrived.notify_waiters();
         Ok(())
     }

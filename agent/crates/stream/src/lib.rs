@@ -92,6 +92,14 @@ pub enum StreamError {
         /// What failed.
         message: String,
     },
+    /// The layer store did not keep what was verified: it is to be fetched again.
+    #[error("layer {layer}: {message}")]
+    Lost {
+        /// Digest of the layer.
+        layer: String,
+        /// What was lost, and why.
+        message: String,
+    },
     /// There is no space, and none in the memory that stands in for it.
     #[error("layer {layer}: the disk or the quota of the layer store is full; free space, or remove images")]
     DiskFull {
@@ -114,7 +122,12 @@ impl StreamError {
         if error.is_full() {
             return Self::DiskFull { layer: layer.to_owned() };
         }
-        Self::Store { layer: layer.to_owned(), message: with_causes(error) }
+        let (layer, message) = (layer.to_owned(), with_causes(error));
+        match error {
+            // A full layer that is not full any more has lost something.
+            StoreError::Lost { .. } | StoreError::NotFull(_) => Self::Lost { layer, message },
+            _ => Self::Store { layer, message },
+        }
     }
 
     pub(crate) fn io(layer: &str, error: &std::io::Error) -> Self {
@@ -134,7 +147,7 @@ impl StreamError {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Fetch { source, .. } => source.transient,
-            Self::DiskFull { .. } => true,
+            Self::DiskFull { .. } | Self::Lost { .. } => true,
             _ => false,
         }
     }

@@ -1,4 +1,4 @@
-//! Waiting for a source that is away, or for space.
+//! Waiting for a source that is away, for space, or for a disk that loses what is written.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -40,7 +40,7 @@ impl Outage {
             return Err(error.clone());
         }
         let size = range.end - range.start;
-        tracing::warn!(layer, offset = range.start, size, %error, waited_ms = since.elapsed().as_millis() as u64, "waiting for the registry");
+        tracing::warn!(layer, offset = range.start, size, %error, waited_ms = since.elapsed().as_millis() as u64, "it is tried again after a while");
         let jitter = fraction(range.start ^ since.elapsed().as_nanos() as u64);
         tokio::time::sleep(self.pause.mul_f64(0.5 + jitter).min(left)).await;
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);

@@ -4,6 +4,7 @@ use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::IndexError;
+use crate::records::DigestAlgorithm;
 
 /// First bytes of an index blob.
 pub const MAGIC: [u8; 8] = *b"SLUICEIX";
@@ -107,6 +108,15 @@ impl IndexHeader {
         }
         header.check()?;
         Ok(header)
+    }
+
+    /// What digests chunks.
+    pub fn digest_algorithm(&self) -> DigestAlgorithm {
+        if self.digest_algorithm == DigestAlgorithm::Sha256 as u8 {
+            DigestAlgorithm::Sha256
+        } else {
+            DigestAlgorithm::Blake3
+        }
     }
 
     /// Bytes from the blob's front that a mount needs: all but the windows.

@@ -80,11 +80,7 @@ impl LayerIndex {
 
     /// What digests chunks.
     pub fn digest_algorithm(&self) -> DigestAlgorithm {
-        if self.header.digest_algorithm == DigestAlgorithm::Sha256 as u8 {
-            DigestAlgorithm::Sha256
-        } else {
-            DigestAlgorithm::Blake3
-        }
+        self.header.digest_algorithm()
     }
 
     /// Entries in tar order, each with the extents and chunks of its content.

@@ -1,8 +1,11 @@
 //! Layers for the store's tests: an index, and the chunks that belong to it.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(clippy::print_stdout, reason = "the verdicts of tests without a harness")]
+
+pub(crate) mod served;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 
 use bytes::Bytes;
 use sluice_image::index::{ContentSink, IndexOptions, LayerIndex, LayerIndexer};
@@ -133,6 +136,25 @@ impl Drop for Disk {
 }
 
 pub(crate) fn run(command: &mut Command) {
+    output(command);
+}
+
+/// What a command says, without the last line's end.
+pub(crate) fn output(command: &mut Command) -> String {
     let output = command.output().expect("started");
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text").trim_end().to_owned()
+}
+
+/// The tests of a program without a harness: those whose names hold one of the arguments, all without arguments.
+pub(crate) fn run_cases(cases: &[(&str, fn())]) -> ExitCode {
+    let wanted: Vec<String> =
+        std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    for (name, case) in cases {
+        if wanted.is_empty() || wanted.iter().any(|wanted| name.contains(wanted.as_str())) {
+            case();
+            println!("test {name} ... ok");
+        }
+    }
+    ExitCode::SUCCESS
 }

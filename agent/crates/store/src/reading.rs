@@ -1,0 +1,128 @@
+//! Reads of a layer: from memory, from what is recorded, and from what was only written.
+//!
+//! What is in the page cache but not recorded may be lost there: the kernel tells of a write that failed afterwards only at the
+//! next flush, and until then a read may find a hole (Linux 6.18: ext4 once the page was dropped, XFS at once). So such bytes are
+//! compared with their digest each time. What is recorded was flushed; a disk that does not give it any more is an error of the read,
+//! and the chunk is fetched again.
+
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use sluice_image::records::ChunkRecord;
+
+use crate::Layer;
+use crate::layer::{blocks, span_of};
+use crate::memory::{copy_part, overlay};
+
+/// What came of a look for bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Found {
+    All,
+    /// Some are not verified.
+    NotAll,
+    /// Some were verified and are not to be had any more: they are forgotten now.
+    Lost(String),
+}
+
+impl Layer {
+    /// Fills `buffer` from `offset` if all of it is verified; says whether it was. Bytes beyond the end are zero. What the disk
+    /// does not give any more is not verified from then on.
+    pub fn try_read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<bool> {
+        Ok(self.look(offset, buffer)? == Found::All)
+    }
+
+    pub(crate) fn look(&self, offset: u64, buffer: &mut [u8]) -> io::Result<Found> {
+        let end = offset.saturating_add(buffer.len() as u64).min(self.size());
+        let (inside, beyond) = buffer.split_at_mut((end.saturating_sub(offset)) as usize);
+        beyond.fill(0);
+        loop {
+            let evictions = self.memory.evictions();
+            if !self.has(offset..end) {
+                return Ok(Found::NotAll);
+            }
+            // Taken before the file is read: what is not held any more was written before.
+            let held = self.memory.overlapping(offset..end);
+            if overlay(&held, offset, inside) < inside.len() as u64 {
+                match self.look_in_file(offset, inside, &held)? {
+                    Found::All => {}
+                    other => return Ok(other),
+                }
+            }
+            if evictions == self.memory.evictions() {
+                return Ok(Found::All);
+            }
+        }
+    }
+
+    /// Reads verified bytes from the file, but for those that are held in memory.
+    fn look_in_file(&self, offset: u64, buffer: &mut [u8], held: &[(u64, Bytes)]) -> io::Result<Found> {
+        let range = offset..offset + buffer.len() as u64;
+        if held.is_empty() && self.durable.all(blocks(range.clone())) {
+            return match self.file.read_exact_at(buffer, offset) {
+                Ok(()) => Ok(Found::All),
+                Err(_) => self.unreadable(range),
+            };
+        }
+        let mut number = self.first_chunk(range.start)?;
+        let mut content = Vec::new();
+        while let Some(chunk) = self.chunk(number)?.filter(|chunk| chunk.store_offset.get() < range.end) {
+            number += 1;
+            let start = chunk.store_offset.get();
+            if held.iter().any(|(held, _)| *held == start) {
+                continue;
+            }
+            content.resize(chunk.len.get() as usize, 0);
+            if let Err(why) = self.read_chunk(&chunk, &mut content) {
+                return Ok(self.forget_lost(&chunk, why));
+            }
+            copy_part(start, &content, offset, buffer);
+        }
+        Ok(Found::All)
+    }
+
+    /// Reads a whole chunk from the file, if it is there; compared with its digest unless it is recorded.
+    fn read_chunk(&self, chunk: &ChunkRecord, content: &mut [u8]) -> Result<(), String> {
+        // Looked at before the bytes are read.
+        let durable = self.durable.all(blocks(span_of(chunk)));
+        self.file.read_exact_at(content, chunk.store_offset.get()).map_err(|error| error.to_string())?;
+        let same = || self.algorithm.is_some_and(|algorithm| algorithm.digest(content) == chunk.digest);
+        if durable || same() { Ok(()) } else { Err("the disk did not keep what was written".to_owned()) }
+    }
+
+    /// Recorded bytes could not be read: which chunks it is that cannot.
+    pub(crate) fn unreadable(&self, range: Range<u64>) -> io::Result<Found> {
+        let mut found = Found::All;
+        let mut number = self.first_chunk(range.start)?;
+        let mut content = Vec::new();
+        while let Some(chunk) = self.chunk(number)?.filter(|chunk| chunk.store_offset.get() < range.end) {
+            number += 1;
+            content.resize(chunk.len.get() as usize, 0);
+            if let Err(why) = self.read_chunk(&chunk, &mut content) {
+                found = self.forget_lost(&chunk, why);
+            }
+        }
+        // If each of them could be read after all, the caller's read failed for a moment only.
+        Ok(if found == Found::All { Found::NotAll } else { found })
+    }
+
+    fn forget_lost(&self, chunk: &ChunkRecord, why: String) -> Found {
+        let span = span_of(chunk);
+        tracing::error!(
+            layer = self.digest(),
+            offset = span.start,
+            size = chunk.len.get(),
+            why,
+            "verified bytes cannot be read from the layer store any more: they are fetched again"
+        );
+        if !self.durable.all(blocks(span.clone())) {
+            // Others may be lost, too: the kernel may have told nobody yet.
+            self.suspect.store(true, Ordering::Release);
+        }
+        self.doubtful().set(blocks(span.clone()));
+        self.unverify(span);
+        Found::Lost(why)
+    }
+}
