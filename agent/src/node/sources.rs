@@ -194,4 +194,10 @@ impl BlockSource for LayerBlocks {
         // Not what is only written: a failed flush may take that back.
         self.layer.layer().durable_until(offset)
     }
+
+    fn unreadable(&self, offset: u64, len: usize) {
+        if let Err(error) = self.layer.layer().reread(offset..offset + len as u64) {
+            tracing::warn!(offset, size = len, %error, "what is lost of the layer cannot be found out");
+        }
+    }
 }

@@ -229,8 +229,9 @@ impl Client {
     /// Answers a read, now or when its bytes are there; nobody is held up by it but the reader.
     async fn answer(&self, message: &Message, source: Option<Arc<dyn BlockSource>>, len: usize) {
         let (id, inode, offset) = (message.id, message.a, message.b);
+        let unreadable = message.bytes.get(8..).is_some_and(|bytes| bytes.iter().any(|byte| *byte != 0));
         let supplied = match source {
-            Some(source) => self.supply(id, inode, &source, offset, len).await,
+            Some(source) => self.supply((id, unreadable), inode, &source, offset, len).await,
             None => self.say(Head { a: ESTALE, ..Head::new(Kind::Failed, id) }, &[]),
         };
         if let Err(error) = supplied {
@@ -240,14 +241,16 @@ impl Client {
 
     async fn supply(
         &self,
-        id: u64,
+        (id, unreadable): (u64, bool),
         inode: u64,
         source: &Arc<dyn BlockSource>,
         offset: u64,
         len: usize,
     ) -> io::Result<()> {
         let end = offset + len as u64;
-        if source.on_disk(offset) >= end {
+        if unreadable {
+            source.unreadable(offset, len);
+        } else if source.on_disk(offset) >= end {
             self.tell_local(inode, source.as_ref(), offset, end)?;
             return self.say(Head::new(Kind::InFile, id), &[]);
         }

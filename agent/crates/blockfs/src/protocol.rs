@@ -29,7 +29,8 @@ pub(crate) enum Kind {
     Remove = 4,
     /// Agent: bytes from a to b of file `id` are in its local file.
     Local = 5,
-    /// Server: read `id` waits; a = file, b = offset, bytes = length, eight of them.
+    /// Server: read `id` waits; a = file, b = offset, bytes = length, eight of them. Eight more, not zero: the local file does not give
+    /// these bytes. Agents that do not know that may answer `InFile`, and the read fails.
     Read = 6,
     /// Agent: the bytes of read `id` are in the local file.
     InFile = 7,

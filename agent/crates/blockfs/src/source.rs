@@ -51,4 +51,8 @@ pub trait BlockSource: Send + Sync + std::fmt::Debug {
     fn on_disk(&self, offset: u64) -> u64 {
         offset
     }
+
+    /// [`Self::file`] did not give these bytes although they were vouched for. They are asked for after this, and whatever else is
+    /// lost is to be vouched for no more. Nothing by default.
+    fn unreadable(&self, _offset: u64, _len: usize) {}
 }

@@ -360,3 +360,25 @@ fn a_local_file_that_became_short_is_an_error_and_nothing_more_by(way: Way) {
     blockfs.unmount().expect("unmounts");
     room.assert_released();
 }
+
+/// A disk that does not give what it had: the agent brings it another way, and no reader notices.
+#[test]
+fn what_the_local_file_does_not_give_comes_from_the_agent() {
+    ways().into_iter().for_each(what_the_local_file_does_not_give_comes_from_the_agent_by);
+}
+
+fn what_the_local_file_does_not_give_comes_from_the_agent_by(way: Way) {
+    let (runtime, room) = (runtime(), Room::new(&[vec![MIB]]));
+    let (blockfs, sources) = (room.blockfs(&runtime, way), room.sources());
+    sources[0].set(Mood::OnDisk);
+    sources[0].again.set(fs::read(&room.layers[0]).expect("reads")).expect("once");
+    let image = mount_image(&room, attach_all(&blockfs, &sources), "image");
+    let before = sources[0].waited.load(Ordering::Relaxed);
+    File::options().write(true).open(&room.layers[0]).and_then(|file| file.set_len(MIB / 2)).expect("cut");
+    room.check(image.dir());
+    assert!(sources[0].waited.load(Ordering::Relaxed) > before, "it was read from a file that has it not");
+    fs::write(&room.layers[0], sources[0].again.get().expect("set")).expect("written");
+    image.unmount().expect("unmounts");
+    blockfs.unmount().expect("unmounts");
+    room.assert_released();
+}

@@ -60,27 +60,43 @@ impl Layer {
     /// Reads verified bytes from the file, but for those that are held in memory.
     fn look_in_file(&self, offset: u64, buffer: &mut [u8], held: &[(u64, Bytes)]) -> io::Result<Found> {
         let range = offset..offset + buffer.len() as u64;
-        if held.is_empty() && self.durable.all(blocks(range.clone())) {
-            return match self.file.read_exact_at(buffer, offset) {
-                Ok(()) => Ok(Found::All),
-                Err(_) => self.unreadable(range),
-            };
+        // Which chunk it was that failed is found out below.
+        if held.is_empty()
+            && self.durable.all(blocks(range.clone()))
+            && self.file.read_exact_at(buffer, offset).is_ok()
+        {
+            return Ok(Found::All);
         }
+        let mut found = Found::All;
+        self.each_chunk(range, |chunk, content| {
+            let start = chunk.store_offset.get();
+            if held.iter().any(|(held, _)| *held == start) {
+                return;
+            }
+            match self.read_chunk(chunk, content) {
+                Ok(()) => {
+                    copy_part(start, content, offset, buffer);
+                }
+                Err(why) => found = self.forget_lost(chunk, why),
+            }
+        })?;
+        Ok(found)
+    }
+
+    /// Gives `visit` the chunks with bytes in a range, and a buffer of each one's size.
+    fn each_chunk(
+        &self,
+        range: Range<u64>,
+        mut visit: impl FnMut(&ChunkRecord, &mut [u8]),
+    ) -> io::Result<()> {
         let mut number = self.first_chunk(range.start)?;
         let mut content = Vec::new();
         while let Some(chunk) = self.chunk(number)?.filter(|chunk| chunk.store_offset.get() < range.end) {
-            number += 1;
-            let start = chunk.store_offset.get();
-            if held.iter().any(|(held, _)| *held == start) {
-                continue;
-            }
             content.resize(chunk.len.get() as usize, 0);
-            if let Err(why) = self.read_chunk(&chunk, &mut content) {
-                return Ok(self.forget_lost(&chunk, why));
-            }
-            copy_part(start, &content, offset, buffer);
+            visit(&chunk, &mut content);
+            number += 1;
         }
-        Ok(Found::All)
+        Ok(())
     }
 
     /// Reads a whole chunk from the file, if it is there; compared with its digest unless it is recorded.
@@ -92,20 +108,17 @@ impl Layer {
         if durable || same() { Ok(()) } else { Err("the disk did not keep what was written".to_owned()) }
     }
 
-    /// Recorded bytes could not be read: which chunks it is that cannot.
-    pub(crate) fn unreadable(&self, range: Range<u64>) -> io::Result<Found> {
-        let mut found = Found::All;
-        let mut number = self.first_chunk(range.start)?;
-        let mut content = Vec::new();
-        while let Some(chunk) = self.chunk(number)?.filter(|chunk| chunk.store_offset.get() < range.end) {
-            number += 1;
-            content.resize(chunk.len.get() as usize, 0);
-            if let Err(why) = self.read_chunk(&chunk, &mut content) {
-                found = self.forget_lost(&chunk, why);
+    /// Somebody could not read these bytes from the file: those chunks that cannot be are not verified from now on. Blocks the thread.
+    pub fn reread(&self, range: Range<u64>) -> io::Result<()> {
+        self.each_chunk(range, |chunk, content| {
+            let span = span_of(chunk);
+            if self.has(span.clone())
+                && self.memory.overlapping(span).is_empty()
+                && let Err(why) = self.read_chunk(chunk, content)
+            {
+                self.forget_lost(chunk, why);
             }
-        }
-        // If each of them could be read after all, the caller's read failed for a moment only.
-        Ok(if found == Found::All { Found::NotAll } else { found })
+        })
     }
 
     fn forget_lost(&self, chunk: &ChunkRecord, why: String) -> Found {

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -79,20 +80,49 @@ fn attributes(inode: u64, size: Option<u64>) -> FileAttr {
     }
 }
 
-/// Answers with bytes of a file, by way of this thread's buffer.
-fn reply_from_file(file: &std::fs::File, offset: u64, len: u32, reply: ReplyData) {
-    BUFFER.with_borrow_mut(|buffer| {
-        let len = len as usize;
-        buffer.resize(len.max(buffer.len()), 0);
-        let bytes = buffer.get_mut(..len).unwrap_or_default();
+/// A read that is being answered.
+#[derive(Clone, Copy)]
+struct Asked {
+    inode: u64,
+    offset: u64,
+    len: u32,
+    /// The local file does not give it.
+    unreadable: bool,
+}
+
+/// Answers with bytes of a file, by way of this thread's buffer. If they are not to be had there the agent is asked for them, once.
+fn reply_from_file(shared: &Arc<Shared>, file: &File, asked: Asked, reply: ReplyData) {
+    let Asked { inode, offset, len, unreadable } = asked;
+    let failed = BUFFER.with_borrow_mut(|buffer| {
+        buffer.resize((len as usize).max(buffer.len()), 0);
+        let bytes = buffer.get_mut(..len as usize).unwrap_or_default();
         match file.read_exact_at(bytes, offset) {
-            Ok(()) => reply.data(bytes),
-            Err(error) => {
-                tracing::error!(offset, size = len, %error, "cannot read the layer store");
-                reply.error(Errno::EIO);
+            Ok(()) => {
+                reply.data(bytes);
+                None
             }
+            Err(error) => Some((reply, error)),
         }
     });
+    let Some((reply, error)) = failed else { return };
+    tracing::error!(offset, size = len, %error, "cannot read the layer store");
+    if unreadable {
+        return reply.error(Errno::EIO);
+    }
+    shared.files.not_local(inode, offset, offset + u64::from(len));
+    ask(shared, Asked { unreadable: true, ..asked }, reply);
+}
+
+fn ask(shared: &Arc<Shared>, asked: Asked, reply: ReplyData) {
+    let Asked { inode, offset, len, unreadable } = asked;
+    let this = Arc::clone(shared);
+    let answer = Box::new(move |supply| match supply {
+        Supply::InFile(file) => reply_from_file(&this, &file, asked, reply),
+        Supply::Bytes(bytes) => reply.data(&bytes),
+        Supply::Failed(errno) => reply.error(Errno::from_i32(errno)),
+    });
+    // fuser answers interrupts itself, by ENOSYS: there are none after the first.
+    shared.misses.ask(Waiting { unique: 0, inode, offset, len, unreadable, answer });
 }
 
 impl Filesystem for Transport {
@@ -152,17 +182,14 @@ impl Filesystem for Transport {
         reply: ReplyData,
     ) {
         match self.shared.files.read(inode.0, offset, size) {
-            Ok(Read::InFile { file, len }) => reply_from_file(&file, offset, len, reply),
+            Ok(Read::InFile { file, len }) => {
+                let asked = Asked { inode: inode.0, offset, len, unreadable: false };
+                reply_from_file(&self.shared, &file, asked, reply);
+            }
             Ok(Read::Nothing) => reply.data(&[]),
             Err(errno) => reply.error(Errno::from_i32(errno)),
             Ok(Read::Ask { len }) => {
-                let answer = Box::new(move |supply| match supply {
-                    Supply::InFile(file) => reply_from_file(&file, offset, len, reply),
-                    Supply::Bytes(bytes) => reply.data(&bytes),
-                    Supply::Failed(errno) => reply.error(Errno::from_i32(errno)),
-                });
-                // fuser answers interrupts itself, by ENOSYS: there are none after the first.
-                self.shared.misses.ask(Waiting { unique: 0, inode: inode.0, offset, len, answer });
+                ask(&self.shared, Asked { inode: inode.0, offset, len, unreadable: false }, reply);
             }
         }
     }

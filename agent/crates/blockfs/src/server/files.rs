@@ -44,7 +44,7 @@ struct Disk {
     local: Arc<LocalMap>,
 }
 
-/// Which blocks are in the local file: a bit each, only ever set.
+/// Which blocks are in the local file: a bit each.
 #[derive(Debug)]
 struct LocalMap(Vec<AtomicU64>);
 
@@ -71,6 +71,13 @@ impl LocalMap {
         for (word, mask) in self.words(from.div_ceil(BLOCK), end) {
             // The file's bytes were there before the agent said so, and a socket lay between.
             word.fetch_or(mask, Ordering::Release);
+        }
+    }
+
+    /// Takes back the blocks that lie partly or wholly between two offsets.
+    fn clear(&self, from: u64, to: u64) {
+        for (word, mask) in self.words(from / BLOCK, to.div_ceil(BLOCK)) {
+            word.fetch_and(!mask, Ordering::Release);
         }
     }
 
@@ -124,6 +131,15 @@ impl Files {
             && let Some(disk) = file.disk()
         {
             disk.local.set(from, to, file.size);
+        }
+    }
+
+    /// Bytes from `from` to `to` of file `inode` cannot be read from its local file, whatever was said before.
+    pub(crate) fn not_local(&self, inode: u64, from: u64, to: u64) {
+        if let Ok(file) = self.get(inode)
+            && let Some(disk) = file.disk()
+        {
+            disk.local.clear(from, to);
         }
     }
 
@@ -231,6 +247,9 @@ mod tests {
         }
         map.set(0, size, size);
         assert!(map.covers(0, size));
+        map.clear(70 * BLOCK + 1, 130 * BLOCK + 1);
+        assert!(map.covers(0, 70 * BLOCK) && map.covers(131 * BLOCK, size));
+        assert!((70..131).all(|block| !map.covers(block * BLOCK, block * BLOCK + 1)));
     }
 
     #[test]

@@ -30,6 +30,8 @@ pub(crate) struct Waiting {
     pub(crate) inode: u64,
     pub(crate) offset: u64,
     pub(crate) len: u32,
+    /// The local file does not give these bytes: the agent is to bring them another way.
+    pub(crate) unreadable: bool,
     /// Called once, in the thread that brings the answer.
     pub(crate) answer: Box<dyn FnOnce(Supply) + Send>,
 }
@@ -207,8 +209,12 @@ fn give_up(mut state: MutexGuard<'_, State>) {
 impl Agent {
     fn ask(&self, id: u64, waiting: &Waiting) {
         let head = Head { a: waiting.inode, b: waiting.offset, ..Head::new(Kind::Read, id) };
+        let mut bytes = Vec::from(u64::from(waiting.len).to_le_bytes());
+        if waiting.unreadable {
+            bytes.extend(1_u64.to_le_bytes());
+        }
         // A closed channel is an agent that is going: the next one is asked.
-        if self.outgoing.send((head, u64::from(waiting.len).to_le_bytes().into())).is_err() {
+        if self.outgoing.send((head, bytes)).is_err() {
             tracing::debug!(id, "the agent is going");
         }
     }
@@ -231,7 +237,7 @@ mod tests {
             let said = if let Supply::Failed(errno) = supply { errno } else { 0 };
             answers.send(said).expect("the test waits");
         });
-        Waiting { unique: 100 + inode, inode, offset: 0, len: 4, answer }
+        Waiting { unique: 100 + inode, inode, offset: 0, len: 4, unreadable: false, answer }
     }
 
     #[test]

@@ -4,8 +4,10 @@
 //! process sees the ring again. One that waits for the agent leaves its entry in `Inbox` when it is answered, and
 //! wakes the ring's thread.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -110,22 +112,34 @@ fn possible_cpus() -> io::Result<u16> {
 /// Answers that other threads have for a ring.
 #[derive(Debug)]
 struct Inbox {
-    answers: Mutex<Vec<(Held, u64, u32, Supply)>>,
+    answers: Mutex<Vec<(Held, Asked, Supply)>>,
     waker: Waker,
 }
 
+/// A read that the agent is asked for.
+#[derive(Debug, Clone, Copy)]
+struct Asked {
+    inode: u64,
+    /// The kernel's number of the request.
+    unique: u64,
+    offset: u64,
+    len: u32,
+    /// The local file does not give it.
+    unreadable: bool,
+}
+
 impl Inbox {
-    fn put(&self, held: Held, offset: u64, len: u32, supply: Supply) {
+    fn put(&self, held: Held, asked: Asked, supply: Supply) {
         let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
         let first = answers.is_empty();
-        answers.push((held, offset, len, supply));
+        answers.push((held, asked, supply));
         drop(answers);
         if first && let Err(error) = self.waker.wake() {
             tracing::error!(%error, "a ring cannot be woken");
         }
     }
 
-    fn take(&self) -> Vec<(Held, u64, u32, Supply)> {
+    fn take(&self) -> Vec<(Held, Asked, Supply)> {
         std::mem::take(&mut self.answers.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
@@ -181,6 +195,8 @@ struct RingThread {
     inbox: Arc<Inbox>,
     /// Entries that wait for the agent.
     waiting: usize,
+    /// By the number of an entry what was last read from a file into it: the reply's head has overwritten the request's.
+    reading: HashMap<u32, Asked>,
 }
 
 impl RingThread {
@@ -195,7 +211,7 @@ impl RingThread {
         let inbox = Arc::new(Inbox { answers: Mutex::default(), waker: waker.clone() });
         let mut ring = FuseRing::new(device, queues, size, waker)?;
         ring.submit()?;
-        Ok(Self { shared: Arc::clone(shared), ring, inbox, waiting: 0 })
+        Ok(Self { shared: Arc::clone(shared), ring, inbox, waiting: 0, reading: HashMap::new() })
     }
 
     /// Until the file system is unmounted.
@@ -226,10 +242,11 @@ impl RingThread {
         let (number, queue) = (held.number(), self.ring.queue(&held));
         match request.answer(&self.shared.files) {
             Answer::Read { offset, read: Read::InFile { file, len } } => {
-                self.ring.reply_from_file(held, &file, offset, len)
+                let asked = Asked { inode, unique, offset, len, unreadable: false };
+                self.reply_from_file(held, &file, asked)
             }
             Answer::Read { offset, read: Read::Ask { len } } => {
-                self.ask(held, inode, unique, offset, len);
+                self.ask(held, Asked { inode, unique, offset, len, unreadable: false });
                 self.grow(queue)
             }
             Answer::Bytes(bytes) => {
@@ -247,11 +264,12 @@ impl RingThread {
         }
     }
 
-    fn ask(&mut self, held: Held, inode: u64, unique: u64, offset: u64, len: u32) {
+    fn ask(&mut self, held: Held, asked: Asked) {
         let inbox = Arc::clone(&self.inbox);
-        let answer = Box::new(move |supply| inbox.put(held, offset, len, supply));
+        let Asked { inode, unique, offset, len, unreadable } = asked;
+        let answer = Box::new(move |supply| inbox.put(held, asked, supply));
         self.waiting += 1;
-        self.shared.misses.ask(Waiting { unique, inode, offset, len, answer });
+        self.shared.misses.ask(Waiting { unique, inode, offset, len, unreadable, answer });
     }
 
     /// Waiting reads must leave entries for those that need not wait.
@@ -271,10 +289,15 @@ impl RingThread {
     }
 
     fn answers(&mut self) -> io::Result<()> {
-        for (mut held, offset, len, supply) in self.inbox.take() {
+        for (mut held, asked, supply) in self.inbox.take() {
+            let Asked { offset, len, .. } = asked;
             self.waiting = self.waiting.saturating_sub(1);
             match supply {
-                Supply::InFile(file) => self.ring.reply_from_file(held, &file, offset, len)?,
+                // It failed before: there is nobody else to be asked.
+                Supply::InFile(file) if asked.unreadable => {
+                    self.ring.reply_by_hand(held, &file, offset, len)?;
+                }
+                Supply::InFile(file) => self.reply_from_file(held, &file, asked)?,
                 Supply::Failed(errno) => self.ring.reply(held, Err(errno))?,
                 Supply::Bytes(bytes) => {
                     let place = self.ring.payload_mut(&mut held).get_mut(..bytes.len());
@@ -286,18 +309,28 @@ impl RingThread {
         Ok(())
     }
 
-    /// The read in front of a commit failed or came short. Reading again tells why.
-    fn unread(&mut self, held: Held) -> io::Result<()> {
-        let (headers, payload) = self.ring.request(&held);
-        let answer = Request::from_ring(headers, payload).map(|request| request.answer(&self.shared.files));
-        match answer {
-            Some(Answer::Read { offset, read: Read::InFile { file, len } }) => {
-                tracing::warn!(offset, size = len, "a read of the layer store came short; it is tried again");
-                self.ring.reply_by_hand(held, &file, offset, len)
-            }
-            // It was answered by the agent, or the file was removed meanwhile.
-            _ => self.ring.reply(held, Err(libc_eio())),
-        }
+    fn reply_from_file(&mut self, held: Held, file: &Arc<File>, asked: Asked) -> io::Result<()> {
+        self.reading.insert(held.number(), asked);
+        self.ring.reply_from_file(held, file, asked.offset, asked.len)
+    }
+
+    /// The read in front of a commit failed or came short. It is read again, and the agent is asked for what the file does not give.
+    fn unread(&mut self, mut held: Held) -> io::Result<()> {
+        let Some(asked) = self.reading.get(&held.number()).copied() else {
+            return self.ring.reply(held, Err(libc_eio()));
+        };
+        let Asked { inode, offset, len, .. } = asked;
+        let place = self.ring.payload_mut(&mut held).get_mut(..len as usize);
+        let read = match (self.shared.files.disk(inode), place) {
+            (Some(file), Some(place)) => file.read_exact_at(place, offset),
+            // The file was removed meanwhile.
+            _ => return self.ring.reply(held, Err(libc_eio())),
+        };
+        let Err(error) = read else { return self.ring.reply(held, Ok(len)) };
+        tracing::error!(offset, size = len, %error, "cannot read the layer store");
+        self.shared.files.not_local(inode, offset, offset + u64::from(len));
+        self.ask(held, Asked { unreadable: true, ..asked });
+        Ok(())
     }
 }
 
@@ -330,19 +363,17 @@ fn device_thread(shared: &Arc<Shared>, device: &Arc<File>) {
 }
 
 fn from_device(shared: &Arc<Shared>, device: &Arc<File>, request: &Request<'_>) {
-    let unique = request.header.unique;
+    let (inode, unique) = (request.header.inode, request.header.unique);
     let answer = match request.answer(&shared.files) {
         Answer::Bytes(bytes) => Ok(bytes),
         Answer::Failed(errno) => Err(errno),
         Answer::Read { read: Read::Nothing, .. } => Ok(Vec::new()),
         Answer::Read { offset, read: Read::InFile { file, len } } => {
-            return write_supply(device, unique, offset, len, Supply::InFile(file));
+            let asked = Asked { inode, unique, offset, len, unreadable: false };
+            return write_supply(shared, device, asked, Supply::InFile(file));
         }
         Answer::Read { offset, read: Read::Ask { len } } => {
-            let device = Arc::clone(device);
-            let answer = Box::new(move |supply| write_supply(&device, unique, offset, len, supply));
-            let inode = request.header.inode;
-            return shared.misses.ask(Waiting { unique, inode, offset, len, answer });
+            return ask(shared, device, Asked { inode, unique, offset, len, unreadable: false });
         }
         Answer::Nothing => {
             if request.header.opcode == wire::INTERRUPT
@@ -356,15 +387,28 @@ fn from_device(shared: &Arc<Shared>, device: &Arc<File>, request: &Request<'_>) 
     write_reply(device, unique, answer.as_deref().map_err(|errno| *errno));
 }
 
-fn write_supply(device: &File, unique: u64, offset: u64, len: u32, supply: Supply) {
-    use std::os::unix::fs::FileExt;
+fn ask(shared: &Arc<Shared>, device: &Arc<File>, asked: Asked) {
+    let Asked { inode, unique, offset, len, unreadable } = asked;
+    let (this, device) = (Arc::clone(shared), Arc::clone(device));
+    let answer = Box::new(move |supply| write_supply(&this, &device, asked, supply));
+    shared.misses.ask(Waiting { unique, inode, offset, len, unreadable, answer });
+}
+
+fn write_supply(shared: &Arc<Shared>, device: &Arc<File>, asked: Asked, supply: Supply) {
+    let Asked { inode, unique, offset, len, unreadable } = asked;
     let answer = match supply {
         Supply::Bytes(bytes) => Ok(bytes),
         Supply::Failed(errno) => Err(errno),
         Supply::InFile(file) => {
             let mut bytes = vec![0; len as usize];
-            let read = file.read_exact_at(&mut bytes, offset);
-            read.map(|()| bytes).map_err(|error| error.raw_os_error().unwrap_or(libc_eio()))
+            match file.read_exact_at(&mut bytes, offset) {
+                Ok(()) => Ok(bytes),
+                Err(_) if !unreadable => {
+                    shared.files.not_local(inode, offset, offset + u64::from(len));
+                    return ask(shared, device, Asked { unreadable: true, ..asked });
+                }
+                Err(error) => Err(error.raw_os_error().unwrap_or(libc_eio())),
+            }
         }
     };
     write_reply(device, unique, answer.as_deref().map_err(|errno| *errno));

@@ -8,11 +8,12 @@ pub(crate) mod walk;
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -313,6 +314,10 @@ pub(crate) struct MoodySource {
     /// Reads that had to wait, and those that did not.
     pub(crate) waited: AtomicU64,
     pub(crate) hit: AtomicU64,
+    /// What it can bring again of what the file does not give any more.
+    pub(crate) again: OnceLock<Vec<u8>>,
+    /// Bytes that it was told of.
+    lost: Mutex<Vec<Range<u64>>>,
 }
 
 impl MoodySource {
@@ -320,7 +325,13 @@ impl MoodySource {
         let file = Arc::new(File::open(path).expect("opens"));
         let size = file.metadata().expect("stat").len();
         let mood = Mutex::new(watch::Sender::new(Mood::Local));
-        Arc::new(Self { file, size, mood, waited: AtomicU64::new(0), hit: AtomicU64::new(0) })
+        let (waited, hit, again, lost) = Default::default();
+        Arc::new(Self { file, size, mood, waited, hit, again, lost })
+    }
+
+    fn is_lost(&self, offset: u64, len: usize) -> bool {
+        let lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        lost.iter().any(|range| range.start < offset + len as u64 && offset < range.end)
     }
 
     pub(crate) fn set(&self, mood: Mood) {
@@ -332,6 +343,9 @@ impl MoodySource {
     }
 
     fn bytes(&self, offset: u64, len: usize) -> Result<Bytes, ReadError> {
+        if let Some(again) = self.again.get() {
+            return Ok(Bytes::copy_from_slice(&again[offset as usize..offset as usize + len]));
+        }
         let mut bytes = vec![0; len];
         let failed = |error: std::io::Error| ReadError { errno: 5, message: error.to_string() };
         self.file.read_exact_at(&mut bytes, offset).map_err(failed)?;
@@ -348,6 +362,9 @@ impl BlockSource for MoodySource {
     }
 
     fn try_read(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<bool> {
+        if self.again.get().is_some() && self.is_lost(offset, buffer.len()) {
+            return Ok(false);
+        }
         let local = match *self.mood().borrow() {
             Mood::OnDisk | Mood::Local => true,
             Mood::Mixed | Mood::Pieces => (offset / BLOCK).is_multiple_of(3),
@@ -386,9 +403,14 @@ impl BlockSource for MoodySource {
 
     fn on_disk(&self, offset: u64) -> u64 {
         match *self.mood().borrow() {
+            Mood::OnDisk if self.is_lost(offset, (self.size - offset) as usize) => offset,
             Mood::OnDisk => self.size,
             Mood::Mixed if (offset / BLOCK).is_multiple_of(3) => (offset / BLOCK + 1) * BLOCK,
             _ => offset,
         }
+    }
+
+    fn unreadable(&self, offset: u64, len: usize) {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner).push(offset..offset + len as u64);
     }
 }
