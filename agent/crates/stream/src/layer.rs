@@ -269,13 +269,8 @@ impl StreamedLayer {
         } else {
             self.spans.compressed(spans.clone())
         };
-        let window = self.windows.read(self.spans.window(&span), lane, elsewhere).await;
-        let window = window.map_err(|source| StreamError::Fetch {
-            layer: digest(),
-            start: compressed.start,
-            end: compressed.end,
-            source,
-        })?;
+        let (windows, at) = (Arc::clone(&self.windows), self.spans.window(&span));
+        let window = tokio::spawn(async move { windows.read(at, lane, elsewhere).await });
         let run = Run {
             tar: (spans.start..=spans.end).map(|span| self.spans.tar(span..span).start).collect(),
             first_span: spans.start,

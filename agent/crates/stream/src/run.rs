@@ -10,7 +10,9 @@ use futures::stream::BoxStream;
 use sluice_image::decode::Decoder;
 use sluice_image::records::{DigestAlgorithm, SpanRecord};
 use sluice_store::Layer;
+use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinHandle;
 
 use crate::claims::{RunState, Ticket};
 use crate::cutter::Cutter;
@@ -28,7 +30,8 @@ const RESUME_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(crate) struct Run {
     pub(crate) span: SpanRecord,
-    pub(crate) window: Vec<u8>,
+    /// On its way, as the body is: neither waits for the other.
+    pub(crate) window: JoinHandle<Result<Vec<u8>, SourceError>>,
     pub(crate) compressed: Range<u64>,
     /// Where each span of the run begins in the tar, and where the run ends.
     pub(crate) tar: Vec<u64>,
@@ -68,7 +71,20 @@ pub(crate) async fn fetch(
     // Gone when this future is dropped: the decoder does not wait for space then.
     let alive = Arc::new(());
     let wanted = Arc::downgrade(&alive);
-    let decoding = tokio::task::spawn_blocking(move || decode(&run, &layer, receiver, &ticket, &wanted));
+    let runtime = Handle::current();
+    let decoding = tokio::task::spawn_blocking(move || {
+        let mut run = run;
+        let window = runtime.block_on(&mut run.window);
+        let window =
+            window.unwrap_or_else(|error| Err(SourceError { message: error.to_string(), transient: false }));
+        let window = window.map_err(|source| StreamError::Fetch {
+            layer: layer.digest().to_owned(),
+            start: run.compressed.start,
+            end: run.compressed.end,
+            source,
+        })?;
+        decode(&run, &window, &layer, receiver, &ticket, &wanted)
+    });
     let room = Arc::new(Semaphore::new(WAITING_BYTES as usize));
     let failed = loop {
         if !state.urgent() {
@@ -188,6 +204,7 @@ impl<'a> Transfer<'a> {
 
 fn decode(
     run: &Run,
+    window: &[u8],
     layer: &Layer,
     mut pieces: mpsc::UnboundedReceiver<Piece>,
     ticket: &Ticket,
@@ -198,7 +215,7 @@ fn decode(
     let given_up = || wanted.strong_count() == 0;
     let mut cutter = Cutter::new(layer, passed.tar, run.algorithm, ticket, &given_up)?;
     let mut decoder =
-        Decoder::at_span(&run.span, &run.window).map_err(|error| cutter.corrupt_here(error.to_string()))?;
+        Decoder::at_span(&run.span, window).map_err(|error| cutter.corrupt_here(error.to_string()))?;
     while passed.more() || !cutter.is_ended() {
         let Some((piece, _permit)) = pieces.blocking_recv() else {
             return Err(cutter.corrupt_here(format!("the blob ends at tar offset {}", passed.tar)));

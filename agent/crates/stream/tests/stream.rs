@@ -60,6 +60,25 @@ async fn windows_come_all_at_once_and_damaged_ones_are_fetched_again() {
     assert!(!again.asked().is_empty());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layers_bytes_do_not_wait_for_their_window() {
+    let ((_dir, store), sample) = (store(), gzip_sample());
+    let blob = bytes::Bytes::copy_from_slice(sample.index.blob());
+    // No window comes as long as the test runs.
+    let index = Source::with(&blob, |slow| (slow.rate, slow.delay) = (1 << 30, LONG * 10));
+    let source = Source::new(&sample.layer);
+    let layer = sample.streamed_by_index(&store, source.clone(), index, &Scheduler::new(2), LONG);
+    let start = sample.files.last().expect("files").1;
+    let reading = tokio::spawn(async move { layer.read(start, 1).await });
+    let asked = async {
+        while source.asked().is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(LONG, asked).await.expect("the layer is asked for");
+    reading.abort();
+}
+
 /// Offsets and lengths of a sparse file's data.
 type Data<'a> = &'a [(u64, usize)];
 
