@@ -17,7 +17,7 @@ use super::Node;
 use super::files::ImageFiles;
 use super::layers::NodeLayer;
 use super::pack_bytes::PackBytes;
-use super::profiles::{self, Learned, now};
+use super::profiles::{self, now};
 use super::reads::{Recording, Step};
 use crate::api::StartRequest;
 
@@ -97,25 +97,20 @@ impl Node {
             let _before_fill = before_fill;
             let began = Instant::now();
             let known = node.known(&image, &own);
-            let mut learned = observed(looks_of(recorded.clone()), known).await;
+            let learned = observed(looks_of(recorded.clone()), known).await;
             if let Some(recording) = &recorded {
                 recording.step(Step::since(Phase::Profile, began));
             }
-            let pack = learned.as_mut().and_then(|learned| learned.pack.take());
-            // Where the link is rationed nothing comes before its turn.
-            let early = node.config.prefetch_bytes_per_second.is_none();
-            let pack = pack.map(|pack| PackBytes::new(pack, early));
             let Ok(streamed) = layers_there.await else { return };
             if streamed.is_empty() {
                 return;
             }
             let learned = match learned {
                 Some(learned) => Some(learned),
-                None => node.inherit(&own, &image, &layers).await,
+                None => node.inherit(&own, &image, &layers).await.map(|profile| (profile, None)),
             };
             if let Some(learned) = learned
-                && let Err(error) =
-                    node.prefetch(&own, (learned.profile, pack), layers, streamed, recorded.as_deref()).await
+                && let Err(error) = node.prefetch(&own, learned, layers, streamed, recorded.as_deref()).await
             {
                 tracing::warn!(entry = own.entry, error = format!("{error:#}"), "cannot prefetch");
             }
@@ -137,12 +132,13 @@ impl Node {
         }
     }
 
-    async fn known(&self, image: &ResolvedImage, key: &ProfileKey) -> Option<Learned> {
+    /// The profile of a start, and the start pack, of which the first bytes are on their way.
+    async fn known(&self, image: &ResolvedImage, key: &ProfileKey) -> Option<(Profile, Option<PackBytes>)> {
         if !self.config.prefetch {
             return None;
         }
         match self.profiles.load(key) {
-            Ok(Some(profile)) => return Some(Learned { profile, pack: None }),
+            Ok(Some(profile)) => return Some((profile, None)),
             Ok(None) => {}
             Err(error) => tracing::warn!(error = format!("{error:#}"), "the node's profile is not used"),
         }
@@ -151,11 +147,23 @@ impl Node {
         if image.layers.iter().all(|layer| local(&layer.digest)) {
             return None;
         }
-        profiles::find(&self.artifacts, image, key).await.unwrap_or_else(|error| {
+        self.published(image, key).await.unwrap_or_else(|error| {
             let (image, error) = (image.reference.to_string(), format!("{error:#}"));
             tracing::warn!(image, error, "the published profile is not used; the start goes on without it");
             None
         })
+    }
+
+    async fn published(
+        &self,
+        image: &ResolvedImage,
+        key: &ProfileKey,
+    ) -> Result<Option<(Profile, Option<PackBytes>)>> {
+        let Some(published) = profiles::look(&self.artifacts, image, key).await? else { return Ok(None) };
+        // Where the link is rationed nothing comes before its turn.
+        let early = self.config.prefetch_bytes_per_second.is_none();
+        let pack = published.pack.clone().map(|pack| PackBytes::new(pack, early));
+        Ok(Some((published.read(key).await?, pack)))
     }
 
     /// What was learned of an earlier version of the image, as far as files are the same.
@@ -164,7 +172,7 @@ impl Node {
         key: &ProfileKey,
         image: &ResolvedImage,
         layers: &[String],
-    ) -> Option<Learned> {
+    ) -> Option<Profile> {
         if !self.config.prefetch {
             return None;
         }
@@ -176,7 +184,7 @@ impl Node {
             None
         })?;
         tracing::info!(entry = key.entry, "a profile is inherited from an earlier version of the image");
-        Some(Learned { profile, pack: None })
+        Some(profile)
     }
 
     /// `name` is that of the image, which may not be recorded yet. Blocks the thread.

@@ -100,7 +100,7 @@ impl Node {
         let key = ProfileKey { image: image.manifest_digest.clone(), entry };
         let found = profiles::find(&self.artifacts, &image, &key).await?;
         let theirs = found.with_context(|| format!("no profile of `{}` is published", key.entry))?;
-        let profile = self.profiles.change(&key, |own| Ok(own.merge(theirs.profile)?))?;
+        let profile = self.profiles.change(&key, |own| Ok(own.merge(theirs)?))?;
         Ok(format!("{} starts of `{}`", profile.samples().len(), key.entry))
     }
 }

@@ -36,12 +36,12 @@ pub(super) struct Profiles {
     writing: Mutex<()>,
 }
 
-/// What is known of a start before it.
+/// Where what is published about a start is to be had.
 #[derive(Debug)]
-pub(crate) struct Learned {
-    pub(crate) profile: Profile,
-    /// The published start pack, if there is one.
-    pub(crate) pack: Option<ArtifactReader>,
+pub(super) struct Published {
+    profile: ArtifactReader,
+    /// Its start pack, if there is one.
+    pub(super) pack: Option<ArtifactReader>,
 }
 
 pub(super) fn now() -> u64 {
@@ -138,23 +138,42 @@ fn read_dir(dir: &std::path::Path) -> Result<Vec<PathBuf>> {
     }
 }
 
-/// What is published about a start.
+/// The profile that is published for a start.
 pub(super) async fn find(
     artifacts: &ArtifactStore,
     image: &ResolvedImage,
     key: &ProfileKey,
-) -> Result<Option<Learned>> {
+) -> Result<Option<Profile>> {
+    match look(artifacts, image, key).await? {
+        Some(published) => published.read(key).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// What is published for a start.
+pub(super) async fn look(
+    artifacts: &ArtifactStore,
+    image: &ResolvedImage,
+    key: &ProfileKey,
+) -> Result<Option<Published>> {
     let blobs = artifacts.find(image, PROFILE_KIND).await?.unwrap_or_default();
     let of = |name: &str| blobs.iter().find(|(blob, _)| blob.annotations.get(name) == Some(&key.entry));
     let Some((blob, reader)) = of(ENTRY) else { return Ok(None) };
     if blob.size > MAX_PROFILE {
         bail!("the published profile is too long: {} bytes", blob.size);
     }
-    let profile = Profile::decode(&reader.read_all(0..blob.size).await?)?;
-    if profile.key != *key {
-        bail!("the published profile is about something else: {:?}", profile.key);
+    Ok(Some(Published { profile: reader.clone(), pack: of(PACK).map(|(_, reader)| reader.clone()) }))
+}
+
+impl Published {
+    /// The profile.
+    pub(super) async fn read(&self, key: &ProfileKey) -> Result<Profile> {
+        let profile = Profile::decode(&self.profile.read_all(0..self.profile.size()).await?)?;
+        if profile.key != *key {
+            bail!("the published profile is about something else: {:?}", profile.key);
+        }
+        Ok(profile)
     }
-    Ok(Some(Learned { profile, pack: of(PACK).map(|(_, reader)| reader.clone()) }))
 }
 
 /// Publishes a profile, united with what is published, and a start pack. Other classes of entry point are left as they are.
@@ -170,7 +189,7 @@ pub(super) async fn publish(
             tracing::warn!(error = format!("{error:#}"), "the published profile is replaced");
             None
         }) {
-            profile.merge(theirs.profile)?;
+            profile.merge(theirs)?;
         }
         let mut blobs: Vec<(HashMap<String, String>, Bytes)> = Vec::new();
         for (blob, reader) in artifacts.find(image, PROFILE_KIND).await?.unwrap_or_default() {
@@ -185,7 +204,7 @@ pub(super) async fn publish(
         let digest = artifacts.publish(image, PROFILE_KIND, blobs).await?;
         // Another node may have published between our look and our publication.
         let after = find(artifacts, image, &profile.key).await?;
-        if after.is_some_and(|after| after.profile == profile) {
+        if after.is_some_and(|after| after == profile) {
             return Ok(digest);
         }
     }
