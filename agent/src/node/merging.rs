@@ -2,30 +2,36 @@
 //! in the store and for the image's tree, and layers are merged while others are still on their way.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use sluice_image::entry::Entry;
-use sluice_image::index::LayerIndex;
-use sluice_image::merge::{MergeError, Tree};
+use sluice_image::merge::Tree;
 use sluice_registry::Layer;
 use tokio::task::JoinHandle;
 
-use super::metadata::MERGED_HERE;
+use super::metadata::{MERGED_HERE, apply_stored};
 
 /// Entries given at a time.
 const BATCH: usize = 512;
 
-/// The end of a layer is empty: a layer whose way ends without it did not come.
-type Batch = Vec<Entry>;
+/// What is given of a layer. One whose way ends with none of the last two did not come.
+#[derive(Debug)]
+enum Given {
+    Entries(Vec<Entry>),
+    /// There are no more.
+    End,
+    /// All of it is in the store, and decoded from this index when its turn comes: nothing of it waits in memory.
+    Stored(PathBuf),
+}
 
 /// See the module text.
 #[derive(Debug)]
 pub(super) struct Merging {
-    ways: Mutex<HashMap<String, Sender<Batch>>>,
+    ways: Mutex<HashMap<String, Sender<Given>>>,
     /// Entries that may still be kept: those of a layer wait for the layers below it.
     room: AtomicU64,
     void: AtomicBool,
@@ -54,7 +60,7 @@ impl Merging {
         let to = self.ways.lock().unwrap_or_else(PoisonError::into_inner).remove(layer)?;
         let take = |room: u64| room.checked_sub(count);
         self.room.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?;
-        Some(Way { to, batch: Vec::new(), begun: count == 0 })
+        Some(Way { to, batch: Vec::new(), ends: count == 0 })
     }
 
     /// What was given is not what is in the store.
@@ -71,17 +77,29 @@ impl Merging {
     }
 }
 
-fn merge(arrivals: Vec<(String, Receiver<Batch>)>) -> Result<Option<Tree>> {
+fn merge(arrivals: Vec<(String, Receiver<Given>)>) -> Result<Option<Tree>> {
     let mut tree = Tree::new();
-    for (layer, batches) in arrivals {
+    for (layer, given) in arrivals {
         let mut whole = false;
-        let batches = std::iter::from_fn(|| {
-            let batch = batches.recv().ok()?;
-            whole = batch.is_empty();
-            (!whole).then_some(batch)
-        });
-        let entries = batches.flatten().map(Ok::<_, MergeError>);
-        tree.apply(entries).with_context(|| format!("layer {layer}"))?;
+        let applied = match given.recv() {
+            Err(_did_not_come) => return Ok(None),
+            Ok(Given::Stored(index)) => {
+                whole = true;
+                apply_stored(&mut tree, &index)
+            }
+            Ok(first) => {
+                let mut next = Some(first);
+                let batches = std::iter::from_fn(|| match next.take().or_else(|| given.recv().ok()) {
+                    Some(Given::Entries(batch)) => Some(batch),
+                    last => {
+                        whole = matches!(last, Some(Given::End));
+                        None
+                    }
+                });
+                tree.apply(batches.flatten().map(Ok))
+            }
+        };
+        applied.with_context(|| format!("layer {layer}"))?;
         if !whole {
             return Ok(None);
         }
@@ -92,48 +110,39 @@ fn merge(arrivals: Vec<(String, Receiver<Batch>)>) -> Result<Option<Tree>> {
 /// Takes a layer's entries in order. They end where it is dropped, unless none came though there are some.
 #[derive(Debug)]
 pub(super) struct Way {
-    to: Sender<Batch>,
-    batch: Batch,
-    begun: bool,
+    to: Sender<Given>,
+    batch: Vec<Entry>,
+    ends: bool,
 }
 
 impl Way {
     pub(super) fn push(&mut self, entry: Entry) {
-        self.begun = true;
+        self.ends = true;
         self.batch.push(entry);
         if self.batch.len() == BATCH {
-            self.send();
+            let batch = std::mem::replace(&mut self.batch, Vec::with_capacity(BATCH));
+            self.send(Given::Entries(batch));
         }
     }
 
-    /// Decodes a layer that is in the store. Blocks the thread.
-    pub(super) fn decode(mut self, index: &Path) {
-        let decoded = std::fs::read(index).map_err(anyhow::Error::from).and_then(|blob| {
-            let index = LayerIndex::from_blob(blob)?;
-            index.entries()?.try_for_each(|entry| Ok(self.push(entry?)))
-        });
-        if let Err(error) = decoded {
-            // Whoever decodes it again will meet that again, and tell.
-            tracing::debug!(error = format!("{error:#}"), "a layer in the store cannot be merged");
-            self.begun = false;
-        }
+    /// The layer is in the store, with its index.
+    pub(super) fn stored(mut self, index: PathBuf) {
+        self.ends = false;
+        self.send(Given::Stored(index));
     }
 
-    fn send(&mut self) {
-        // Where the merge has failed nobody takes them.
-        drop(self.to.send(std::mem::replace(&mut self.batch, Vec::with_capacity(BATCH))));
+    fn send(&self, given: Given) {
+        // Where the merge has failed nobody takes it.
+        drop(self.to.send(given));
     }
 }
 
 impl Drop for Way {
     fn drop(&mut self) {
-        if self.begun {
-            if !self.batch.is_empty() {
-                self.send();
-            }
-            // The end.
-            self.batch = Vec::new();
-            self.send();
+        if self.ends {
+            let rest = std::mem::take(&mut self.batch);
+            self.send(Given::Entries(rest));
+            self.send(Given::End);
         }
     }
 }

@@ -87,26 +87,33 @@ impl Node {
     }
 }
 
-impl LayerTable {
-    /// Gives all entries, or the error that keeps some from being given last, as long as anybody takes them.
-    fn decode(&self, to: &SyncSender<Vec<Result<Entry>>>) {
-        let decode = || -> Result<()> {
-            let index = LayerIndex::from_blob(std::fs::read(&self.index)?).context("its index")?;
-            let mut batch = Vec::with_capacity(BATCH);
-            for entry in index.entries()? {
-                batch.push(Ok(entry?));
-                if batch.len() == BATCH
-                    && to.send(std::mem::replace(&mut batch, Vec::with_capacity(BATCH))).is_err()
-                {
-                    return Ok(());
-                }
+/// Applies a layer by its index in the store; the next entries are decoded meanwhile.
+pub(super) fn apply_stored(tree: &mut Tree, index: &Path) -> Result<()> {
+    std::thread::scope(|scope| {
+        let (sender, decoded) = sync_channel(BATCHES_AHEAD);
+        scope.spawn(move || decode(index, &sender));
+        tree.apply(decoded.into_iter().flatten())
+    })
+}
+
+/// Gives all entries, or the error that keeps some from being given last, as long as anybody takes them.
+fn decode(index: &Path, to: &SyncSender<Vec<Result<Entry>>>) {
+    let decode = || -> Result<()> {
+        let index = LayerIndex::from_blob(std::fs::read(index)?).context("its index")?;
+        let mut batch = Vec::with_capacity(BATCH);
+        for entry in index.entries()? {
+            batch.push(Ok(entry?));
+            if batch.len() == BATCH
+                && to.send(std::mem::replace(&mut batch, Vec::with_capacity(BATCH))).is_err()
+            {
+                return Ok(());
             }
-            drop(to.send(batch));
-            Ok(())
-        };
-        if let Err(error) = decode() {
-            drop(to.send(vec![Err(error)]));
         }
+        drop(to.send(batch));
+        Ok(())
+    };
+    if let Err(error) = decode() {
+        drop(to.send(vec![Err(error)]));
     }
 }
 
@@ -128,16 +135,11 @@ impl Job {
         Ok(Metadata { layer_blocks, notes: tree.dropped().notes() })
     }
 
-    /// Layers are applied one after the other; the next entries are decoded meanwhile.
+    /// Layers are applied one after the other.
     fn merged(&self) -> Result<Tree> {
         let mut tree = Tree::new();
         for layer in &self.layers {
-            std::thread::scope(|scope| {
-                let (sender, decoded) = sync_channel(BATCHES_AHEAD);
-                scope.spawn(move || layer.decode(&sender));
-                tree.apply(decoded.into_iter().flatten())
-            })
-            .with_context(|| format!("layer {}", layer.digest))?;
+            apply_stored(&mut tree, &layer.index).with_context(|| format!("layer {}", layer.digest))?;
         }
         Ok(tree)
     }

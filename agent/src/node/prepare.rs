@@ -55,7 +55,7 @@ impl Node {
             let before = done.fetch_add(bytes, Ordering::Relaxed);
             events.progress(before + bytes, total);
         };
-        let mut pulled: Vec<(String, LayerIndex)> = Vec::new();
+        let mut pulled: Vec<String> = Vec::new();
         let mut distinct: Vec<&Layer> = Vec::new();
         for layer in &image.layers {
             if !distinct.iter().any(|one| one.digest == layer.digest) {
@@ -90,7 +90,7 @@ impl Node {
         self.record(image, metadata.layer_blocks)
     }
 
-    /// One layer: from its index, or by a first pull, whose index is returned. Its entries are given to the merge.
+    /// One layer: from its index, or by a first pull, in which case its digest is returned. Its entries are given to the merge.
     async fn prepare_layer(
         &self,
         image: &ResolvedImage,
@@ -99,9 +99,9 @@ impl Node {
         merging: Option<&Merging>,
         events: &EventSender,
         progress: &(impl Fn(u64) + Sync),
-    ) -> Result<Option<(String, LayerIndex)>> {
+    ) -> Result<Option<String>> {
         if let Some(stored) = self.store.layer(&layer.digest)? {
-            decode(&stored, merging);
+            merge_stored(&stored, merging);
             progress(layer.size);
             return Ok(None);
         }
@@ -127,9 +127,9 @@ impl Node {
             progress,
         )
         .await?;
-        decode(&pull.layer, merging);
+        merge_stored(&pull.layer, merging);
         self.trust.remember(&pull.index)?;
-        Ok(Some((layer.digest.clone(), pull.index)))
+        Ok(Some(layer.digest.clone()))
     }
 
     /// Puts a layer into the store, its entries on their way meanwhile. False: another index of it is there.
@@ -202,8 +202,8 @@ impl Node {
     }
 
     /// Publishes the index that a first pull made, if it made all of it and publishing is allowed.
-    fn publish_later(self: &Arc<Self>, image: &ResolvedImage, pulled: Vec<(String, LayerIndex)>) {
-        let whole = image.layers.iter().all(|layer| pulled.iter().any(|(digest, _)| *digest == layer.digest));
+    fn publish_later(self: &Arc<Self>, image: &ResolvedImage, pulled: Vec<String>) {
+        let whole = image.layers.iter().all(|layer| pulled.contains(&layer.digest));
         if !self.config.publish_index || !whole || pulled.is_empty() {
             return;
         }
@@ -211,10 +211,16 @@ impl Node {
         tokio::spawn(async move {
             let publish = async {
                 let key = node.config.sign_key.as_deref().map(SigningKey::read).transpose()?;
-                let blob = |(digest, index): &(String, LayerIndex)| {
-                    crate::commands::index_blob(digest, index, key.as_ref())
+                let blob = |digest: &String| {
+                    // Not kept meanwhile: it is some percent of the image.
+                    let stored = node.store.layer(digest)?.context("a layer vanished")?;
+                    let index = LayerIndex::from_blob(std::fs::read(stored.index_path())?)?;
+                    if index.header().windows.end().is_none_or(|end| end > index.blob().len() as u64) {
+                        bail!("layer {digest} was put into the store without its windows");
+                    }
+                    anyhow::Ok(crate::commands::index_blob(digest, &index, key.as_ref()))
                 };
-                let blobs = pulled.iter().map(blob).collect();
+                let blobs = pulled.iter().map(blob).collect::<Result<_>>()?;
                 anyhow::Ok(node.artifacts.publish(&image, INDEX_KIND, blobs).await?)
             };
             match publish.await {
@@ -230,16 +236,14 @@ impl Node {
     }
 }
 
-/// Gives the entries of a layer that is in the store to the merge, which nobody waits for here.
-fn decode(layer: &sluice_store::Layer, merging: Option<&Merging>) {
-    let path = layer.index_path();
+/// Tells the merge of a layer that is in the store.
+fn merge_stored(layer: &sluice_store::Layer, merging: Option<&Merging>) {
+    let index = layer.index_path();
     let way = merging.and_then(|merging| {
         // One that cannot be read is met again, and told of, where its blocks are counted.
-        merging.way(layer.digest(), stored_header(&path).ok()?.entry_count.get())
+        merging.way(layer.digest(), stored_header(&index).ok()?.entry_count.get())
     });
-    if let Some(way) = way {
-        tokio::task::spawn_blocking(move || way.decode(&path));
-    }
+    way.into_iter().for_each(|way| way.stored(index.clone()));
 }
 
 /// Why a layer of this media type cannot be used.

@@ -7,15 +7,18 @@ use bytes::Bytes;
 use futures::StreamExt;
 use sluice_image::index::{ContentSink, IndexError, IndexOptions, LayerIndex, LayerIndexer};
 use sluice_store::{Ingest, Layer, Store};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::outage::Outage;
 use crate::{BlobSource, Lane, Scheduler, SourceError, StreamError};
 
-/// Each may hold a receive buffer of up to 400 KiB.
-const PIECES_WAITING: usize = 8;
+/// Bytes that may wait for the indexer; then the transfer waits. Several layers are pulled at once.
+const WAITING_BYTES: u32 = 512 << 10;
 /// How often a pull that found no space looks whether there is some: nothing tells.
 const SPACE_POLL: Duration = Duration::from_millis(200);
+
+/// A piece of the blob; its permit bounds how much waits.
+type Piece = (Bytes, Option<OwnedSemaphorePermit>);
 
 /// A layer that is now local, and the index that fell out.
 #[derive(Debug)]
@@ -37,7 +40,7 @@ pub async fn first_pull(
     outage_timeout: Duration,
     progress: impl Fn(u64) + Send,
 ) -> Result<FirstPull, StreamError> {
-    let (sender, receiver) = mpsc::channel(PIECES_WAITING);
+    let (sender, receiver) = mpsc::unbounded_channel();
     let (to_store, expected, expected_diff_id) = (store.clone(), digest.to_owned(), diff_id.to_owned());
     let indexing = tokio::task::spawn_blocking(move || {
         index(&to_store, receiver, &expected, &expected_diff_id, outage_timeout)
@@ -56,13 +59,14 @@ pub async fn first_pull(
 async fn send(
     source: &dyn BlobSource,
     scheduler: &Scheduler,
-    sender: mpsc::Sender<Bytes>,
+    sender: mpsc::UnboundedSender<Piece>,
     digest: &str,
     outage_timeout: Duration,
     progress: impl Fn(u64),
 ) -> Result<(), StreamError> {
     let mut offset = 0;
     let mut outage = Outage::new(outage_timeout);
+    let room = Arc::new(Semaphore::new(WAITING_BYTES as usize));
     while offset < source.size() {
         let mut body = source.read(offset..source.size(), Lane::Demand);
         let mut failed = None;
@@ -74,7 +78,13 @@ async fn send(
                     outage.over();
                     scheduler.counters().add_bytes(Lane::Demand, len);
                     progress(len);
-                    if sender.send(piece).await.is_err() {
+                    let len = u32::try_from(len).unwrap_or(WAITING_BYTES).min(WAITING_BYTES);
+                    // The semaphore is never closed.
+                    let permit = tokio::select! {
+                        permit = Arc::clone(&room).acquire_many_owned(len) => permit.ok(),
+                        () = sender.closed() => None,
+                    };
+                    if sender.send((piece, permit)).is_err() {
                         return Ok(()); // The indexer failed and says why.
                     }
                 }
@@ -125,7 +135,7 @@ fn is_full(error: &std::io::Error) -> bool {
 
 fn index(
     store: &Store,
-    mut pieces: mpsc::Receiver<Bytes>,
+    mut pieces: mpsc::UnboundedReceiver<Piece>,
     digest: &str,
     diff_id: &str,
     patience: Duration,
@@ -137,7 +147,7 @@ fn index(
     };
     let mut indexer =
         LayerIndexer::new(IndexOptions::default(), Patient { ingest, patience }).map_err(failed)?;
-    while let Some(piece) = pieces.blocking_recv() {
+    while let Some((piece, _permit)) = pieces.blocking_recv() {
         indexer.push(&piece).map_err(failed)?;
     }
     let (index, Patient { ingest, .. }) = indexer.finish(digest).map_err(failed)?;

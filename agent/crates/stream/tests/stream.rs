@@ -369,6 +369,23 @@ async fn the_first_pull_waits_for_a_source_as_long_as_it_may() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_waits_for_the_indexer_of_a_first_pull_is_bounded() {
+    let (disk, sample) = (rig::SmallDisk::new(24 << 20), plain_sample(1, 60, 250_000));
+    std::fs::write(disk.dir.join("ballast"), vec![1; 16 << 20]).expect("ballast");
+    let limits = StoreLimits { memory_budget_bytes: 1 << 20, quota_bytes: None, reserve_bytes: 2 << 20 };
+    let store = Store::open_with(&disk.dir.join("store"), limits).expect("store");
+    let (digest, diff_id) = (sample.digest(), sample.index.header().diff_id_text());
+    // As large as the pieces that a fast link gives.
+    let source = Source::with(&sample.layer, |source| source.piece = 200_000);
+    let (blob, scheduler) = (Arc::new(source.clone()), Scheduler::new(2));
+    // The indexer stands still: there is no space.
+    let failed = first_pull(&store, &scheduler, blob, (&digest, &diff_id), NO_WAIT * 5, |_| {}).await;
+    assert!(matches!(failed, Err(StreamError::DiskFull { .. })), "{failed:?}");
+    let held = source.0.held_most.load(Ordering::SeqCst);
+    assert!(held <= 1_000_000, "{held} bytes waited");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_first_pull_waits_for_space() {
     let (disk, sample) = (rig::SmallDisk::new(24 << 20), plain_sample(1, 60, 250_000));
     let ballast = disk.dir.join("ballast");

@@ -4,8 +4,10 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use super::IndexError;
 
-/// Bytes handed to the digest thread at a time.
-const HASH_PIECE: usize = 256 * 1024;
+/// Bytes handed to the digest thread at a time, and how many times they may wait: several layers are indexed at once, and where SHA-256
+/// is what takes longest all that may wait does.
+const HASH_PIECE: usize = 128 * 1024;
+const PIECES_WAITING: usize = 3;
 
 /// The digest thread and its queue.
 #[derive(Debug)]
@@ -26,8 +28,8 @@ pub(super) struct LayerDigests {
 
 impl Hashing {
     pub(super) fn start() -> Result<Self, IndexError> {
-        let (queue, pieces) = sync_channel::<(bool, Vec<u8>)>(8);
-        let (give_back, spare) = sync_channel(8);
+        let (queue, pieces) = sync_channel::<(bool, Vec<u8>)>(PIECES_WAITING);
+        let (give_back, spare) = sync_channel(PIECES_WAITING);
         let digests = move || {
             let mut contexts = [
                 ring::digest::Context::new(&ring::digest::SHA256),
@@ -54,25 +56,30 @@ impl Hashing {
     }
 
     pub(super) fn compressed(&mut self, bytes: &[u8]) {
-        self.compressed.extend_from_slice(bytes);
-        if self.compressed.len() >= HASH_PIECE {
-            let spare = self.spare();
-            let piece = std::mem::replace(&mut self.compressed, spare);
-            self.send(false, piece);
-        }
+        let open = std::mem::take(&mut self.compressed);
+        self.compressed = self.take(false, open, bytes);
     }
 
     pub(super) fn tar(&mut self, bytes: &[u8]) {
-        self.tar.extend_from_slice(bytes);
-        if self.tar.len() >= HASH_PIECE {
-            let spare = self.spare();
-            let piece = std::mem::replace(&mut self.tar, spare);
-            self.send(true, piece);
-        }
+        let open = std::mem::take(&mut self.tar);
+        self.tar = self.take(true, open, bytes);
     }
 
-    fn spare(&self) -> Vec<u8> {
-        self.spare.try_recv().unwrap_or_default()
+    /// Sends `bytes` behind `open` in whole pieces; what is left for the next. No piece grows beyond its size.
+    fn take(&self, is_tar: bool, mut open: Vec<u8>, mut bytes: &[u8]) -> Vec<u8> {
+        while !bytes.is_empty() {
+            if open.capacity() == 0 {
+                open = self.spare.try_recv().unwrap_or_else(|_none| Vec::with_capacity(HASH_PIECE));
+            }
+            let room = HASH_PIECE.saturating_sub(open.len());
+            let (now, rest) = bytes.split_at_checked(room).unwrap_or((bytes, &[]));
+            open.extend_from_slice(now);
+            bytes = rest;
+            if open.len() >= HASH_PIECE {
+                self.send(is_tar, std::mem::take(&mut open));
+            }
+        }
+        open
     }
 
     fn send(&self, is_tar: bool, piece: Vec<u8>) {
@@ -94,6 +101,27 @@ impl Hashing {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_waits_for_its_digest_is_bounded_whatever_the_size_of_what_comes() {
+        let (queue, pieces) = sync_channel(64);
+        let (_give_back, spare) = sync_channel(1);
+        let thread = std::thread::spawn(LayerDigests::default);
+        let mut hashing =
+            Hashing { compressed: Vec::new(), tar: Vec::new(), queue: Some(queue), spare, thread };
+        let sent: Vec<u8> = (0..5_000_000_u32).map(|at| (at % 251) as u8).collect();
+        // Of all sizes up to more than a megabyte.
+        for (number, part) in sent.chunks(1_234_567).flat_map(|part| part.chunks(1_000_000)).enumerate() {
+            if number % 2 == 0 { hashing.tar(part) } else { hashing.compressed(part) }
+        }
+        drop(hashing.finish());
+        let (mut total, mut largest) = (0, 0);
+        for (_, piece) in pieces {
+            total += piece.len();
+            largest = largest.max(piece.capacity());
+        }
+        assert_eq!((total, largest), (sent.len(), HASH_PIECE));
+    }
 
     #[test]
     fn a_panic_of_the_digest_thread_is_not_taken_for_digests() {
