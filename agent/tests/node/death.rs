@@ -227,6 +227,8 @@ fn a_killed_daemon_is_followed_by_the_next() {
         let daemon = node.daemon_pid();
         node.kill_daemon();
         assert_content(&dir.join(format!("data/many/{number}")), &one_of_many(number));
+        // It answers reads before it answers commands.
+        crate::rig::wait_until("it answers", || node.run(&["status"]).status.success());
         assert_ne!(node.daemon_pid(), daemon);
     }
     assert_content(&dir.join("data/large"), &large());
