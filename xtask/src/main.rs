@@ -22,6 +22,7 @@ mod run;
 mod sluice;
 mod soak;
 mod suites;
+mod systemd;
 mod test;
 mod tidy;
 mod watched;
@@ -74,6 +75,8 @@ enum Command {
     Uninstall(install::Args),
     /// Run the tests with a real containerd of another Debian suite
     TestContainerd(suites::Args),
+    /// Try the installed units under a real systemd, in namespaces of its own
+    TestSystemd(systemd::Args),
     /// Make packages
     Dist {
         #[command(subcommand)]
@@ -129,6 +132,7 @@ fn main() -> Result<()> {
         Command::Install(args) => install::install(&args),
         Command::Uninstall(args) => install::uninstall(&args),
         Command::TestContainerd(args) => suites::test(&args),
+        Command::TestSystemd(args) => systemd::test(&args),
         Command::Dist { dist: Dist::Deb(args) } => dist::deb(&args),
         Command::Tidy => tidy::tidy(),
         Command::Watched(args) => watched::watched(&args),

@@ -22,6 +22,9 @@ pub(crate) const FUZZ: [(&str, &str); 1] = [("g++", "compiles libFuzzer")];
 pub(crate) const SOAK: [(&str, &str); 2] =
     [("libfaketime", "makes the daemon's clock jump"), ("e2fsprogs", "makes the node's disk")];
 
+/// Packages that the test with systemd needs.
+pub(crate) const SYSTEMD: [(&str, &str); 1] = [("systemd", "the service manager that the units are for")];
+
 /// Packages that only tests need.
 pub(crate) const TESTS: [(&str, &str); 10] = [
     ("crun", "the other runtime that containers run by"),

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
 use nix::unistd::Pid;
 use sluice_kernel::process::{pidfd_open, wait_for_end};
 
@@ -128,13 +129,18 @@ pub(crate) async fn drain(config: &Arc<Config>, global: &Global) -> Result<()> {
 /// Returns when the daemon is gone: what follows may start the next one.
 async fn ask_to_stop(config: &Config, client: &Client, drain: bool) -> Result<()> {
     let peer = tokio::net::UnixStream::connect(config.socket()).await.and_then(|stream| stream.peer_cred());
-    let pid =
+    // Of whoever listened first, which may be the service manager; none: in another namespace.
+    let listener =
         peer.context("cannot ask whose socket it is")?.pid().context("the daemon has no number here")?;
-    let pidfd = pidfd_open(Pid::from_raw(pid)).context("the daemon is gone already")?;
-    client.ask::<()>("stop", &StopRequest { drain }).await?;
+    let said: Option<i32> = client.ask("stop", &StopRequest { drain }).await?;
+    let pid = said.unwrap_or(listener);
     if pid.cast_unsigned() == std::process::id() {
         return Ok(());
     }
+    let pidfd = match pidfd_open(Pid::from_raw(pid)) {
+        Err(Errno::ESRCH) => return Ok(()),
+        opened => opened.context("cannot wait for the daemon's end")?,
+    };
     let ended = tokio::task::spawn_blocking(move || wait_for_end(&pidfd, Some(LONGEST_STOP))).await??;
     anyhow::ensure!(ended, "the daemon (process {pid}) still writes what it has; see its log");
     Ok(())

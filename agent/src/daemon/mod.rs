@@ -285,7 +285,8 @@ async fn node(State(shared): State<Shared>, Json(request): Json<NodeRequest>) ->
 
 async fn stop(State(shared): State<Shared>, Json(request): Json<StopRequest>) -> Response {
     shared.stop.send_replace(if request.drain { Stop::Drain } else { Stop::Leave });
-    answer(shared.cut.subscribe(), |_| async { Ok(()) })
+    // Its number: a socket that a service manager listens on does not tell.
+    answer(shared.cut.subscribe(), |_| async { Ok(std::process::id()) })
 }
 
 async fn upgrade(State(shared): State<Shared>, Json(request): Json<UpgradeRequest>) -> Response {
