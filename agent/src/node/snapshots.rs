@@ -60,14 +60,18 @@ impl ImageMounts for NodeImages {
     }
 
     async fn usage(&self, layer: &RemoteLayer) -> Usage {
-        match self.0.store.layer(&layer.layer_digest) {
-            Ok(Some(stored)) => Usage { bytes: stored.local_bytes(), inodes: 1 },
-            Ok(None) => Usage::default(),
-            Err(error) => {
-                tracing::warn!(layer = layer.layer_digest, %error, "its size is not known");
-                Usage::default()
-            }
-        }
+        let (node, digest) = (Arc::clone(&self.0), layer.layer_digest.clone());
+        let measured = tokio::task::spawn_blocking(move || -> Result<Usage> {
+            let Some(stored) = node.store.layer(&digest)? else { return Ok(Usage::default()) };
+            // All that the layer takes on the disk: its index and what is made of it, too.
+            let dir = stored.data_path().with_file_name("");
+            Usage::of(&dir).with_context(|| format!("cannot measure {}", dir.display()))
+        });
+        let measured = measured.await.map_err(anyhow::Error::from).flatten();
+        measured.unwrap_or_else(|error| {
+            tracing::warn!(layer = layer.layer_digest, error = format!("{error:#}"), "its size is not known");
+            Usage::default()
+        })
     }
 }
 

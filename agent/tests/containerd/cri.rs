@@ -1,8 +1,11 @@
 //! What a kubelet does, over the real CRI API: pull, pod, exec, restarts, removal.
 
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
 use nix::sys::signal::Signal;
 
-use crate::images::varied;
+use crate::images::{Layer, varied};
 use crate::rig::Rig;
 use crate::runtime_client::Kubelet;
 
@@ -68,9 +71,35 @@ fn the_image_file_system_counts_what_is_on_the_node() {
     let rig = Rig::new("");
     let mut kubelet = Kubelet::new(&rig);
     rig.images.add("app", varied(42), &["sh"]);
+    let mut shares: Vec<_> = varied(42).into_iter().take(2).collect();
+    shares.push(Layer::new().text("own", "own\n"));
+    rig.images.add("shares", shares, &["sh"]);
+    rig.images.add("pads", vec![Layer::new().text("below", "b"), varied(42).remove(0)], &["sh"]);
     let (before, mount_point) = kubelet.image_fs();
     assert!(mount_point.starts_with(rig.dir.path().to_str().unwrap()), "{mount_point}");
     kubelet.pull("app");
     // containerd measures every ten seconds.
     rig.wait("the image is counted", || kubelet.image_fs().0 > before + (8 << 20));
+    // What images share is there once, also where it does not stand on the same layers.
+    kubelet.pull("shares");
+    kubelet.pull("pads");
+    for name in ["app", "shares", "pads"] {
+        rig.wait_until_local(name);
+    }
+    let layers = rig.path("root/layers");
+    assert_eq!(std::fs::read_dir(&layers).unwrap().count(), 5);
+    let mut counted = 0;
+    rig.wait("exactly what the layers take is counted", || {
+        counted = kubelet.image_fs().0 - before;
+        // The directory itself is nobody's.
+        counted + allocated(&layers, false) == allocated(&layers, true)
+    });
+}
+
+/// Bytes that a directory has on the disk, with all that is in it or alone.
+fn allocated(path: &Path, whole: bool) -> u64 {
+    let meta = std::fs::symlink_metadata(path).unwrap();
+    let inside = (whole && meta.is_dir()).then(|| std::fs::read_dir(path).unwrap().flatten());
+    let inside = inside.into_iter().flatten().map(|entry| allocated(&entry.path(), true)).sum::<u64>();
+    meta.blocks() * 512 + inside
 }

@@ -311,6 +311,8 @@ pub(crate) fn listed(dir: &str, run: impl FnOnce(&str) -> String) -> Vec<String>
         .lines()
         // The root itself belongs to the snapshotter.
         .filter(|line| !line.starts_with(". "))
+        // A container has its own.
+        .filter(|line| !line.contains("./etc/hosts") && !line.contains("./etc/resolv.conf"))
         .map(without_directory_details)
         .collect();
     lines.sort();

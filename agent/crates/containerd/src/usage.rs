@@ -21,7 +21,7 @@ pub struct Usage {
 
 impl Usage {
     /// Of everything at and below `dir`. Files that vanish meanwhile are not counted: a container may be at work there.
-    pub(crate) fn of(dir: &Path) -> io::Result<Self> {
+    pub fn of(dir: &Path) -> io::Result<Self> {
         let mut usage = Self::default();
         let mut seen = HashSet::new();
         let mut waiting = vec![dir.to_path_buf()];
