@@ -16,6 +16,7 @@ mod logging;
 mod metrics;
 mod node;
 mod program;
+mod pattern;
 
 use std::process::ExitCode;
 use std::sync::Arc;

@@ -34,7 +34,7 @@ const LIMITS: [&str; 2] = ["-timeout=20", "-rss_limit_mb=2048"];
 /// Builds and runs; an error if anything was found.
 pub(crate) fn fuzz(args: &Args) -> Result<()> {
     packages::install(&packages::FUZZ)?;
-    let binaries = build()?;
+    let binary = build()?;
     let mut names = targets()?;
     if let Some(only) = &args.target {
         names.retain(|name| name == only);
@@ -46,11 +46,11 @@ pub(crate) fn fuzz(args: &Args) -> Result<()> {
     for some in names.chunks(AT_ONCE) {
         let running = some
             .iter()
-            .map(|name| Run::start(&binaries, name, args.minutes).map(|run| (name, run)))
+            .map(|name| Run::start(&binary, name, args.minutes).map(|run| (name, run)))
             .collect::<Result<Vec<_>>>()?;
         for (name, run) in running {
             let ended = run.end()?;
-            println!("fuzz: {name:<10} {ended}");
+            println!("fuzz: {name:<13} {ended}");
             found.extend(ended.finding.map(|path| format!("{name}: {path}")));
         }
     }
@@ -60,13 +60,14 @@ pub(crate) fn fuzz(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Names of the targets: one file each.
+/// Names of the targets: one module each.
 fn targets() -> Result<Vec<String>> {
-    let entries = std::fs::read_dir(top().join("agent/fuzz/fuzz_targets"))?;
+    let entries = std::fs::read_dir(top().join("agent/fuzz/src/targets"))?;
     let mut names = Vec::new();
     for entry in entries {
         let path = entry?.path();
-        names.extend(path.file_stem().map(|name| name.to_string_lossy().into_owned()));
+        let name = path.file_stem().map(|name| name.to_string_lossy().into_owned());
+        names.extend(name.filter(|name| name != "mod"));
     }
     names.sort();
     Ok(names)
@@ -78,15 +79,16 @@ fn build() -> Result<PathBuf> {
     // For a named target the flags do not reach build scripts and macros.
     output(
         Command::new("cargo")
-            .args(["build", "--locked", "--release", "--bins", "--target", &triple])
-            .current_dir(top().join("agent/fuzz"))
+            .args(["build", "--locked", "--release", "--package", "sluice-fuzz", "--features", "libfuzzer"])
+            .args(["--bin", "fuzz", "--target", &triple])
+            .current_dir(top())
             .env("CARGO_TARGET_DIR", &room)
             .env("RUSTFLAGS", FLAGS)
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
             .env("RUSTC_BOOTSTRAP", "1"),
     )
     .context("cannot build the fuzz targets")?;
-    Ok(room.join(triple).join("release"))
+    Ok(room.join(triple).join("release/fuzz"))
 }
 
 /// A target that runs.
@@ -112,7 +114,7 @@ impl std::fmt::Display for Ended {
 }
 
 impl Run {
-    fn start(binaries: &Path, name: &str, minutes: f64) -> Result<Self> {
+    fn start(binary: &Path, name: &str, minutes: f64) -> Result<Self> {
         let room = target().join("fuzz");
         let (corpus, artifacts) = (room.join("corpus").join(name), room.join("artifacts").join(name));
         for dir in [&corpus, &artifacts] {
@@ -121,7 +123,8 @@ impl Run {
         let log = room.join(format!("{name}.log"));
         let child = Command::new("nice")
             .args(["-n", "15"])
-            .arg(binaries.join(name))
+            .arg(binary)
+            .env("SLUICE_FUZZ_TARGET", name)
             .args([corpus, top().join("agent/fuzz/seeds").join(name)].iter().filter(|dir| dir.exists()))
             .arg(format!("-max_total_time={:.0}", (minutes * 60.0).max(1.0)))
             .arg(format!("-artifact_prefix={}/", artifacts.display()))

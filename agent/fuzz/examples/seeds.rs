@@ -1,4 +1,4 @@
-//! Writes the seed corpora in `seeds/`: `cargo run --example seeds` in this directory. Output is always the same.
+//! Writes the seed corpora in `seeds/`: `cargo run -p sluice-fuzz --example seeds`. Output is always the same.
 
 use std::fs;
 use std::io::Write;
@@ -71,11 +71,138 @@ fn main() -> Result<(), Failure> {
         put("pax", name, &[&[255], records].concat())?;
         put("pax", &format!("{name}-cut"), &[&[12], records].concat())?;
     }
+    // Decoding begins anew at the end of each member, also of the last one.
+    let members = packings(&tars[0].1)?.swap_remove(1).1;
+    put("gzip", "members-padding", &[&[128], members.as_slice(), &[0; 9]].concat())?;
+    put("pack", "two-frames", &[&[40], pack()?.as_slice()].concat())?;
+    documents()
+}
+
+fn pack() -> Result<Vec<u8>, Failure> {
+    let mut pack = sluice_prefetch::PackWriter::default();
+    for (layer, offset) in [("a", 0), ("b", 4096), ("a", 1 << 20)] {
+        let layer = sluice_fuzz::index::sha256(layer.as_bytes());
+        pack.push(&layer, offset, &vec![7; 300_000])?;
+    }
+    Ok(pack.finish()?)
+}
+
+/// Texts, as people, registries and programs write them.
+fn documents() -> Result<(), Failure> {
+    let digest = format!("sha256:{}", "5a".repeat(32));
+    let manifest = format!(
+        r#"{{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{digest}","size":2}},"layers":[{{"mediaType":"application/vnd.oci.image.layer.v1.tar+gzip","digest":"{digest}","size":9,"annotations":{{"a":"b"}}}}]}}"#
+    );
+    let config = format!(
+        r#"{{"architecture":"amd64","os":"linux","config":{{"User":"a:b","Env":["A=b"],"Entrypoint":["sh"],"ExposedPorts":{{"80/tcp":{{}}}}}},"rootfs":{{"type":"layers","diff_ids":["{digest}"]}}}}"#
+    );
+    let len = u16::try_from(manifest.len())?.to_le_bytes();
+    put("manifest", "one-layer", &[&len, manifest.as_bytes(), config.as_bytes()].concat())?;
+    for (name, header) in [
+        (
+            "bearer",
+            &b"\0Bearer realm=\"https://auth.example/token\",service=\"registry\",scope=\"repository:a:pull\""[..],
+        ),
+        ("basic", b"\0Basic realm=\"a \\\"b\\\"\", Negotiate dG9rZW4="),
+        ("seconds", b"\x01120"),
+        ("date", b"\x01Wed, 21 Oct 2015 07:28:00 GMT"),
+    ] {
+        put("challenge", name, header)?;
+    }
+    for (name, reference) in [
+        ("short", "debian"),
+        ("tag", "registry.example:5000/team/app:1.2"),
+        ("digest", &format!("[::1]:5000/a/b:c@{digest}")),
+    ] {
+        put("reference", name, reference.as_bytes())?;
+    }
+    let entry = |created: &str| {
+        format!(
+            r#"{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"{digest}","size":2,"artifactType":"application/vnd.sluice.index.v1","annotations":{{"org.opencontainers.image.created":"{created}"}}}}"#
+        )
+    };
+    let list = format!(
+        r#"{{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[{},{}]}}"#,
+        entry("2024-01-02T03:04:05Z"),
+        entry("2024-02-30T25:00:00+99:00")
+    );
+    put("referrers", "two", list.as_bytes())?;
+    put(
+        "docker_config",
+        "auths",
+        br#"{"auths":{"registry.example":{"auth":"dTpw"},"https://index.docker.io/v1/":{"identitytoken":"t"},"registry.example:5000":{"username":"u","password":"p"}}}"#,
+    )?;
+    put(
+        "hosts",
+        "mirrors",
+        b"server = \"https://registry.example\"\n[host.\"http://mirror:5000/v2/x\"]\ncapabilities = [\"pull\", \"resolve\"]\noverride_path = true\nskip_verify = true\n[host.\"http://mirror:5000/v2/x\".header]\nx-a = [\"1\", \"2\"]\n[host.\"other\"]\n",
+    )?;
+    put(
+        "provider",
+        "configuration",
+        b"\0apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n  - name: p\n    matchImages: [\"*.example\"]\n    defaultCacheDuration: 1h30m\n    apiVersion: credentialprovider.kubelet.k8s.io/v1\n    args: [a]\n    env: [{name: A, value: b}]\n",
+    )?;
+    for (name, life) in [("answer", "10m"), ("long-answer", "5000000000000000000s")] {
+        put(
+            "provider",
+            name,
+            format!(
+                "\u{1}{{\"apiVersion\":\"credentialprovider.kubelet.k8s.io/v1\",\"kind\":\"CredentialProviderResponse\",\"cacheKeyType\":\"Image\",\"cacheDuration\":\"{life}\",\"auth\":{{\"*.example\":{{\"username\":\"u\",\"password\":\"p\"}}}}}}"
+            )
+            .as_bytes(),
+        )?;
+    }
+    put(
+        "provider",
+        "secret",
+        br#"{"auths":{"registry.example/team":{"auth":"dTpw"},"registry.example:5000":{"identitytoken":"t"}}}"#,
+    )?;
+    put(
+        "batch",
+        "job",
+        br#"{"taskGroups":[{"taskCount":"3","parallelism":3,"taskCountPerNode":"3","taskSpec":{"runnables":[{"container":{"imageUri":"registry.example/app:1","commands":["a"],"volumes":["/mnt/x:/x:ro"],"options":"--user 1000 --env A=b","enableImageStreaming":true},"timeout":"1.5s"},{"barrier":{"name":"b"}},{"script":{"text":"echo"},"alwaysRun":true}],"computeResource":{"cpuMilli":"500","memoryMib":64},"maxRetryCount":2,"maxRunDuration":"60s","lifecyclePolicies":[{"action":"RETRY_TASK","actionCondition":{"exitCodes":[1]}}],"environment":{"variables":{"A":"b"}}}}],"logsPolicy":{"destination":"PATH","logsPath":"/mnt/x"},"labels":{"a":"b"}}"#,
+    )?;
+    for (name, text) in
+        [("options", "--user=0 -v /a:/b --env A='b c'"), ("bind", "/a:/b:ro"), ("seconds", "3.5s")]
+    {
+        put("batch", name, text.as_bytes())?;
+    }
+    put(
+        "faults",
+        "all",
+        br#"{"path":"/blobs/","status":429,"retry_after":1,"challenge":"Basic","redirect":"http://x/","expires_ms":5,"ignore_ranges":true,"truncate_at":7,"flip":true,"wrong_length":true,"bytes_per_second":5,"stall":true,"times":3,"one_in":2,"refuse":false}"#,
+    )?;
+    for (kind, name, body) in [
+        (
+            0,
+            "acquire",
+            r#"{"reference":"a:1","stream":true,"holder":{"process":7},"start":{"entrypoint":"sh"}}"#,
+        ),
+        (0, "mount", r#"{"reference":"a:1","stream":false,"holder":{"mount_point":"/mnt"}}"#),
+        (3, "release", r#"{"holder":{"snapshot":"1"}}"#),
+        (7, "done", r#"{"done":{"result":{"a":[1,2]}}}"#),
+        (7, "note", r#"{"event":"note","message":"m"}"#),
+    ] {
+        put("api", name, &[&[kind], body.as_bytes()].concat())?;
+    }
+    put("users", "names", b"\x03\x28a:ba:x:1000:1001:A:/home/a:/bin/sh\nroot:x:0b:x:7:a,c\nd:x:8:a\n")?;
+    let start = sluice_regress::Start { ready_ns: Some(9), accuracy: Some(0.5), ..Default::default() };
+    put("summary", "start", &[&[0x80], serde_json::to_vec(&start)?.as_slice()].concat())?;
+    for version in ["trace-v1.bin", "trace-v2.bin"] {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds/trace").join(version);
+        for format in 0..5 {
+            put(
+                "summary",
+                &format!("{version}-{format}"),
+                &[&[format], fs::read(&golden)?.as_slice()].concat(),
+            )?;
+        }
+    }
     Ok(())
 }
 
 fn put(target: &str, name: &str, bytes: &[u8]) -> Result<(), Failure> {
-    let dir = Path::new("seeds").join(target);
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds").join(target);
     fs::create_dir_all(&dir)?;
     Ok(fs::write(dir.join(name), bytes)?)
 }

@@ -1,7 +1,7 @@
 //! Which images a set of credentials is for, as kubelet decides it (`URLsMatchStr` in its `credentialprovider` package):
 //! `host[:port][/path]`, where `*` stands for part of one label of the host and the path is a prefix.
 
-use crate::node::fits;
+use crate::pattern::fits;
 
 /// Names of Docker Hub, which is one registry.
 const DOCKER_HUB: [&str; 3] = ["docker.io", "index.docker.io", "registry-1.docker.io"];

@@ -198,7 +198,7 @@ impl Providers {
         if !life.is_zero() {
             // A life no clock can hold is as good as a day.
             let end = now.checked_add(life).unwrap_or(now + Duration::from_secs(86_400));
-            let renew = now + end.duration_since(now) * 4 / 5;
+            let renew = now + end.duration_since(now) / 5 * 4;
             known.insert(
                 (provider.name.clone(), key.to_owned()),
                 Known { auth: Arc::clone(&auth), renew, end },

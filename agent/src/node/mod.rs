@@ -62,7 +62,6 @@ pub(crate) use metadata::merge_for_agent;
 pub(crate) use prepare::{read_index, unsupported};
 pub(crate) use snapshots::NodeImages;
 pub(crate) use starts::Over;
-pub(crate) use switch::fits;
 pub(crate) use trust::{HEADER_ANNOTATION, Mode, SIGNATURES_ANNOTATION, Trust, header_digest, sign};
 
 /// Background fetches under way on a node at once.

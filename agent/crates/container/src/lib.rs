@@ -6,6 +6,8 @@
 mod bundle;
 mod inside;
 mod parents;
+#[doc(hidden)]
+pub mod outside;
 mod spec;
 pub mod unpack;
 mod users;

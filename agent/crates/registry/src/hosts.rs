@@ -118,7 +118,11 @@ fn stamp(path: &Path) -> Result<Stamp, RegistryError> {
     }
 }
 
-fn read(file: Option<&Path>, registry: &str, plain_http: bool) -> Result<Vec<Endpoint>, RegistryError> {
+pub(crate) fn read(
+    file: Option<&Path>,
+    registry: &str,
+    plain_http: bool,
+) -> Result<Vec<Endpoint>, RegistryError> {
     let bad = |why: String| {
         let path = file.map(Path::display).map(|path| path.to_string()).unwrap_or_default();
         RegistryError::Config(format!("{path}: {why}"))

@@ -13,6 +13,8 @@ mod health;
 mod hosts;
 mod image;
 mod observe;
+#[doc(hidden)]
+pub mod outside;
 mod platform;
 mod redact;
 mod reference;

@@ -189,9 +189,9 @@ fn metadata(
 }
 
 /// An index without its entries, and those.
-type List = (serde_json::Map<String, Value>, Vec<Value>);
+pub(crate) type List = (serde_json::Map<String, Value>, Vec<Value>);
 
-fn list(bytes: &[u8]) -> Option<List> {
+pub(crate) fn list(bytes: &[u8]) -> Option<List> {
     let Ok(Value::Object(mut document)) = serde_json::from_slice(bytes) else { return None };
     let kind = document.get("mediaType");
     if kind.is_some_and(|kind| kind.as_str() != Some(INDEX_TYPE)) {
@@ -203,7 +203,7 @@ fn list(bytes: &[u8]) -> Option<List> {
 
 /// Digests of the entries of a kind, the newest first: by the date their annotations give, then by their place. The last one
 /// pushed stands last in both schemes, but registries are free in the order.
-fn newest_first<'a>(entries: &'a [Value], artifact_type: &str) -> Vec<&'a str> {
+pub(crate) fn newest_first<'a>(entries: &'a [Value], artifact_type: &str) -> Vec<&'a str> {
     let created = |entry: &Value| -> Option<DateTime<FixedOffset>> {
         let text = entry.get("annotations")?.get(CREATED)?.as_str()?;
         DateTime::parse_from_rfc3339(text).ok() // No date: older than any.

@@ -164,8 +164,8 @@ impl GzipDecoder {
     fn header(&mut self, input: &[u8]) -> Result<Step, DecodeError> {
         let State::Header(bytes) = &mut self.state else { return Ok(Step { consumed: 0, boundary: false }) };
         let had = bytes.len();
-        // Some writers pad the end with zeros.
-        if self.members > 0 && had == 0 && input.first() == Some(&0) {
+        // Some writers pad the end with zeros. Decoding may begin there, too, behind the last member.
+        if (self.members > 0 || self.offset > 0) && had == 0 && input.first() == Some(&0) {
             self.state = State::Padding;
             return self.padding(input);
         }
