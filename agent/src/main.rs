@@ -15,8 +15,8 @@ mod kubernetes;
 mod logging;
 mod metrics;
 mod node;
-mod program;
 mod pattern;
+mod program;
 
 use std::process::ExitCode;
 use std::sync::Arc;

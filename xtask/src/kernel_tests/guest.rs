@@ -167,10 +167,7 @@ fn qemu(boot: &Boot<'_>, lines: &[String]) -> Command {
         .arg("-drive")
         .arg(format!("file={},if=virtio,format=raw,readonly=on", boot.programs.display()))
         .arg("-drive")
-        .arg(format!(
-            "file={},if=virtio,format=raw,cache=unsafe",
-            boot.scratch.display()
-        ))
+        .arg(format!("file={},if=virtio,format=raw,cache=unsafe", boot.scratch.display()))
         .args(lines)
         .args(["-serial", "chardev:console", "-serial", "chardev:results"]);
     command

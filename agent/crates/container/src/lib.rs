@@ -5,9 +5,9 @@
 
 mod bundle;
 mod inside;
-mod parents;
 #[doc(hidden)]
 pub mod outside;
+mod parents;
 mod spec;
 pub mod unpack;
 mod users;
