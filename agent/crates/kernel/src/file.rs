@@ -2,6 +2,7 @@
 //!
 //! Used by the layer store. Offsets and lengths are bytes.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
@@ -13,6 +14,13 @@ use thiserror::Error;
 const FICLONE: u32 = 0x4004_9409;
 /// `_IOW(0x94, 13, struct file_clone_range)`.
 const FICLONERANGE: u32 = 0x4020_940D;
+
+/// `_IOWR('f', 11, struct fiemap)`.
+const FS_IOC_FIEMAP: u32 = 0xC020_660B;
+/// `linux/fiemap.h`: the last extent of the file; its blocks are other files' as well.
+const FIEMAP_EXTENT_LAST: u32 = 1;
+const FIEMAP_EXTENT_SHARED: u32 = 0x2000;
+const EXTENTS_AT_ONCE: usize = 128;
 
 /// `linux/fs.h`.
 const FS_NOATIME_FL: libc::c_int = 0x80;
@@ -60,6 +68,31 @@ struct FileCloneRange {
     src_offset: u64,
     src_length: u64,
     dest_offset: u64,
+}
+
+/// `struct fiemap_extent` of `linux/fiemap.h`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+struct FiemapExtent {
+    logical: u64,
+    physical: u64,
+    length: u64,
+    reserved64: [u64; 2],
+    flags: u32,
+    reserved: [u32; 3],
+}
+
+/// `struct fiemap` of `linux/fiemap.h`, with room for some extents.
+#[repr(C)]
+#[derive(Debug)]
+struct Fiemap {
+    start: u64,
+    length: u64,
+    flags: u32,
+    mapped_extents: u32,
+    extent_count: u32,
+    reserved: u32,
+    extents: [FiemapExtent; EXTENTS_AT_ONCE],
 }
 
 /// Space of a file system in bytes.
@@ -120,6 +153,40 @@ fn shared(request: &'static str, result: libc::c_int) -> Result<bool, FileError>
         // Not supported, not one file system, not aligned, swap file or different DAX flags.
         Err(Errno::EOPNOTSUPP | Errno::ENOTTY | Errno::EXDEV | Errno::EINVAL | Errno::ENOSYS) => Ok(false),
         Err(source) => Err(FileError::Request { request, source }),
+    }
+}
+
+/// Where on the device those bytes of a file are that it shares with others, in the file's order. None where the file system cannot say.
+pub fn shared_extents(file: BorrowedFd<'_>) -> Result<Vec<Range<u64>>, FileError> {
+    let mut shared = Vec::new();
+    let mut start = 0;
+    loop {
+        let mut map = Fiemap {
+            start,
+            length: u64::MAX - start,
+            flags: 0,
+            mapped_extents: 0,
+            extent_count: EXTENTS_AT_ONCE as u32,
+            reserved: 0,
+            extents: [FiemapExtent::default(); EXTENTS_AT_ONCE],
+        };
+        // SAFETY: the descriptor is borrowed and open; `map` has the layout of struct fiemap with room for `extent_count` extents.
+        let result = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP as _, &raw mut map) };
+        match Errno::result(result) {
+            Ok(_) => {}
+            Err(Errno::EOPNOTSUPP | Errno::ENOTTY) => return Ok(Vec::new()),
+            Err(source) => return Err(FileError::Request { request: "FS_IOC_FIEMAP", source }),
+        }
+        let found = map.extents.get(..map.mapped_extents as usize).unwrap_or(&map.extents);
+        for extent in found.iter().filter(|extent| extent.flags & FIEMAP_EXTENT_SHARED != 0) {
+            shared.push(extent.physical..extent.physical.saturating_add(extent.length));
+        }
+        match found.last() {
+            Some(last) if last.flags & FIEMAP_EXTENT_LAST == 0 => {
+                start = last.logical.saturating_add(last.length);
+            }
+            _ => return Ok(shared),
+        }
     }
 }
 
@@ -222,6 +289,19 @@ mod tests {
     fn the_clone_structure_has_the_layout_of_linux_fs_h() {
         assert_eq!(size_of::<FileCloneRange>(), 32);
         assert_eq!(std::mem::offset_of!(FileCloneRange, dest_offset), 24);
+    }
+
+    #[test]
+    fn the_map_of_extents_has_the_layout_of_linux_fiemap_h() {
+        assert_eq!((size_of::<FiemapExtent>(), std::mem::offset_of!(FiemapExtent, flags)), (56, 40));
+        assert_eq!(std::mem::offset_of!(Fiemap, extents), 32);
+    }
+
+    #[test]
+    fn what_nobody_shares_has_no_shared_extents() {
+        let file = filled(&[1; 100_000]);
+        file.sync_all().expect("flushed");
+        assert_eq!(shared_extents(file.as_fd()).expect("looked up"), []);
     }
 
     fn filled(bytes: &[u8]) -> std::fs::File {

@@ -8,6 +8,7 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, PoisonError};
 
@@ -88,10 +89,10 @@ impl Layer {
             self.memory.with_ranges(&[], |held| {
                 let lost = self.verified.retain(&self.durable);
                 let mut count = 0;
+                self.clear_away(&lost);
                 for run in lost {
-                    self.doubtful().set(run.clone());
-                    self.clear_away(&run);
                     count += run.end - run.start;
+                    self.doubtful().set(run);
                 }
                 for range in held.iter().cloned().map(blocks) {
                     self.verified.set(range.clone());
@@ -109,14 +110,16 @@ impl Layer {
     /// Takes out of the file, and of the page cache, what must not be read, nor written over in place: after a write that failed ext4
     /// takes the block for written in the page cache, though it is none on the disk. When the page is written again the disk has
     /// the bytes, the flush succeeds, and they are zeros once the page is dropped (Linux 6.18).
-    pub(crate) fn clear_away(&self, run: &Range<u64>) {
-        let (start, len) = (run.start * BLOCK_SIZE, (run.end - run.start) * BLOCK_SIZE);
-        match sluice_kernel::file::punch_hole(self.file.as_fd(), start, len) {
-            Ok(()) => self.space.freed(len),
-            Err(error) => {
+    pub(crate) fn clear_away(&self, runs: &[Range<u64>]) {
+        let allocated = || self.file.metadata().map_or(0, |metadata| metadata.blocks() * 512);
+        let before = allocated();
+        for run in runs {
+            let (start, len) = (run.start * BLOCK_SIZE, (run.end - run.start) * BLOCK_SIZE);
+            if let Err(error) = sluice_kernel::file::punch_hole(self.file.as_fd(), start, len) {
                 tracing::warn!(layer = self.digest(), offset = start, size = len, %error, "what was lost stays in the file");
             }
         }
+        self.space.freed(before.saturating_sub(allocated()));
     }
 
     /// Writes and flushes each doubtful chunk that memory holds by itself; gives the store offsets of those that the disk took. The

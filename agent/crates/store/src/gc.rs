@@ -4,6 +4,8 @@
 use std::collections::HashSet;
 use std::fs;
 use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -115,7 +117,7 @@ impl Store {
         self.inner.space.limits().quota_bytes
     }
 
-    /// Bytes that the store has allocated on disk. Blocks that files share (reflinks) count once per file.
+    /// Bytes that the store has allocated on disk. What files share, by reflinks or by being one, counts once.
     pub fn disk_bytes(&self) -> Result<u64, StoreError> {
         disk_bytes(&self.inner.root)
     }
@@ -127,22 +129,77 @@ impl Store {
     }
 }
 
-/// Allocated bytes at and below `path`; what vanishes meanwhile counts nothing.
+/// Allocated bytes at and below `path`, each counted once; what vanishes meanwhile counts nothing.
 pub(crate) fn disk_bytes(path: &Path) -> Result<u64, StoreError> {
-    let Some(meta) = unless_gone(fs::symlink_metadata(path)).on("stat", path)? else { return Ok(0) };
-    let mut bytes = meta.blocks() * 512;
-    if meta.is_dir() {
-        let entries = unless_gone(fs::read_dir(path)).on("list", path)?;
-        for entry in entries.into_iter().flatten() {
-            bytes += disk_bytes(&entry.on("list", path)?.path())?;
+    let mut counted = Counted::default();
+    let bytes = counted.add(path)?;
+    Ok(bytes.saturating_sub(twice(&mut counted.shared)))
+}
+
+/// What was seen of a tree so far.
+#[derive(Default)]
+struct Counted {
+    /// Files with several names: device and inode.
+    linked: HashSet<(u64, u64)>,
+    /// Places on the device that several files have.
+    shared: Vec<Range<u64>>,
+}
+
+impl Counted {
+    fn add(&mut self, path: &Path) -> Result<u64, StoreError> {
+        let Some(meta) = unless_gone(fs::symlink_metadata(path)).on("stat", path)? else { return Ok(0) };
+        if meta.is_file() && meta.nlink() > 1 && !self.linked.insert((meta.dev(), meta.ino())) {
+            return Ok(0);
         }
+        let mut bytes = meta.blocks() * 512;
+        if meta.is_dir() {
+            let entries = unless_gone(fs::read_dir(path)).on("list", path)?;
+            for entry in entries.into_iter().flatten() {
+                bytes += self.add(&entry.on("list", path)?.path())?;
+            }
+        } else if meta.is_file() && meta.blocks() > 0 && path.file_name().is_some_and(|name| name == "data") {
+            // Only layers' files share blocks.
+            if let Some(file) = unless_gone(fs::File::open(path)).on("open", path)? {
+                let shared = sluice_kernel::file::shared_extents(file.as_fd()).map_err(io::Error::other);
+                self.shared.extend(shared.on("look for shared blocks of", path)?);
+            }
+        }
+        Ok(bytes)
     }
-    Ok(bytes)
+}
+
+/// How many bytes of these places were counted before.
+fn twice(places: &mut [Range<u64>]) -> u64 {
+    places.sort_unstable_by_key(|place| place.start);
+    let (mut twice, mut end) = (0, 0);
+    for place in places {
+        twice += end.min(place.end).saturating_sub(place.start);
+        end = end.max(place.end);
+    }
+    twice
 }
 
 fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         other => other.map(Some),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_that_several_files_have_count_once() {
+        for (mut places, expected) in [
+            (vec![], 0),
+            (vec![0..10, 10..20], 0),
+            (vec![0..10, 0..10, 0..10], 20),
+            (vec![5..15, 0..10, 12..20], 8),
+            (vec![0..100, 10..20, 30..40], 20),
+        ] {
+            assert_eq!(twice(&mut places), expected, "{places:?}");
+        }
     }
 }

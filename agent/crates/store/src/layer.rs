@@ -100,9 +100,7 @@ impl Layer {
             dir,
         };
         // What an earlier process wrote and did not record: it may be what the disk lost.
-        for run in layer.durable.clear_runs() {
-            layer.clear_away(&run);
-        }
+        layer.clear_away(&layer.durable.clear_runs());
         Ok(layer)
     }
 
@@ -305,7 +303,8 @@ impl Layer {
 
     /// Writes to the file, if there is space.
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let len = bytes.len() as u64;
+        // What is allocated: whole blocks.
+        let len = (bytes.len() as u64).next_multiple_of(BLOCK_SIZE);
         self.space.admit(len)?;
         self.file.write_all_at(bytes, offset).inspect_err(|error| self.space.refused(len, error))
     }

@@ -257,6 +257,49 @@ fn the_quota_evicts_what_was_used_longest_ago_and_nobody_holds() {
 }
 
 #[test]
+fn the_quota_counts_blocks_and_not_sizes() {
+    // A hole of 2 MB, and contents that need two blocks though they are little more than one.
+    let small: Vec<Vec<u8>> = (0..40).map(|seed| noise(seed + 1, 4200)).collect();
+    let sample = sample(&[vec![vec![0; 2_000_000]], small].concat());
+    let dir = tempfile::tempdir().expect("dir");
+    let store = Store::open(dir.path(), 0).expect("store");
+    drop(store.add_layer(&sample.index).expect("layer"));
+    // Several names of one file count once, as for `du`.
+    let unpacked = dir.path().join("unpacked").join("ab".repeat(32));
+    fs::create_dir_all(&unpacked).expect("dir");
+    fs::write(unpacked.join("one"), [1; 500_000]).expect("write");
+    (0..5).for_each(|link| {
+        fs::hard_link(unpacked.join("one"), unpacked.join(format!("{link}"))).expect("link")
+    });
+    let used = store.disk_bytes().expect("bytes");
+    assert_eq!(used, allocated(dir.path()));
+    drop(store);
+    // The database may grow a little by being opened.
+    let quota_bytes = Some(used + 40 * 8192 + 16 * 8192);
+    let limits = StoreLimits { memory_budget_bytes: 0, quota_bytes, reserve_bytes: 0 };
+    let store = Store::open_with(dir.path(), limits).expect("store");
+    let layer = store.layer(&sample.digest()).expect("layer").expect("kept");
+    let zeros = holes(&sample);
+    assert!(zeros > 20, "{zeros} chunks are a hole");
+    for chunk in &sample.chunks {
+        match chunk.len.get() {
+            4200 => assert!(layer.insert_verified(chunk, &sample.bytes(chunk), false), "it has its place"),
+            _ => layer.insert_hole(chunk),
+        }
+    }
+    assert!(layer.is_full() && layer.memory_bytes() == 0);
+    // Written again they count again, until it is measured.
+    let again = sample.chunks.iter().find(|chunk| chunk.len.get() == 4200).expect("a chunk");
+    let more = (0..100).take_while(|_| layer.insert_verified(again, &sample.bytes(again), false)).count();
+    assert!(more <= 16 && layer.disk_full(), "{more} more");
+}
+
+/// How many chunks of a sample are zeros.
+fn holes(sample: &Sample) -> usize {
+    sample.chunks.iter().filter(|chunk| sample.bytes(chunk).iter().all(|byte| *byte == 0)).count()
+}
+
+#[test]
 fn accounting_and_gc_say_what_they_cannot_read() {
     let dir = tempfile::tempdir().expect("dir");
     let store = Store::open(dir.path(), 1 << 20).expect("store");
