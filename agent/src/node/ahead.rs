@@ -36,6 +36,22 @@ pub(super) struct Lookup {
     streamed: Option<oneshot::Sender<Streamed>>,
 }
 
+/// What is known of a start before it.
+#[derive(Debug)]
+struct Learned {
+    profile: Profile,
+    /// The start pack, of which the first bytes are on their way.
+    pack: Option<PackBytes>,
+    /// Whether the pack has all that the profile wants.
+    packed: bool,
+}
+
+impl From<Profile> for Learned {
+    fn from(profile: Profile) -> Self {
+        Self { profile, pack: None, packed: false }
+    }
+}
+
 /// Layers that are not local, by digest.
 type Streamed = HashMap<String, Arc<StreamedLayer>>;
 
@@ -107,7 +123,7 @@ impl Node {
             }
             let learned = match learned {
                 Some(learned) => Some(learned),
-                None => node.inherit(&own, &image, &layers).await.map(|profile| (profile, None)),
+                None => node.inherit(&own, &image, &layers).await.map(Learned::from),
             };
             if let Some(learned) = learned
                 && let Err(error) = node.prefetch(&own, learned, layers, streamed, recorded.as_deref()).await
@@ -132,13 +148,12 @@ impl Node {
         }
     }
 
-    /// The profile of a start, and the start pack, of which the first bytes are on their way.
-    async fn known(&self, image: &ResolvedImage, key: &ProfileKey) -> Option<(Profile, Option<PackBytes>)> {
+    async fn known(&self, image: &ResolvedImage, key: &ProfileKey) -> Option<Learned> {
         if !self.config.prefetch {
             return None;
         }
         match self.profiles.load(key) {
-            Ok(Some(profile)) => return Some((profile, None)),
+            Ok(Some(profile)) => return Some(profile.into()),
             Ok(None) => {}
             Err(error) => tracing::warn!(error = format!("{error:#}"), "the node's profile is not used"),
         }
@@ -154,16 +169,12 @@ impl Node {
         })
     }
 
-    async fn published(
-        &self,
-        image: &ResolvedImage,
-        key: &ProfileKey,
-    ) -> Result<Option<(Profile, Option<PackBytes>)>> {
+    async fn published(&self, image: &ResolvedImage, key: &ProfileKey) -> Result<Option<Learned>> {
         let Some(published) = profiles::look(&self.artifacts, image, key).await? else { return Ok(None) };
         // Where the link is rationed nothing comes before its turn.
         let early = self.config.prefetch_bytes_per_second.is_none();
         let pack = published.pack.clone().map(|pack| PackBytes::new(pack, early));
-        Ok(Some((published.read(key).await?, pack)))
+        Ok(Some(Learned { profile: published.read(key).await?, pack, packed: published.packed }))
     }
 
     /// What was learned of an earlier version of the image, as far as files are the same.
@@ -215,15 +226,17 @@ impl Node {
     async fn prefetch(
         self: &Arc<Self>,
         key: &ProfileKey,
-        (learned, pack): (Profile, Option<PackBytes>),
+        learned: Learned,
         layers: Vec<String>,
         streamed: Streamed,
         recorded: Option<&Recording>,
     ) -> Result<()> {
         let pace = Pace::new(self.config.prefetch_bytes_per_second);
+        let Learned { profile: learned, pack, mut packed } = learned;
         if let Some(pack) = pack
             && let Err(error) = self.take_pack(pack, &streamed, &pace, recorded).await
         {
+            packed = false;
             let error = format!("{error:#}");
             tracing::warn!(
                 entry = key.entry,
@@ -231,18 +244,19 @@ impl Node {
                 "the start pack is refused; its bytes come from the layers"
             );
         }
-        let store = self.store.clone();
-        let profile = learned.clone();
-        let read = tokio::task::spawn_blocking(move || -> Result<_> {
-            Ok(wanted(&profile, &ImageFiles::read(&store, &layers)?.layers))
-        });
-        let ranges = read.await??;
-        let limits = Limits {
-            in_flight: self.config.prefetch_in_flight,
-            bytes_per_second: self.config.prefetch_bytes_per_second,
-        };
-        let fetched = fetch(ranges, &streamed, limits, &pace).await;
-        tracing::info!(entry = key.entry, ?fetched, "what the profile says is here");
+        // To find the profile's places takes reading all layers' entries, while the container starts.
+        if !packed {
+            let (store, profile) = (self.store.clone(), learned.clone());
+            let read = tokio::task::spawn_blocking(move || -> Result<_> {
+                Ok(wanted(&profile, &ImageFiles::read(&store, &layers)?.layers))
+            });
+            let limits = Limits {
+                in_flight: self.config.prefetch_in_flight,
+                bytes_per_second: self.config.prefetch_bytes_per_second,
+            };
+            let fetched = fetch(read.await??, &streamed, limits, &pace).await;
+            tracing::info!(entry = key.entry, ?fetched, "what the profile says is here");
+        }
         let (node, key) = (Arc::clone(self), key.clone());
         tokio::task::spawn_blocking(move || {
             node.profiles.change(&key, |own| {

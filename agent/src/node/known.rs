@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use bytes::Bytes;
 use sluice_prefetch::{PackWriter, wanted};
 use sluice_store::Store;
 use sluice_stream::StreamedLayer;
@@ -12,7 +11,7 @@ use sluice_trace::{Profile, ProfileKey};
 use super::Node;
 use super::ahead::class_of;
 use super::files::ImageFiles;
-use super::profiles;
+use super::profiles::{self, Pack};
 use crate::api::StartRequest;
 use crate::daemon::EventSender;
 
@@ -79,7 +78,7 @@ impl Node {
                 }
                 false => None,
             };
-            let size = pack.as_ref().map(Bytes::len);
+            let size = pack.as_ref().map(|pack| pack.bytes.len());
             let entry = profile.key.entry.clone();
             let digest = profiles::publish(&self.artifacts, &image, profile, pack).await?;
             let size = size.map(|size| format!(", start pack of {size} bytes")).unwrap_or_default();
@@ -106,16 +105,17 @@ impl Node {
 }
 
 /// The chunks that a profile wants, from what is local and verified.
-fn make_pack(store: &Store, profile: &Profile, layers: &[String]) -> Result<Bytes> {
-    let mut pack = PackWriter::default();
+fn make_pack(store: &Store, profile: &Profile, layers: &[String]) -> Result<Pack> {
+    let (mut pack, mut whole) = (PackWriter::default(), true);
     let mut packed = std::collections::HashSet::new();
     for range in wanted(profile, &ImageFiles::read(store, layers)?.layers) {
         let layer = store.layer(&range.layer)?.context("a layer vanished")?;
+        whole &= layer.has(range.bytes());
         for (offset, bytes) in StreamedLayer::local_chunks(&layer, range.bytes())? {
             if packed.insert((range.layer.clone(), offset)) {
                 pack.push(&range.layer, offset, &bytes)?;
             }
         }
     }
-    Ok(pack.finish()?.into())
+    Ok(Pack { bytes: pack.finish()?.into(), whole })
 }

@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use sluice_registry::ResolvedImage;
-use sluice_registry::artifact::{ArtifactReader, ArtifactStore, Kind};
+use sluice_registry::artifact::{self, ArtifactReader, ArtifactStore, Kind};
 use sluice_trace::{Profile, ProfileKey};
 
 /// Profiles and start packs as artifacts.
@@ -21,6 +21,8 @@ pub(crate) const PROFILE_KIND: Kind = Kind {
 const ENTRY: &str = "dev.sluice.profile.entry";
 /// Annotation of a start pack: the class of entry point that it is for.
 const PACK: &str = "dev.sluice.pack.entry";
+/// Annotation of a start pack that has all that a profile wants: digest of that profile's blob.
+const PACK_OF: &str = "dev.sluice.pack.profile";
 /// Longest published profile accepted.
 const MAX_PROFILE: u64 = 16 << 20;
 /// A profile that helped no start for so long, in seconds, goes.
@@ -42,6 +44,16 @@ pub(super) struct Published {
     profile: ArtifactReader,
     /// Its start pack, if there is one.
     pub(super) pack: Option<ArtifactReader>,
+    /// Whether the pack has all that the profile wants.
+    pub(super) packed: bool,
+}
+
+/// A start pack to be published.
+#[derive(Debug, Clone)]
+pub(super) struct Pack {
+    pub(super) bytes: Bytes,
+    /// It has all that its profile wants.
+    pub(super) whole: bool,
 }
 
 pub(super) fn now() -> u64 {
@@ -162,7 +174,9 @@ pub(super) async fn look(
     if blob.size > MAX_PROFILE {
         bail!("the published profile is too long: {} bytes", blob.size);
     }
-    Ok(Some(Published { profile: reader.clone(), pack: of(PACK).map(|(_, reader)| reader.clone()) }))
+    let pack = of(PACK);
+    let packed = pack.is_some_and(|(pack, _)| pack.annotations.get(PACK_OF) == Some(&blob.digest));
+    Ok(Some(Published { profile: reader.clone(), pack: pack.map(|(_, reader)| reader.clone()), packed }))
 }
 
 impl Published {
@@ -182,8 +196,9 @@ pub(super) async fn publish(
     artifacts: &ArtifactStore,
     image: &ResolvedImage,
     mut profile: Profile,
-    pack: Option<Bytes>,
+    pack: Option<Pack>,
 ) -> Result<String> {
+    let of = artifact::digest(&profile.encode()?);
     for _ in 0..ATTEMPTS {
         if let Some(theirs) = find(artifacts, image, &profile.key).await.unwrap_or_else(|error| {
             tracing::warn!(error = format!("{error:#}"), "the published profile is replaced");
@@ -200,7 +215,11 @@ pub(super) async fn publish(
         }
         let named = |name: &str| HashMap::from([(name.to_owned(), profile.key.entry.clone())]);
         blobs.push((named(ENTRY), profile.encode()?.into()));
-        blobs.extend(pack.clone().map(|pack| (named(PACK), pack)));
+        blobs.extend(pack.clone().map(|pack| {
+            let mut annotations = named(PACK);
+            annotations.extend(pack.whole.then(|| (PACK_OF.to_owned(), of.clone())));
+            (annotations, pack.bytes)
+        }));
         let digest = artifacts.publish(image, PROFILE_KIND, blobs).await?;
         // Another node may have published between our look and our publication.
         let after = find(artifacts, image, &profile.key).await?;
@@ -209,4 +228,56 @@ pub(super) async fn publish(
         }
     }
     bail!("other nodes publish this profile all the time; try again later")
+}
+
+#[cfg(test)]
+mod tests {
+    use sluice_trace::{FileFacts, Sample, SampleRange};
+
+    use super::*;
+
+    fn profile(key: &ProfileKey, number: u8) -> Profile {
+        let mut profile = Profile::new(key.clone());
+        let content = sluice_trace::ContentKey([number; 16]);
+        profile.add(Sample {
+            recorded_at: u64::from(number),
+            inherited: false,
+            files: vec![FileFacts { content, size: 4096, path: vec![number] }],
+            ranges: vec![SampleRange { file: 0, first_page: 0, pages: 1, at_ms: 0 }],
+        });
+        profile
+    }
+
+    #[tokio::test]
+    async fn a_pack_is_known_to_have_all_of_the_profile_that_it_was_made_of_only() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let url = format!("file://{}", dir.path().display());
+        let artifacts = ArtifactStore::objects(&url, []).expect("opened");
+        let key = ProfileKey { image: format!("sha256:{}", "ab".repeat(32)), entry: "sh".to_owned() };
+        let image = ResolvedImage {
+            reference: sluice_registry::Client::parse("registry.example/app:1").expect("a reference"),
+            manifest_digest: key.image.clone(),
+            media_type: String::new(),
+            manifest: Bytes::new(),
+            config: Bytes::new(),
+            layers: Vec::new(),
+        };
+        let pack = |whole| Some(Pack { bytes: Bytes::from_static(b"pack"), whole });
+        let publish = |number, pack| publish(&artifacts, &image, profile(&key, number), pack);
+        let packed = || async {
+            let published = look(&artifacts, &image, &key).await.expect("found").expect("published");
+            assert!(published.pack.is_some());
+            published.packed
+        };
+        publish(1, pack(false)).await.expect("published");
+        assert!(!packed().await, "some of it was not there to be packed");
+        publish(1, pack(true)).await.expect("published");
+        assert!(packed().await);
+        // Another start is learned of, and the pack stays.
+        publish(2, None).await.expect("published");
+        assert!(!packed().await, "the profile wants more now");
+        // A pack of the one, united with the other.
+        publish(1, pack(true)).await.expect("published");
+        assert!(!packed().await);
+    }
 }
