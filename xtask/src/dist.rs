@@ -11,6 +11,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::install;
+use crate::packages;
 use crate::run::{output, show, target, top};
 
 /// Options of the package.
@@ -38,6 +39,20 @@ if [ "$1" = remove ]; then
 fi
 "#;
 
+const MAINTAINER: &str = "The Sluice authors <sluice@sluice.invalid>";
+const COPYRIGHT: &str = "Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
+Upstream-Name: sluice
+
+Files: *
+Copyright: 2026 The Sluice authors
+License: Apache-2.0
+ On Debian systems the license is in /usr/share/common-licenses/Apache-2.0.
+";
+
+/// What programs begin with that are no scripts.
+const ELF: &[u8] = b"\x7fELF";
+const STRIP: [&str; 3] = ["--strip-unneeded", "--remove-section=.comment", "--remove-section=.note"];
+
 /// Writes the package and says where.
 pub(crate) fn deb(args: &Args) -> Result<()> {
     let binary = match &args.binary {
@@ -46,12 +61,28 @@ pub(crate) fn deb(args: &Args) -> Result<()> {
     };
     let out = args.out.clone().unwrap_or_else(target);
     let tree = target().join(format!("sluice-deb-{}", std::process::id()));
-    let written = build(&binary, &tree, &out);
+    packages::install(&packages::DIST)?;
+    let written = build(&binary, &tree, &out).and_then(|package| check(&package).map(|()| package));
     if tree.exists() {
         fs::remove_dir_all(&tree)?;
     }
     println!("{}", written?.display());
     Ok(())
+}
+
+/// What Debian's own checker complains of is no package.
+fn check(package: &Path) -> Result<()> {
+    let arguments = ["--allow-root", "--fail-on", "error,warning", "--tag-display-limit", "0"];
+    output(Command::new("lintian").args(arguments).arg(package)).map(drop)
+}
+
+/// One entry: what is new stands in the sources' history.
+fn changelog() -> Result<String> {
+    let committed = output(Command::new("git").args(["log", "-1", "--format=%aD"]).current_dir(top()));
+    // Sources may have come without their history.
+    let date = committed.or_else(|_| output(Command::new("date").arg("-R")))?;
+    let (version, date) = (env!("CARGO_PKG_VERSION"), date.trim());
+    Ok(format!("sluice ({version}) unstable; urgency=medium\n\n  * Release.\n\n -- {MAINTAINER}  {date}\n"))
 }
 
 fn build(binary: &Path, tree: &Path, out: &Path) -> Result<PathBuf> {
@@ -63,15 +94,25 @@ fn build(binary: &Path, tree: &Path, out: &Path) -> Result<PathBuf> {
         Ok(())
     };
     let read = |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
-    put("usr/bin/sluice", &read(binary)?, 0o755)?;
-    put("usr/lib/sluice/setup", &read(&std::env::current_exe()?)?, 0o755)?;
+    for (path, program) in [("usr/bin/sluice", binary), ("usr/lib/sluice/setup", &std::env::current_exe()?)] {
+        let bytes = read(program)?;
+        put(path, &bytes, 0o755)?;
+        if bytes.starts_with(ELF) {
+            output(Command::new("strip").args(STRIP).arg(tree.join(path)))?;
+        }
+    }
     for (path, text) in install::system_files("/usr") {
         put(&path, text.as_bytes(), 0o644)?;
     }
-    put("usr/share/doc/sluice/copyright", &read(&top().join("LICENSE"))?, 0o644)?;
+    put("usr/share/doc/sluice/copyright", COPYRIGHT.as_bytes(), 0o644)?;
+    put("usr/share/doc/sluice/changelog", changelog()?.as_bytes(), 0o644)?;
     let man = tree.join("usr/share/man/man1");
     fs::create_dir_all(&man)?;
     show(Command::new(binary).arg("man").arg(&man))?;
+    let pages = fs::read_dir(&man)?.map(|page| Ok(page?.path())).collect::<Result<Vec<_>>>()?;
+    // Without names and times, so that the same sources make the same package.
+    let changelog = tree.join("usr/share/doc/sluice/changelog");
+    output(Command::new("gzip").arg("-9n").arg(changelog).args(pages))?;
     let completions = output(Command::new(binary).args(["completions", "bash"]))?;
     put("usr/share/bash-completion/completions/sluice", completions.as_bytes(), 0o644)?;
     put("DEBIAN/conffiles", b"/etc/sluice/config.toml\n", 0o644)?;
@@ -80,7 +121,7 @@ fn build(binary: &Path, tree: &Path, out: &Path) -> Result<PathBuf> {
     let arch = output(Command::new("dpkg").arg("--print-architecture"))?;
     let version = env!("CARGO_PKG_VERSION");
     let control = format!(
-        "Package: sluice\nVersion: {version}\nArchitecture: {}\nMaintainer: The Sluice authors <root@localhost>\nSection: admin\nPriority: optional\nDepends: libc6, diffutils\nRecommends: containerd, runc | crun\nDescription: streams container images\n Containers start while their image is still in the registry.\n",
+        "Package: sluice\nVersion: {version}\nArchitecture: {}\nMaintainer: {MAINTAINER}\nSection: admin\nPriority: optional\nDepends: libc6, diffutils\nRecommends: containerd, runc | crun\nDescription: streams container images\n Containers start while their image is still in the registry.\n",
         arch.trim()
     );
     put("DEBIAN/control", control.as_bytes(), 0o644)?;

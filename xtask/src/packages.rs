@@ -25,6 +25,10 @@ pub(crate) const SOAK: [(&str, &str); 2] =
 /// Packages that the test with systemd needs.
 pub(crate) const SYSTEMD: [(&str, &str); 1] = [("systemd", "the service manager that the units are for")];
 
+/// Packages that making a package needs.
+pub(crate) const DIST: [(&str, &str); 2] =
+    [("binutils", "strips the programs"), ("lintian", "finds what is wrong with the package")];
+
 /// Packages that only tests need.
 pub(crate) const TESTS: [(&str, &str); 10] = [
     ("crun", "the other runtime that containers run by"),

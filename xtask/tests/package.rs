@@ -57,7 +57,14 @@ fn a_package_comes_and_goes_without_a_trace() {
     let own = "version = 2\n# the operator's\n[grpc]\n  gid = 7\n";
     std::fs::write(root.join("etc/containerd/config.toml"), own).unwrap();
     // Stands for the real one, whose building is no part of this.
-    std::fs::write(&program, "#!/bin/sh\necho \"sluice $*\"\n").unwrap();
+    let stand_in = r#"#!/bin/sh
+if [ "$1" = man ]; then
+    printf '.TH sluice 1\n.SH NAME\nsluice \\- streams container images\n' > "$2/sluice.1"
+else
+    echo "sluice $*"
+fi
+"#;
+    std::fs::write(&program, stand_in).unwrap();
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
     let mut dist = Command::new(env!("CARGO_BIN_EXE_xtask"));
     let said = run(dist.args(["dist", "deb", "--binary"]).arg(&program).arg("--out").arg(&dir));
