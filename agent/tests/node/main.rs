@@ -5,6 +5,7 @@ mod death;
 mod errors;
 mod fall_back;
 mod images;
+mod memory;
 mod one_device;
 mod outage;
 mod profiles;

@@ -3,7 +3,7 @@
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::rig::{Node, assert_content, ended, large, wait_until};
 
@@ -41,6 +41,36 @@ fn only_after_the_time_out_a_read_fails() {
     for word in ["layer=", "offset=", "size="] {
         assert!(line.contains(word), "{line}");
     }
+    node.ok(&["umount", &dir.to_string_lossy()]);
+}
+
+/// Of every process that the node has; collectors take no other lines.
+#[test]
+fn a_log_for_collectors_is_json_throughout() {
+    let config = "log_format = \"json\"\n[stream]\nfill = false\noutage_timeout_s = 1\n";
+    let mut node = Node::indexed(config);
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    node.kill_registry();
+    std::fs::read(dir.join("data/large")).expect_err("the registry is dead");
+    let blocks = std::fs::read_to_string(node.path("state/blocks.log")).unwrap();
+    let lines: Vec<Value> = [node.log(), blocks]
+        .iter()
+        .flat_map(|log| log.lines())
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect();
+    for line in &lines {
+        for field in ["time", "level", "module", "msg"] {
+            assert!(line[field].is_string(), "{field} in {line}");
+        }
+    }
+    let failed = lines.iter().find(|line| line["msg"] == "read failed").expect("it is logged");
+    assert_eq!((&failed["level"], failed["offset"].is_u64()), (&json!("error"), true), "{failed}");
+    for field in ["layer", "error", "size"] {
+        assert!(!failed[field].is_null(), "{field} in {failed}");
+    }
+    let streaming = lines.iter().find(|line| line["reason"] == "ImageStreaming").expect("it is logged");
+    assert_eq!(streaming["image"], node.image(), "{streaming}");
     node.ok(&["umount", &dir.to_string_lossy()]);
 }
 

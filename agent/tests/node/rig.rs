@@ -54,6 +54,16 @@ impl Node {
         reference
     }
 
+    /// Adds an image of one large file, `big:latest`, with its index; the reference.
+    pub(crate) fn big(&self, content: &[u8]) -> String {
+        let mut layer = Layer::default();
+        layer.file("big", 0o644, content);
+        write_layout(&self.dir.join("images/big"), "latest", &[layer.finish()]);
+        let reference = format!("{}/big:latest", self.address);
+        self.ok(&["index", &reference]);
+        reference
+    }
+
     pub(crate) fn image(&self) -> String {
         format!("{}/image:latest", self.address)
     }
