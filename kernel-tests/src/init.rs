@@ -48,15 +48,16 @@ fn live() -> Result<()> {
         |path: &str, value: &str| fs::write(path, value).with_context(|| format!("cannot write {path}"));
     set("/proc/sys/kernel/hung_task_timeout_secs", "0").or_else(|error| say_note(&format!("{error:#}")))?;
     command(&["/usr/bin/busybox", "ip", "link", "set", "lo", "up"])?;
+    let system = mount_points()?;
     for line in plan.lines() {
         let mut words = line.split('\t');
         let (Some(name), Some(seconds)) = (words.next(), words.next()) else { bail!("plan: {line}") };
         let words: Vec<&str> = words.collect();
         if name == "shell" {
-            shell()?;
+            shell(&system)?;
             continue;
         }
-        carry_out(name, seconds.parse()?, &words)?;
+        carry_out(name, seconds.parse()?, &words, &system)?;
     }
     say("@ done");
     Ok(())
@@ -159,17 +160,17 @@ fn command(words: &[&str]) -> Result<()> {
 }
 
 /// A person at the second serial line.
-fn shell() -> Result<()> {
+fn shell(system: &[String]) -> Result<()> {
     let open = || OpenOptions::new().read(true).write(true).open(RESULTS);
     let mut shell = Command::new("/usr/bin/busybox");
     shell.args(["setsid", "-c", "sh"]).env("PATH", "/guest:/usr/lib/kernel-tests:/usr/sbin:/usr/bin");
     shell.stdin(open()?).stdout(open()?).stderr(open()?).current_dir("/var/tmp");
     shell.spawn()?.wait()?;
-    end_everything()
+    end_everything(system)
 }
 
 /// Runs one command of the plan, and ends all that it leaves.
-fn carry_out(name: &str, seconds: u64, words: &[&str]) -> Result<()> {
+fn carry_out(name: &str, seconds: u64, words: &[&str], system: &[String]) -> Result<()> {
     say(&format!("@ begin {name} {seconds}"));
     let said = "/tmp/output";
     let output = File::create(said)?;
@@ -188,7 +189,7 @@ fn carry_out(name: &str, seconds: u64, words: &[&str]) -> Result<()> {
         .spawn()
         .with_context(|| format!("cannot start {program}"))?;
     let verdict = wait_for(Pid::from_raw(i32::try_from(child.id())?), Duration::from_secs(seconds))?;
-    end_everything()?;
+    end_everything(system)?;
     let text = fs::read(said)?;
     for line in String::from_utf8_lossy(&text).lines() {
         say(&format!("| {line}"));
@@ -217,8 +218,13 @@ fn wait_for(child: Pid, at_most: Duration) -> Result<&'static str> {
     }
 }
 
-/// Each case finds the system as the first one did.
-fn end_everything() -> Result<()> {
+fn mount_points() -> Result<Vec<String>> {
+    let mounts = read("/proc/self/mounts")?;
+    Ok(mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(str::to_owned).collect())
+}
+
+/// Each case finds the system as the first one did: no processes, and no mounts where `system` has none.
+fn end_everything(system: &[String]) -> Result<()> {
     let begin = Instant::now();
     loop {
         match kill(Pid::from_raw(-1), Signal::SIGKILL) {
@@ -232,14 +238,13 @@ fn end_everything() -> Result<()> {
                 break;
             }
         }
-        let mounts = read("/proc/self/mounts")?;
-        let ours = |dir: &&str| ["/var/tmp/", "/tmp/", "/run/"].iter().any(|above| dir.starts_with(above));
-        let left: Vec<&str> = mounts.lines().filter_map(|line| line.split(' ').nth(1)).filter(ours).collect();
+        let mut left = mount_points()?;
+        left.retain(|dir| !system.contains(dir));
         if (!any && left.is_empty()) || begin.elapsed() > Duration::from_secs(5) {
             break;
         }
         for dir in left.iter().rev() {
-            if let Err(errno) = umount2(*dir, MntFlags::MNT_DETACH) {
+            if let Err(errno) = umount2(dir.as_str(), MntFlags::MNT_DETACH) {
                 say_note(&format!("{dir} stays mounted: {errno}"))?;
             }
         }

@@ -18,12 +18,19 @@ const IMAGES: &str = "/usr/lib/kernel-tests/images";
 /// See the module text. What it started ends with the case: PID 1 sees to that; its registry before, whose port the next one needs.
 pub(crate) struct Node {
     dir: PathBuf,
+    /// Of those in [`IMAGES`].
+    image: &'static str,
     registry: Child,
 }
 
 impl Node {
     /// A node in `dir`, with this configuration, beside a registry with this link (`--rate` and its like).
     pub(crate) fn new(dir: &Path, config: &str, link: &[&str]) -> Result<Self> {
+        Self::with_image("image", dir, config, link)
+    }
+
+    /// The same with another image than the usual one.
+    pub(crate) fn with_image(image: &'static str, dir: &Path, config: &str, link: &[&str]) -> Result<Self> {
         fs::create_dir_all(dir)?;
         let images = dir.join("images");
         if !images.exists() {
@@ -32,14 +39,14 @@ impl Node {
         // The image's index comes from this guest's own registry.
         fs::write(dir.join("config.toml"), format!("{config}\n[trust]\nmode = \"any\"\n"))?;
         let registry = start_registry(&images, link)?;
-        Ok(Self { dir: dir.to_path_buf(), registry })
+        Ok(Self { dir: dir.to_path_buf(), image, registry })
     }
 
     /// From now on the registry turns a bit of everything it sends of the image's largest layer. Before the daemon is started,
     /// which will not ask for the right bytes for long.
     pub(crate) fn damage_layer(&mut self) -> Result<()> {
         let mut blobs = Vec::new();
-        for blob in fs::read_dir(self.path("images/image/blobs/sha256"))? {
+        for blob in fs::read_dir(self.path("images").join(self.image).join("blobs/sha256"))? {
             let blob = blob?;
             blobs.push((blob.metadata()?.len(), blob.file_name().to_string_lossy().into_owned()));
         }
@@ -55,7 +62,7 @@ impl Node {
     }
 
     pub(crate) fn image(&self) -> String {
-        format!("{ADDRESS}/image:latest")
+        format!("{ADDRESS}/{}:latest", self.image)
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

@@ -2,8 +2,10 @@
 //!
 //! With `broken` a case breaks what it watches over, and must then fail: proof that it can.
 
+mod large;
 mod overlay;
 mod power;
+mod rename;
 mod system;
 mod trouble;
 
@@ -15,9 +17,13 @@ use anyhow::Result;
 type Case = (&'static str, fn(bool) -> Result<()>);
 
 /// All of them. The host's table has the same names.
-const CASES: [Case; 16] = [
+const CASES: [Case; 19] = [
     ("overlay", overlay::overlay),
     ("overlay-control", overlay::control),
+    ("rename-fault", rename::fault),
+    // Not in the host's table: what the one before runs in a container.
+    ("rename-inside", rename::inside),
+    ("large-file", large::file),
     ("start", system::start),
     ("one-device", system::one_device),
     ("doctor", system::doctor),

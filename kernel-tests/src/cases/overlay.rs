@@ -20,7 +20,7 @@ use crate::server;
 type Answer = Result<(), Errno>;
 
 /// An overlay on `lower`, writable in `room`.
-fn overlay_on(lower: &Path, room: &Path) -> Result<PathBuf> {
+pub(super) fn overlay_on(lower: &Path, room: &Path) -> Result<PathBuf> {
     let (upper, work, merged) = (room.join("upper"), room.join("work"), room.join("merged"));
     for dir in [&upper, &work, &merged] {
         fs::create_dir_all(dir)?;
@@ -98,7 +98,7 @@ fn errno(result: std::io::Result<()>) -> Answer {
 }
 
 /// The rename family, and its relatives, on symbolic links.
-fn links(data: &Path) -> Vec<String> {
+pub(super) fn links(data: &Path) -> Vec<String> {
     let at = |name: &str| data.join(name);
     let rename2 = |from: &str, to: &str, flags| renameat2(AT_FDCWD, &at(from), AT_FDCWD, &at(to), flags);
     let now = TimeSpec::seconds(1_600_000_000);
@@ -139,7 +139,7 @@ fn links(data: &Path) -> Vec<String> {
 }
 
 /// Files, directories and pipes: renames and removals.
-fn names(data: &Path) -> Vec<String> {
+pub(super) fn names(data: &Path) -> Vec<String> {
     let at = |name: &str| data.join(name);
     let mut wrong: Vec<String> = [
         ("rename of a file", errno(fs::rename(at("file0"), at("file0-moved"))), Ok(())),

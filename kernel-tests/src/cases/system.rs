@@ -111,7 +111,8 @@ pub(super) fn uring_off(broken: bool) -> Result<()> {
 /// What `sluice doctor` says of this kernel: everything can be seen by probes, and how.
 pub(super) fn doctor(broken: bool) -> Result<()> {
     if broken {
-        hide("/sys/kernel/tracing")?;
+        // Not the whole, which the binary would mount again.
+        hide("/sys/kernel/tracing/events")?;
     }
     let levels = levels(Path::new("/var/tmp/doctor"))?;
     let unseen: Vec<_> =

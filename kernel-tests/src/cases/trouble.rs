@@ -44,9 +44,12 @@ pub(super) fn killed(broken: bool) -> Result<()> {
     for _ in 0..2 {
         std::thread::sleep(Duration::from_secs(1));
         let daemon = node.status()?.get("pid").and_then(serde_json::Value::as_i64).context("no pid")?;
-        kill(Pid::from_raw(i32::try_from(daemon)?), Signal::SIGKILL)?;
         if broken {
             // Nobody comes after it.
+            kill(Pid::from_raw(keeper_of(daemon)?), Signal::SIGKILL)?;
+        }
+        kill(Pid::from_raw(i32::try_from(daemon)?), Signal::SIGKILL)?;
+        if broken {
             return joined(reader);
         }
         wait_until("the next daemon answers", || Ok(node.run(&["gc"])?.status.success()))?;
@@ -56,6 +59,15 @@ pub(super) fn killed(broken: bool) -> Result<()> {
     let said = node.ok(&["fsck"])?;
     ensure!(said.ends_with(" 0 problems\n"), "{said}");
     Ok(())
+}
+
+/// The process that would start the next daemon.
+fn keeper_of(daemon: i64) -> Result<i32> {
+    let status = fs::read_to_string(format!("/proc/{daemon}/status"))?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).context("no parent")?.trim();
+    let words = fs::read_to_string(format!("/proc/{parent}/cmdline"))?;
+    ensure!(words.contains("keep-daemon"), "the daemon's parent is {words}");
+    Ok(parent.parse()?)
 }
 
 /// No room on the store's disk: everything is readable all the same, and complete once there is room.

@@ -79,7 +79,7 @@ const fn guest(name: &'static str, about: &'static str) -> Case {
 }
 
 /// All cases, in the order in which a guest runs them.
-pub(super) const CASES: [Case; 17] = [
+pub(super) const CASES: [Case; 20] = [
     Case { quick: true, ..guest("start", "a container starts from a streamed image, time to ready") },
     Case {
         quick: true,
@@ -91,6 +91,23 @@ pub(super) const CASES: [Case; 17] = [
             "overlay-control",
             "a symbolic link is renamed in a FUSE lower: fails on the kernel with the fault, as it must",
         )
+    },
+    guest(
+        "rename-fault",
+        "`doctor` knows the fault; every call on links works in a container; one that fails on FUSE is reported",
+    ),
+    Case {
+        seconds: 900,
+        ..guest("large-file", "a file of more than 2 GiB, read at its end, copied up whole")
+    },
+    Case {
+        command: Run::Suite {
+            program: "stack",
+            variables: &["BLOCKFS_WAYS=classic"],
+            arguments: &["--test-threads=1", "bare_"],
+            broken: "BLOCKFS_BROKEN=hole",
+        },
+        ..guest("fuse-loop", "a block file and its loop device, handed over while in use, without EROFS")
     },
     Case {
         needs: Needs::ErofsDevices,

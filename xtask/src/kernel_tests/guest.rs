@@ -100,7 +100,8 @@ pub(super) fn run(boot: &Boot<'_>) -> Result<Heard> {
     }
     drop(sender);
     let mut console = std::io::BufWriter::new(std::fs::File::create(&boot.log)?);
-    let heard = listen(&words, boot.emulator, &mut console);
+    let name = boot.log.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let heard = listen(&words, &name, boot.emulator, &mut console);
     drop(child);
     heard
 }
@@ -167,14 +168,22 @@ fn qemu(boot: &Boot<'_>, lines: &[String]) -> Command {
         .arg("-drive")
         .arg(format!("file={},if=virtio,format=raw,readonly=on", boot.programs.display()))
         .arg("-drive")
-        .arg(format!("file={},if=virtio,format=raw,cache=unsafe", boot.scratch.display()))
+        .arg(format!(
+            "file={},if=virtio,format=raw,cache=unsafe,discard=unmap,detect-zeroes=unmap",
+            boot.scratch.display()
+        ))
         .args(lines)
         .args(["-serial", "chardev:console", "-serial", "chardev:results"]);
     command
 }
 
 /// What the guest says until it ends, is ended by time or by its kernel's words, or asks for it.
-fn listen(words: &Receiver<Word>, emulator: &Emulator, console: &mut impl std::io::Write) -> Result<Heard> {
+fn listen(
+    words: &Receiver<Word>,
+    name: &str,
+    emulator: &Emulator,
+    console: &mut impl std::io::Write,
+) -> Result<Heard> {
     let (mut heard, mut now) = (Heard::default(), None::<Ended>);
     let (mut deadline, mut done) = (Instant::now() + BOOT, false);
     loop {
@@ -211,6 +220,7 @@ fn listen(words: &Receiver<Word>, emulator: &Emulator, console: &mut impl std::i
                         ended.name = fields.next().unwrap_or_default().to_owned();
                         ended.verdict = fields.next().unwrap_or_default().to_owned();
                         ended.seconds = fields.next().and_then(|text| text.parse().ok()).unwrap_or_default();
+                        println!("{name}: {} {} in {:.0} s", ended.name, ended.verdict, ended.seconds);
                         heard.ended.push(ended);
                         deadline = Instant::now() + BOOT;
                     }
@@ -335,7 +345,7 @@ mod tests {
         let (sender, receiver) = mpsc::channel();
         words.into_iter().for_each(|word| sender.send(word).expect("heard"));
         drop(sender);
-        listen(&receiver, &Emulator::tcg(), &mut std::io::sink()).expect("listened")
+        listen(&receiver, "test", &Emulator::tcg(), &mut std::io::sink()).expect("listened")
     }
 
     fn guest(lines: &[&str]) -> Vec<Word> {

@@ -82,7 +82,7 @@ pub(crate) fn kernel_tests(args: &Args) -> Result<()> {
     let gone = if args.follow { Gone::Follows } else { Gone::Fails };
     let kernels = images::kernels(&args.kernel, gone)?;
     let emulator = Emulator::install()?;
-    let pack = Pack::make()?;
+    let pack = Pack::make(wanted.iter().any(|case| case.name == "large-file"))?;
     let emulator = with_kvm_if_it_works(emulator, &pack, &kernels)?;
     if args.shell {
         return shell(&pack, kernels.first().context("no kernel")?, &emulator);

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -47,7 +48,7 @@ const PROGRAMS: [&str; 20] = [
 const SUITES: [(&str, &str, &str); 2] =
     [("sluice-blockfs", "stack", "stack"), ("sluice-probes", "kernel", "probes")];
 /// A file system to write on. Sparse.
-const SCRATCH: &str = "3G";
+const SCRATCH: &str = "8G";
 
 /// Parts that all guests share.
 #[derive(Debug)]
@@ -59,8 +60,8 @@ pub(super) struct Pack {
 }
 
 impl Pack {
-    /// Installs what is missing, builds, and packs.
-    pub(super) fn make() -> Result<Self> {
+    /// Installs what is missing, builds, and packs; with `large` the image of which only one case has use.
+    pub(super) fn make(large: bool) -> Result<Self> {
         packages::install(&packages::RUNTIME)?;
         packages::install(&packages::TESTS)?;
         packages::install(&TOOLS)?;
@@ -82,6 +83,9 @@ impl Pack {
         }
         let sluice = built.iter().find(|(name, _)| name == "sluice").context("sluice was not built")?;
         make_image(&dir, &sluice.1, &own.join("images"))?;
+        if large {
+            make_large_image(&dir, &sluice.1, &own.join("images"))?;
+        }
         copy_system(&tree, &wanted)?;
         let programs = dir.join("programs.img");
         make_disk(&programs, "1G", Some(&tree))?;
@@ -196,7 +200,7 @@ fn make_image(dir: &Path, sluice: &Path, images: &Path) -> Result<()> {
         r#"cd "$1"
            mkdir -p bin data/dir data/gone etc proc dev sys tmp
            cp /bin/busybox bin/busybox
-           for name in sh cat echo ls sha256sum sleep; do ln -s busybox bin/$name; done
+           for name in sh cat echo ls mv sha256sum sleep; do ln -s busybox bin/$name; done
            echo 'root:x:0:0::/:/bin/sh' > etc/passwd
            echo small > data/small
            head -c 10485760 /dev/urandom > data/large
@@ -218,14 +222,44 @@ fn make_image(dir: &Path, sluice: &Path, images: &Path) -> Result<()> {
         r#"cp -a "$2"/. "$1"/; cd "$1"; find . -type f -exec sha256sum {} + > "$3"/SUMS"#,
         &[&base, &upper, images],
     )?;
+    make_index(&work, sluice, images, "image")?;
+    Ok(std::fs::remove_dir_all(work)?)
+}
+
+/// An image with a file of more than 2 GiB, `data/huge`: a hole but for three marks, which the case `large-file` knows. The layer
+/// is made once, its index by every build.
+fn make_large_image(dir: &Path, sluice: &Path, images: &Path) -> Result<()> {
+    let (work, kept) = (dir.join("large-image"), dir.join("large"));
+    if !kept.join("index.json").exists() {
+        for place in [&work, &kept] {
+            if place.exists() {
+                std::fs::remove_dir_all(place)?;
+            }
+        }
+        let tree = work.join("tree/data");
+        std::fs::create_dir_all(&tree)?;
+        let file = std::fs::File::create(tree.join("huge"))?;
+        for (at, mark) in [(0, "first"), ((2 << 30) - 3, "across"), ((2 << 30) + 65_536, "last")] {
+            file.write_all_at(mark.as_bytes(), at)?;
+        }
+        std::fs::rename(image_maker::of_trees(&work, &[&work.join("tree")])?, &kept)?;
+        std::fs::remove_dir_all(&work)?;
+    }
+    output(Command::new("cp").arg("-aT").arg(kept).arg(images.join("large")))?;
+    std::fs::create_dir_all(&work)?;
+    make_index(&work, sluice, images, "large")?;
+    Ok(std::fs::remove_dir_all(work)?)
+}
+
+fn make_index(work: &Path, sluice: &Path, images: &Path, name: &str) -> Result<()> {
     let registry = Registry::start(sluice, images, "10gbit", "0ms")?;
     let mut index = Command::new(sluice);
     for (option, name) in [("--root", "root"), ("--state", "state")] {
         index.arg(option).arg(work.join(name));
     }
-    output(index.arg("index").arg(registry.image("image"))).context("cannot index the guests' image")?;
-    drop(registry);
-    Ok(std::fs::remove_dir_all(work)?)
+    output(index.arg("index").arg(registry.image(name)))
+        .with_context(|| format!("cannot index the guests' image {name}"))?;
+    Ok(())
 }
 
 /// Programs of this system, and the libraries of these and of `others`.

@@ -51,6 +51,45 @@ fn files_are_right_whether_bytes_wait_or_not_by(way: Way) {
     room.assert_released();
 }
 
+/// What a kernel without EROFS of several devices has all the same.
+#[test]
+fn bare_block_files_and_devices_are_right_and_handed_over() {
+    ways().into_iter().for_each(bare_block_files_and_devices_are_right_and_handed_over_by);
+}
+
+fn bare_block_files_and_devices_are_right_and_handed_over_by(way: Way) {
+    const SIZE: u64 = 6 * MIB;
+    let (runtime, room) = (runtime(), Room::new(&[vec![SIZE]]));
+    let (blockfs, source) = (room.blockfs(&runtime, way), &room.sources()[0]);
+    let path = blockfs.add("layer0", Arc::clone(source) as Arc<dyn BlockSource>).expect("added").remove(0);
+    let device = Device::attach(&path).expect("attaches");
+    let check = |path: &Path| {
+        forget(path);
+        assert!(fs::read(path).expect("reads") == rig::expected(0, 0, SIZE as usize), "{}", path.display());
+    };
+    for mood in [Mood::Local, Mood::Mixed, Mood::Pieces, Mood::OnDisk] {
+        source.set(mood);
+        check(&path);
+        check(device.path());
+    }
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                check(device.path());
+            }
+        });
+        let handed_over = device.hand_over(&room.layers[0]);
+        done.store(true, Ordering::Relaxed);
+        handed_over.expect("handed over");
+    });
+    source.set(Mood::Fail(5));
+    blockfs.unmount().expect("unmounts");
+    check(device.path());
+    drop(device);
+    room.assert_released();
+}
+
 #[test]
 fn a_layer_is_handed_over_while_it_is_read() {
     ways().into_iter().for_each(a_layer_is_handed_over_while_it_is_read_by);
