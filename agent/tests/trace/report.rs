@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use crate::browser::Browser;
 use crate::commands::record;
+use crate::otlp::python;
 use crate::rig::Node;
 
 /// Two starts: one that had to ask for everything, one with a start pack.
@@ -70,6 +71,7 @@ fn a_person_can_look_at_a_start() {
         assert_eq!(theme, if dark { "dark" } else { "light" });
         let contrast = browser.value(CONTRAST).as_f64().unwrap();
         assert!(contrast >= 4.5, "{theme}: contrast {contrast}");
+        assert_eq!(barriers(&mut browser), json!([]), "{theme}");
         browser.screenshot(&format!("start-{theme}"));
         browser.value("document.getElementById('theme').click()");
     }
@@ -103,8 +105,21 @@ fn a_person_can_look_at_a_start() {
         browser.value("document.querySelectorAll('#layers .c2').length").as_u64().unwrap() > 0,
         "no hits"
     );
+    assert_eq!(barriers(&mut browser), json!([]), "two starts");
     browser.screenshot("two-starts");
     assert_eq!(browser.complaints(), Vec::<String>::new());
+}
+
+/// What axe-core finds in a page that keeps somebody out, all its rules applied.
+fn barriers(browser: &mut Browser) -> Value {
+    let script = "import os, axe_core_python; print(open(os.path.join(os.path.dirname(axe_core_python.__file__), 'axe.min.js')).read())";
+    let axe = python().args(["-c", script]).output().expect("python starts");
+    let axe = String::from_utf8(axe.stdout).expect("a script");
+    assert!(axe.contains("axe"), "axe-core is missing: `cargo xtask test` installs it");
+    browser.value(&format!("{axe}; 0"));
+    browser.value(
+        "axe.run(document).then((found) => found.violations.map((one) => one.id + ': ' + one.nodes.map((node) => node.html).join(' ')))",
+    )
 }
 
 fn browser_text_of_last_bar(browser: &mut Browser) -> String {
