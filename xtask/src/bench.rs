@@ -5,6 +5,7 @@ pub(crate) mod load;
 pub(crate) mod memory;
 pub(crate) mod probes;
 pub(crate) mod read;
+pub(crate) mod size;
 
 use std::path::PathBuf;
 
@@ -19,7 +20,7 @@ use crate::{image_maker, packages, sluice};
 /// Options of the benchmark.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Images: small, medium, large
+    /// Images: small, medium, large; node, web, database, java, clang
     #[arg(long, value_delimiter = ',', default_value = "small,medium,large")]
     images: Vec<String>,
     /// Links, RATE/ROUND-TRIP

@@ -22,8 +22,24 @@ pub(crate) struct Recipe {
     pub(crate) command: &'static [&'static str],
 }
 
-/// Images of the demo and of the benchmark, small to large.
-pub(crate) const RECIPES: [Recipe; 3] = [
+/// A server is ready when its port answers; then it is ended. The shell asks, so that nothing but the server is started.
+macro_rules! until_answers {
+    ($port:literal, $server:literal) => {
+        &[
+            "bash",
+            "-c",
+            concat!(
+                $server,
+                " & until (exec 3<>/dev/tcp/127.0.0.1/",
+                $port,
+                ") 2>/dev/null; do :; done; echo ready; kill %1; wait"
+            ),
+        ]
+    };
+}
+
+/// Images of the demo and of the benchmark, small to large, and other kinds of work.
+pub(crate) const RECIPES: [Recipe; 8] = [
     Recipe {
         name: "small",
         layers: &[&["python3-minimal"]],
@@ -39,12 +55,57 @@ pub(crate) const RECIPES: [Recipe; 3] = [
         layers: &[&["python3"], &["python3-numpy"], &["python3-scipy", "clang"], &["default-jdk-headless"]],
         command: &["python3", "-c", "import numpy; print('ready', numpy.arange(10).sum())"],
     },
+    Recipe {
+        name: "node",
+        layers: &[&["nodejs"]],
+        command: &[
+            "node",
+            "-e",
+            "const http = require('http'); const server = http.createServer((_, answer) => answer.end('ready')); \
+             server.listen(0, '127.0.0.1', () => http.get({ host: '127.0.0.1', port: server.address().port }, \
+             (said) => said.on('data', (piece) => console.log(String(piece))).on('end', () => process.exit())));",
+        ],
+    },
+    Recipe {
+        name: "web",
+        layers: &[&["nginx-light"]],
+        command: until_answers!(
+            "18473",
+            "echo 'events {} http { server { listen 127.0.0.1:18473; } }' > /tmp/conf; nginx -c /tmp/conf -g 'daemon off;'"
+        ),
+    },
+    Recipe {
+        name: "database",
+        layers: &[&["redis-server"]],
+        command: until_answers!("18474", "redis-server --bind 127.0.0.1 --port 18474 --dir /tmp >/dev/null"),
+    },
+    Recipe {
+        name: "java",
+        layers: &[&["default-jdk-headless"]],
+        command: &[
+            "sh",
+            "-c",
+            "echo 'class A { public static void main(String[] a) { System.out.println(\"ready\"); } }' > /tmp/A.java; java /tmp/A.java",
+        ],
+    },
+    Recipe {
+        name: "clang",
+        layers: &[&["clang", "libc6-dev"]],
+        command: &[
+            "sh",
+            "-c",
+            "printf '#include <stdio.h>\nint main(void) { puts(\"ready\"); }' > /tmp/a.c; clang -O2 -o /tmp/a /tmp/a.c && /tmp/a",
+        ],
+    },
 ];
 
 /// The recipe of this name.
 pub(crate) fn recipe(name: &str) -> Result<Recipe> {
     let found = RECIPES.iter().find(|recipe| recipe.name == name).copied();
-    found.with_context(|| format!("there is no image `{name}`; there are small, medium and large"))
+    found.with_context(|| {
+        let names: Vec<_> = RECIPES.iter().map(|recipe| recipe.name).collect();
+        format!("there is no image `{name}`; there are {}", names.join(", "))
+    })
 }
 
 /// Makes the image if it is not cached; returns the directory of layouts, in which it is called by the recipe's name.

@@ -101,6 +101,8 @@ enum Bench {
     Start(bench::Args),
     /// Reading files: ours beside ext4, overlayfs on both, through each way
     Read(bench::read::Args),
+    /// The same working set in images of different sizes
+    Size(bench::size::Args),
     /// Resident memory with many images mounted
     Memory(bench::memory::Args),
     /// What recording by probes costs a storm of opens and programs started
@@ -116,6 +118,7 @@ fn main() -> Result<()> {
         Command::Demo(args) => demo::demo(&args),
         Command::Test { filter } => test::test(filter.as_deref()),
         Command::Bench { bench: Bench::Start(args) } => bench::start(&args),
+        Command::Bench { bench: Bench::Size(args) } => bench::size::size(&args),
         Command::Bench { bench: Bench::Memory(args) } => bench::memory::memory(&args),
         Command::Bench { bench: Bench::Probes(args) } => bench::probes::probes(&args),
         Command::Bench { bench: Bench::Read(args) } => bench::read::read(&args),
