@@ -67,6 +67,12 @@ impl Layer {
         self
     }
 
+    /// PAX records in front of the next entry.
+    fn pax(mut self, records: &[(&str, &[u8])]) -> Self {
+        self.0.append_pax_extensions(records.iter().copied()).expect("append");
+        self
+    }
+
     fn tar(self) -> Vec<u8> {
         self.0.into_inner().expect("tar")
     }
@@ -293,6 +299,32 @@ fn nothing_gets_out() {
         assert!(mine.is_err(), "{name}: it has the victim");
     }
     assert!(!Path::new("evil").exists());
+}
+
+/// What no file system takes, and what only costs: refused for what it is, before it is written.
+#[test]
+fn what_breaks_a_rule_is_refused() {
+    let (name, path) = ("n".repeat(300), "p/".repeat(2100));
+    let huge = [("GNU.sparse.size", &b"1152921504606846976"[..]), ("GNU.sparse.map", b"0,1")];
+    let overlapping = [("GNU.sparse.size", &b"100"[..]), ("GNU.sparse.map", b"0,10,5,10")];
+    let cases: Vec<(&str, Layer)> = vec![
+        ("a name of 300 bytes", Layer::new().pax(&[("path", name.as_bytes())]).file("x", "x")),
+        ("a path of 4,200 bytes", Layer::new().pax(&[("path", path.as_bytes())]).file("x", "x")),
+        ("a hard link to itself", Layer::new().hard_link("a", "a")),
+        ("a cycle of hard links", Layer::new().hard_link("a", "b").hard_link("b", "a")),
+        ("a hard link to a directory", Layer::new().dir("d").hard_link("a", "d")),
+        ("a loop of symbolic links", Layer::new().symlink("a", "b").symlink("b", "a").file("a/x", "x")),
+        ("attributes of 2 MiB", Layer::new().xattr("user.a", &vec![b'x'; 2 << 20]).file("x", "x")),
+        ("an attribute of 70,000 bytes", Layer::new().xattr("user.a", &[b'x'; 70_000]).file("x", "x")),
+        ("overlapping segments", Layer::new().pax(&overlapping).file("x", &"7".repeat(20))),
+        ("a file larger than any layer", Layer::new().pax(&huge).file("x", "x")),
+    ];
+    for (name, layer) in cases {
+        let (outer, dir) = place();
+        let before = snapshot(outer.path());
+        let error = layer.unpack(&dir).expect_err(name);
+        assert_eq!(snapshot(outer.path()), before, "{name}: {error}");
+    }
 }
 
 /// Names, contents and attributes beside the layer.

@@ -161,6 +161,17 @@ fn what_breaks_a_rule_is_named() {
             &["65,535"],
         ),
         (
+            "12,000 attributes",
+            {
+                let names: Vec<String> =
+                    (0..12_000).map(|number| format!("SCHILY.xattr.user.{number}")).collect();
+                let records: Vec<(&str, &[u8])> =
+                    names.iter().map(|name| (name.as_str(), &b"a value of twenty by"[..])).collect();
+                Layer::default().pax(&records).file("x", b"x").tar()
+            },
+            &["attributes"],
+        ),
+        (
             "attributes of 2 MiB",
             Layer::default().pax(&[("SCHILY.xattr.user.a", &vec![b'x'; 2 << 20])]).file("x", b"x").tar(),
             &["extended header", "1048576"],
