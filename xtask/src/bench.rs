@@ -3,6 +3,7 @@
 pub(crate) mod cri;
 pub(crate) mod load;
 pub(crate) mod memory;
+pub(crate) mod peers;
 pub(crate) mod probes;
 pub(crate) mod read;
 pub(crate) mod size;

@@ -109,6 +109,8 @@ enum Bench {
     Probes(bench::probes::Args),
     /// From CRI PullImage to the command's end: overlayfs, sluice, stargz
     Cri(bench::cri::Args),
+    /// Lazy loaders of others beside `sluice mount`: nydus, by its programs' paths
+    Peers(bench::peers::Args),
     /// Many containers, a storm of starts, ten thousand blocked reads, fairness between containers
     Load(bench::load::Args),
 }
@@ -123,6 +125,7 @@ fn main() -> Result<()> {
         Command::Bench { bench: Bench::Probes(args) } => bench::probes::probes(&args),
         Command::Bench { bench: Bench::Read(args) } => bench::read::read(&args),
         Command::Bench { bench: Bench::Cri(args) } => bench::cri::run(&args),
+        Command::Bench { bench: Bench::Peers(args) } => bench::peers::peers(&args),
         Command::Bench { bench: Bench::Load(args) } => bench::load::load(&args),
         Command::Fuzz(args) => fuzz::fuzz(&args),
         Command::Soak(args) => soak::soak(&args),
