@@ -136,7 +136,8 @@ impl Layer {
             return Ok(false);
         }
         let mut bytes = vec![0; len];
-        if source.memory_bytes() == 0 && !self.is_doubtful(chunk.store_offset.get()) {
+        let in_file = source.memory.overlapping(there.clone()).is_empty();
+        if in_file && !self.is_doubtful(chunk.store_offset.get()) {
             let _inserting = self.inserting();
             if self.share_blocks(source, there, chunk)? {
                 self.file().read_exact_at(&mut bytes, chunk.store_offset.get())?;

@@ -49,6 +49,7 @@ impl Layer {
     /// Writes what memory holds, but for what is doubtful, flushes the file, and returns the pages of the map that are to be recorded
     /// now. `written` are chunks held in memory that were written already. The caller holds [`Self::flushing`].
     pub(crate) fn sync(&self, mut written: Vec<u64>) -> Result<Flushed, StoreError> {
+        self.memory.settle();
         let write = |start, bytes: &[u8]| {
             if self.is_doubtful(start) {
                 return Ok(false);
@@ -86,6 +87,8 @@ impl Layer {
     /// A flush failed: nobody can tell what reached the disk. What was not recorded is forgotten, but for what memory has.
     fn lost(&self, source: io::Error) -> StoreError {
         let count = self.while_nothing_is_inserted(|| {
+            // What is written now would be taken out of the file as well, and then count as written.
+            self.memory.settle();
             self.memory.with_ranges(&[], |held| {
                 let lost = self.verified.retain(&self.durable);
                 let mut count = 0;

@@ -19,6 +19,7 @@ use crate::memory::Memory;
 use crate::records::Records;
 use crate::space::Space;
 use crate::state::{LayerRecord, Page};
+use crate::writer::Job;
 use crate::{OnFile, StoreError};
 
 /// See the module text.
@@ -30,7 +31,7 @@ pub struct Layer {
     dir: PathBuf,
     size: u64,
     /// The one descriptor by which it is written and flushed: the kernel tells each open file once that a write was lost.
-    pub(crate) file: File,
+    pub(crate) file: Arc<File>,
     chunks: Records<ChunkRecord>,
     extents: Records<ExtentRecord>,
     /// What digests chunks; `None` if the index of a complete layer cannot be read.
@@ -42,7 +43,7 @@ pub struct Layer {
     pub(crate) doubtful: OnceLock<Bitmap>,
     pub(crate) complete: AtomicBool,
     /// Verified chunks that are not on the disk for good.
-    pub(crate) memory: Memory,
+    pub(crate) memory: Arc<Memory>,
     pub(crate) space: Arc<Space>,
     /// Held for reading from before bytes are written until their bits are set, for writing while bits are cleared because a
     /// flush failed: so a bit that is set afterwards speaks of bytes written afterwards.
@@ -83,7 +84,7 @@ impl Layer {
             diff_id: record.diff_id.clone(),
             generation: record.generation,
             size: record.store_size,
-            file,
+            file: Arc::new(file),
             chunks: Records::open(&dir.join("chunks"))?,
             extents: Records::open(&dir.join("extents"))?,
             algorithm,
@@ -91,7 +92,7 @@ impl Layer {
             durable,
             doubtful: OnceLock::new(),
             complete: AtomicBool::new(record.complete),
-            memory: Memory::new(Arc::clone(&space)),
+            memory: Arc::new(Memory::new(Arc::clone(&space))),
             space,
             inserting: RwLock::default(),
             flushing: Mutex::new(Flushing::new(record.complete)),
@@ -254,7 +255,7 @@ impl Layer {
         self.chunks.get(self.first_chunk(store_offset)?)
     }
 
-    /// Takes a chunk whose digest the caller has checked. When the disk takes no more it stays in memory, within the budget; an
+    /// Takes a chunk whose digest the caller has checked. It is read from memory until it is written. When the disk takes no more it stays in memory, within the budget; an
     /// urgent one makes older ones go. Says whether it was kept.
     pub fn insert_verified(&self, chunk: &ChunkRecord, bytes: &Bytes, urgent: bool) -> bool {
         let _inserting = self.inserting();
@@ -262,7 +263,22 @@ impl Layer {
         if self.is_doubtful(start) {
             return self.keep(start, bytes, urgent);
         }
-        if let Err(error) = self.write(start, bytes) {
+        let len = (bytes.len() as u64).next_multiple_of(BLOCK_SIZE);
+        if self.space.admit(len).is_err() {
+            return self.keep(start, bytes, urgent);
+        }
+        let job = Job {
+            file: Arc::clone(&self.file),
+            memory: Arc::clone(&self.memory),
+            start,
+            bytes: bytes.clone(),
+        };
+        let remember = |range| self.verified.set(blocks(range));
+        if self.space.queue.add(job, |job| self.memory.queue(start, &job.bytes, remember)) {
+            return true;
+        }
+        if let Err(error) = self.file.write_all_at(bytes, start) {
+            self.space.refused(len, &error);
             if !crate::space::is_full(&error) {
                 tracing::warn!(layer = self.digest, offset = start, size = bytes.len(), %error, "cannot write to the layer store; keeping bytes in memory");
             }
@@ -282,7 +298,13 @@ impl Layer {
             }
         };
         let remember = |range| self.verified.set(blocks(range));
-        self.memory.keep(start, bytes.clone(), urgent, forget, remember)
+        let keep = || self.memory.keep(start, bytes.clone(), urgent, forget, remember);
+        if keep() {
+            return true;
+        }
+        // What is about to be written has its share of the memory.
+        self.space.queue.settle();
+        keep()
     }
 
     /// Takes a chunk that is all zeros, as the caller has checked: it needs no space.

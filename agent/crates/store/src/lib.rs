@@ -17,6 +17,7 @@ mod reading;
 mod records;
 mod space;
 mod state;
+mod writer;
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -29,6 +30,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use sluice_image::index::IndexError;
 
 use flush::Flushing;
+use writer::Writer;
 
 pub use copies::LocalCopies;
 pub use fsck::FsckReport;
@@ -127,6 +129,8 @@ struct Inner {
     /// Layers staged so far.
     staged: AtomicU64,
     space: Arc<space::Space>,
+    /// Ends before another process may have the store.
+    _writer: Writer,
     _lock: File,
 }
 
@@ -151,6 +155,7 @@ impl Store {
             Err(fs::TryLockError::Error(source)) => return Err(source).on("lock", &lock_path),
         }
         let state = state::State::open(&root.join("state.redb"))?;
+        let space = Arc::new(space::Space::new(root, limits));
         let store = Self {
             inner: Arc::new(Inner {
                 root: root.to_path_buf(),
@@ -158,7 +163,8 @@ impl Store {
                 open: Mutex::default(),
                 placing: Mutex::default(),
                 staged: AtomicU64::default(),
-                space: Arc::new(space::Space::new(root, limits)),
+                _writer: Writer::start(Arc::clone(&space.queue)),
+                space,
                 _lock: lock,
             }),
         };
@@ -185,6 +191,12 @@ impl Store {
     /// Digests of all layers.
     pub fn layers(&self) -> Result<Vec<String>, StoreError> {
         self.inner.state.layers()
+    }
+
+    /// Waits until what was verified so far is in the layers' files, or stays in memory because the disk does not take it. Blocks the
+    /// thread.
+    pub fn settle(&self) {
+        self.inner.space.queue.settle();
     }
 
     /// Makes durable what was verified so far, but for what is in memory only. Flushes of a layer come one at a time: one that had to

@@ -2,9 +2,11 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::StoreError;
+use crate::writer::Queue;
 
 /// What the store may take.
 #[derive(Debug, Clone, Copy)]
@@ -35,6 +37,8 @@ pub(crate) struct Space {
     /// Until the file system says that it cannot share blocks between files.
     pub(crate) may_share: AtomicBool,
     pub(crate) memory: MemoryBudget,
+    /// What is about to be written.
+    pub(crate) queue: Arc<Queue>,
 }
 
 impl Space {
@@ -46,6 +50,7 @@ impl Space {
             full: AtomicBool::new(false),
             may_share: AtomicBool::new(true),
             memory: MemoryBudget { limit: limits.memory_budget_bytes, used: AtomicU64::new(0) },
+            queue: Arc::new(Queue::closed()),
         }
     }
 
@@ -83,7 +88,9 @@ impl Space {
         }
         if self.limits.reserve_bytes > 0 {
             let space = sluice_kernel::file::space(&self.root).map_err(io::Error::other)?;
-            if space.available_bytes < self.limits.reserve_bytes.saturating_add(len) {
+            // What is queued has no space yet.
+            let wanted = len.saturating_add(self.queue.bytes());
+            if space.available_bytes < self.limits.reserve_bytes.saturating_add(wanted) {
                 return Err(io::Error::new(io::ErrorKind::StorageFull, "the disk is full"));
             }
         }

@@ -40,6 +40,7 @@ fn fills_up_and_recovers(disk: &Disk, reserve_bytes: u64) {
     let store = Store::open_with(&root, limits(reserve_bytes)).expect("store");
     let layer = store.add_layer(&sample.index).expect("layer");
     let kept = sample.insert(&layer, &sample.chunks, false);
+    store.settle();
     assert!(kept < sample.chunks.len() && layer.disk_full(), "{kept} of {} fit", sample.chunks.len());
     let in_memory = layer.memory_bytes() / u64::from(rig::CHUNK);
     assert!(in_memory > 0);
@@ -91,6 +92,12 @@ fn a_full_ext4_with_a_reserve() {
 #[test]
 fn a_full_tmpfs_with_a_reserve() {
     fills_up_and_recovers(&with_ballast(Disk::tmpfs(32 << 20), 18 << 20), 4 << 20);
+}
+
+/// Writes are refused that had been admitted: also those that were queued.
+#[test]
+fn a_full_tmpfs_without_a_reserve() {
+    fills_up_and_recovers(&with_ballast(Disk::tmpfs(32 << 20), 24 << 20), 0);
 }
 
 #[test]
