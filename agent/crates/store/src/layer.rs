@@ -255,8 +255,8 @@ impl Layer {
         self.chunks.get(self.first_chunk(store_offset)?)
     }
 
-    /// Takes a chunk whose digest the caller has checked. It is read from memory until it is written. When the disk takes no more it stays in memory, within the budget; an
-    /// urgent one makes older ones go. Says whether it was kept.
+    /// Takes a chunk whose digest the caller has checked. It is read from memory until it is written. When the disk takes no more it
+    /// stays there, within the budget; an urgent one makes older ones go. Says whether it was kept.
     pub fn insert_verified(&self, chunk: &ChunkRecord, bytes: &Bytes, urgent: bool) -> bool {
         let _inserting = self.inserting();
         let start = chunk.store_offset.get();

@@ -11,6 +11,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -105,6 +106,11 @@ impl ServedDisk {
         self.say("count").parse().expect("a number")
     }
 
+    /// How many it has failed.
+    pub(crate) fn refused(&self) -> usize {
+        self.say("refused").parse().expect("a number")
+    }
+
     pub(crate) fn unmount(&mut self) {
         if std::mem::take(&mut self.mounted) {
             run(Command::new("umount").arg(self.path()));
@@ -172,7 +178,13 @@ pub(crate) fn serve_if_asked() {
     let dir = Path::new(&arguments[at + 1]);
     let log = BufWriter::new(File::create(dir.join("log")).expect("log"));
     let content = fs::read(dir.join("image")).expect("image");
-    let disk = DiskFile(Arc::new(Mutex::new(Served { content, log, count: 0, failing: Failing::default() })));
+    let disk = DiskFile(Arc::new(Mutex::new(Served {
+        content,
+        log,
+        count: 0,
+        refused: AtomicUsize::new(0),
+        failing: Failing::default(),
+    })));
     let session = fuser::Session::new(disk.clone(), dir.join("fuse"), &fuser::Config::default())
         .and_then(fuser::Session::spawn)
         .expect("mounted");
@@ -219,6 +231,7 @@ struct Served {
     content: Vec<u8>,
     log: BufWriter<File>,
     count: usize,
+    refused: AtomicUsize,
     failing: Failing,
 }
 
@@ -229,6 +242,7 @@ impl Served {
             ("reads", prefix) => self.failing.reads = Some(prefix.to_owned()),
             ("flushes", _) => self.failing.flushes = true,
             ("heal", _) => self.failing = Failing::default(),
+            ("refused", _) => return self.refused.load(Ordering::Relaxed).to_string(),
             _ => {}
         }
         self.log.flush().expect("log");
@@ -313,6 +327,7 @@ impl Filesystem for DiskFile {
         let end = (start + size as usize).min(disk.content.len());
         let bytes = &disk.content[start..end];
         if has_block(bytes, disk.failing.reads.as_ref()) {
+            disk.refused.fetch_add(1, Ordering::Relaxed);
             return reply.error(Errno::EIO);
         }
         reply.data(bytes);
@@ -332,6 +347,7 @@ impl Filesystem for DiskFile {
     ) {
         let mut disk = self.lock();
         if has_block(data, disk.failing.writes.as_ref()) {
+            disk.refused.fetch_add(1, Ordering::Relaxed);
             return reply.error(Errno::EIO);
         }
         disk.content[offset as usize..offset as usize + data.len()].copy_from_slice(data);
@@ -342,6 +358,7 @@ impl Filesystem for DiskFile {
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
         let mut disk = self.lock();
         if disk.failing.flushes {
+            disk.refused.fetch_add(1, Ordering::Relaxed);
             return reply.error(Errno::EIO);
         }
         disk.write_down(FLUSH, &[]);
