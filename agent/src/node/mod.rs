@@ -45,7 +45,7 @@ use sluice_kernel::Abilities;
 use sluice_kernel::mount::UnmountOptions;
 use sluice_registry::artifact::{ArtifactStore, Kind};
 use sluice_registry::{Client, Limits, RegistryConfig};
-use sluice_store::{Store, StoreError};
+use sluice_store::Store;
 use sluice_stream::Scheduler;
 
 use crate::api::{FsckReport, GcReport, Holder, PullReport, Served};
@@ -71,9 +71,6 @@ pub(crate) const BACKGROUND_FETCHES: usize = 3;
 const MOUNTED_WITHIN: std::time::Duration = std::time::Duration::from_secs(60);
 /// The end of a mount waits for reads that are under way: as long, and again as long once they fail.
 const LAST_READS: std::time::Duration = std::time::Duration::from_secs(2);
-
-/// How long the last agent may take to write what it has.
-const LAST_AGENT: std::time::Duration = std::time::Duration::from_secs(20);
 
 /// Stream indexes as artifacts.
 pub(crate) const INDEX_KIND: Kind = Kind {
@@ -190,7 +187,7 @@ impl Node {
         let probed = Arc::clone(&config);
         let unsafe_links = tokio::task::spawn_blocking(move || unsafe_links(&probed)).await?;
         let node = Arc::new(Self {
-            store: open_store(&config).await?,
+            store: recover::open_store(&config).await?,
             artifacts: artifact_store(&config, None, &registry)?,
             trust: Arc::new(trust(&config, None)?),
             registry,
@@ -444,18 +441,6 @@ impl Node {
 
     fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
         mutex.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Opens the store; an agent that was told to stop may still have it.
-async fn open_store(config: &Config) -> Result<Store> {
-    let deadline = Instant::now() + LAST_AGENT;
-    loop {
-        match Store::open_with(&config.root, config.store_limits) {
-            Err(StoreError::Locked(_)) if Instant::now() < deadline => {}
-            opened => return Ok(opened?),
-        }
-        tokio::time::sleep(LAST_AGENT / 400).await;
     }
 }
 

@@ -8,15 +8,34 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use sluice_blockfs::{Device, ImageMount};
 use sluice_kernel::loop_device::LoopListing;
 use sluice_kernel::mount::UnmountOptions;
 use sluice_registry::{Client, ResolvedImage};
+use sluice_store::{Store, StoreError};
 
 use super::kept::{self, KeptImage};
 use super::{Image, Node, block_server};
+use crate::config::Config;
+
+/// How long the last agent may take to write what it has.
+const LAST_AGENT: Duration = Duration::from_secs(20);
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Opens the store; an agent that was told to stop may still have it.
+pub(super) async fn open_store(config: &Config) -> Result<Store> {
+    let deadline = Instant::now() + LAST_AGENT;
+    loop {
+        match Store::open_with(&config.root, config.store_limits) {
+            Err(StoreError::Locked(_)) if Instant::now() < deadline => {}
+            opened => return Ok(opened?),
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
 
 impl Node {
     /// Runs before anything is served. Blocks the thread.
