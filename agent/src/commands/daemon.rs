@@ -132,7 +132,9 @@ async fn ask_to_stop(config: &Config, client: &Client, drain: bool) -> Result<()
     // Of whoever listened first, which may be the service manager; none: in another namespace.
     let listener =
         peer.context("cannot ask whose socket it is")?.pid().context("the daemon has no number here")?;
-    let said: Option<i32> = client.ask("stop", &StopRequest { drain }).await?;
+    let request = StopRequest { drain };
+    let said = tokio::time::timeout(LONGEST_STOP, client.ask::<Option<i32>>("stop", &request)).await;
+    let said = said.context("the daemon does not answer; see its log in the state directory")??;
     let pid = said.unwrap_or(listener);
     if pid.cast_unsigned() == std::process::id() {
         return Ok(());

@@ -110,8 +110,12 @@ impl Node {
         command
     }
 
+    /// Runs a command to its end; one that hangs fails its test instead of all.
     pub(crate) fn run(&self, arguments: &[&str]) -> Output {
-        self.command(arguments).output().expect("sluice starts")
+        let command = self.command(arguments);
+        let mut limited = Command::new("timeout");
+        limited.args(["--kill-after=10", "300"]).arg(command.get_program()).args(command.get_args());
+        limited.stdin(Stdio::null()).output().expect("sluice starts")
     }
 
     /// What a command that must succeed wrote.
@@ -186,10 +190,9 @@ impl Node {
         body.to_owned()
     }
 
-    /// Waits until a blob comes that the registry was told to send slowly.
+    /// Waits until a blob comes that the registry was told to send slowly; all else comes at once.
     #[track_caller]
     pub(crate) fn wait_for_slow_blob(&self) {
-        // All else comes at once.
         let mut pieces = 0;
         wait_until("the slow blob comes", || {
             pieces += u32::from(self.bytes_sent() > 0);
