@@ -19,8 +19,18 @@ const AGAIN: Duration = Duration::from_secs(600);
 const MOST: usize = 100;
 
 /// What was reported, and when.
-#[derive(Debug, Default)]
-pub(super) struct Reported(Mutex<HashMap<(u32, Vec<u8>), Instant>>);
+#[derive(Debug)]
+pub(super) struct Reported {
+    calls: Mutex<HashMap<(u32, Vec<u8>), Instant>>,
+    /// Whether this kernel has the fault, as far as it could be tried.
+    has_fault: Option<bool>,
+}
+
+impl Reported {
+    pub(super) fn new(has_fault: Option<bool>) -> Self {
+        Self { calls: Mutex::default(), has_fault }
+    }
+}
 
 impl Node {
     /// Reports a call that failed if it is the fault of renamed symbolic links. May look through `/proc`.
@@ -33,12 +43,12 @@ impl Node {
         }
         let container = Container::of(process, call.dev);
         let image = self.image_on(&container.lower);
-        let message = describe(call, process, &container);
+        let message = describe(call, process, &container, self.faults.has_fault);
         self.journal.emit(Reason::RenameFault, image.as_deref().unwrap_or("-"), message);
     }
 
     fn is_new(&self, mnt_ns: u32, path: &[u8]) -> bool {
-        let mut reported = self.lock(&self.faults.0);
+        let mut reported = self.lock(&self.faults.calls);
         reported.retain(|_, when| when.elapsed() < AGAIN);
         if reported.len() >= MOST {
             return false;
@@ -86,14 +96,15 @@ impl Container {
     }
 }
 
-fn describe(call: &FailedCall, process: &Process, container: &Container) -> String {
+/// A kernel's number tells little: Debian calls its 6.1.176 6.1.0-50.
+fn describe(call: &FailedCall, process: &Process, container: &Container, has_fault: Option<bool>) -> String {
     let release = nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned());
     let release = release.unwrap_or_else(|errno| format!("unknown ({errno})"));
     let whole = if call.whole_path { "/" } else { "…" };
     let path = String::from_utf8_lossy(&call.path);
     let namespace = format!("mount namespace {}", process.mnt_ns);
     let name = container.name.as_ref().map_or(namespace, |name| format!("container {name}"));
-    let cause = match fault::is_affected(&release) {
+    let cause = match has_fault.or(fault::is_affected(&release)) {
         Some(false) => format!(
             "this kernel ({release}) has the fix of that fault: the file system below the overlay answered ENXIO by itself, so look there"
         ),
@@ -145,9 +156,15 @@ mod tests {
     fn a_report_says_who_what_and_where() {
         let process = Process { tgid: 7, comm: "mv".to_owned(), mnt_ns: 9, ..Process::default() };
         let container = Container { name: Some("web-1".to_owned()), lower: String::new() };
-        let said = describe(&call(6, None), &process, &container);
+        let said = describe(&call(6, None), &process, &container, Some(true));
         for part in ["renameat2", "/usr/lib/libz.so", "ENXIO", "container web-1", "mv (pid 7)"] {
             assert!(said.contains(part), "{part}: {said}");
         }
+        assert!(said.contains("bug 217850"), "{said}");
+        let healthy = describe(&call(6, None), &process, &container, Some(false));
+        assert!(
+            healthy.contains("has the fix of that fault"),
+            "what was tried counts, not the number: {healthy}"
+        );
     }
 }

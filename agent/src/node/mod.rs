@@ -185,7 +185,7 @@ impl Node {
         let registry = registry_client(&config, Some(Arc::clone(&learned)))?;
         let abilities = Abilities::probe();
         let probed = Arc::clone(&config);
-        let unsafe_links = tokio::task::spawn_blocking(move || unsafe_links(&probed)).await?;
+        let links = tokio::task::spawn_blocking(move || Links::probe(&doctor::rooms(&probed))).await?;
         let node = Arc::new(Self {
             store: recover::open_store(&config).await?,
             artifacts: artifact_store(&config, None, &registry)?,
@@ -202,7 +202,7 @@ impl Node {
             needed: room::Needs::default(),
             removing: tokio::sync::Mutex::default(),
             keeping: Mutex::default(),
-            cannot_stream: cannot_stream(&abilities).or(unsafe_links),
+            cannot_stream: cannot_stream(&abilities).or_else(|| unsafe_links(&links)),
             form: if config.one_device || !abilities.erofs_devices.available {
                 Form::OneDevice
             } else {
@@ -217,7 +217,7 @@ impl Node {
             mounting: Mutex::default(),
             baselines: baseline::Baselines::new(config.root.join("baselines")),
             probing: probing::Probing::default(),
-            faults: faults::Reported::default(),
+            faults: faults::Reported::new(links.has_fault()),
             since_ms: SystemTime::now()
                 .duration_since(SystemTime::UNIX_EPOCH)
                 .map_or(0, |since| since.as_millis() as u64),
@@ -465,8 +465,7 @@ fn raise_descriptor_limit() {
 }
 
 /// Why containers on streamed images are not safe with this kernel, if so: operations on symbolic links that fail on our mounts.
-fn unsafe_links(config: &Config) -> Option<String> {
-    let links = Links::probe(&doctor::rooms(config));
+fn unsafe_links(links: &Links) -> Option<String> {
     let broken = links.broken_on_ours();
     match links.has_fault() {
         Some(true) => tracing::warn!(
