@@ -44,8 +44,8 @@ pub(super) fn fault(broken: bool) -> Result<()> {
     let said = said.unwrap_or_default();
     println!("{said}");
     ensure!(said.contains("link") && said.contains("ENXIO"), "the report: {said}");
-    // 6.1-fault has the number of a kernel that is mended, and a report goes by that.
-    ensure!(faulty || said.contains("has the fix of that fault"), "the report: {said}");
+    let blamed = if faulty { "bug 217850" } else { "has the fix of that fault" };
+    ensure!(said.contains(blamed), "not `{blamed}`: {said}");
     Ok(())
 }
 
