@@ -83,18 +83,24 @@ const LONGEST_MS: u64 = 2500;
 /// Between two faults.
 const PAUSE_MS: u64 = 500;
 
-/// The faults that are asked for.
-pub(crate) fn wanted(registry_only: bool, name: Option<&str>) -> Result<Vec<(&'static str, Fault)>> {
-    let of_registry = |fault: &Fault| matches!(fault, Fault::Registry(_) | Fault::Refused | Fault::NoNames);
-    let wanted: Vec<_> = FAULTS
-        .into_iter()
-        .filter(|(own, fault)| (!registry_only || of_registry(fault)) && name.is_none_or(|name| name == *own))
-        .collect();
-    if wanted.is_empty() {
-        let names: Vec<_> = FAULTS.iter().map(|(name, _)| *name).collect();
-        bail!("there is no such fault; there are {}", names.join(", "));
+/// The faults that are asked for: these, or all if none is named, without those.
+pub(crate) fn wanted(
+    registry_only: bool,
+    these: &[String],
+    without: &[String],
+) -> Result<Vec<(&'static str, Fault)>> {
+    let names = FAULTS.map(|(name, _)| name);
+    if let Some(unknown) = these.iter().chain(without).find(|name| !names.contains(&name.as_str())) {
+        bail!("there is no fault `{unknown}`; there are {}", names.join(", "));
     }
-    Ok(wanted)
+    let of_registry = |fault: &Fault| matches!(fault, Fault::Registry(_) | Fault::Refused | Fault::NoNames);
+    let named = |list: &[String], name: &str| list.iter().any(|one| one == name);
+    let is_wanted = |(name, fault): &(&str, Fault)| {
+        (!registry_only || of_registry(fault))
+            && (these.is_empty() || named(these, name))
+            && !named(without, name)
+    };
+    Ok(FAULTS.into_iter().filter(is_wanted).collect())
 }
 
 /// Injects until `end`; after that nothing is wrong any more.

@@ -34,12 +34,18 @@ pub(crate) struct Args {
     /// Only faults of the registry, none of the disk or the daemon
     #[arg(long)]
     registry_only: bool,
-    /// Only this fault, by its name in the summary
-    #[arg(long)]
-    fault: Option<String>,
+    /// Only these faults, by their names in the summary
+    #[arg(long = "fault", value_delimiter = ',')]
+    faults: Vec<String>,
+    /// All faults but these
+    #[arg(long, value_delimiter = ',')]
+    without: Vec<String>,
     /// The binary is built as for tests, not as a release
     #[arg(long)]
     debug: bool,
+    /// An existing binary of sluice instead
+    #[arg(long, conflicts_with = "debug")]
+    binary: Option<std::path::PathBuf>,
     /// In a mount namespace of its own already
     #[arg(long, hide = true)]
     inside: bool,
@@ -108,12 +114,16 @@ pub(crate) fn soak(args: &Args) -> Result<()> {
     let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let seed = args.seed.unwrap_or_else(|| clock.subsec_nanos().into());
     println!("soak: seed {seed}, {} minutes", args.minutes);
-    let binary = if args.debug { crate::sluice::build_for_tests()? } else { crate::sluice::build()? };
+    let binary = match &args.binary {
+        Some(binary) => binary.clone(),
+        None if args.debug => crate::sluice::build_for_tests()?,
+        None => crate::sluice::build()?,
+    };
     let world = World::make(&binary, &mut Random::new(seed))?;
     let tally = Tally::new(seed);
     let began = Instant::now();
     let end = began + Duration::from_secs_f64(args.minutes * 60.0);
-    let wanted = faults::wanted(args.registry_only, args.fault.as_deref())?;
+    let wanted = faults::wanted(args.registry_only, &args.faults, &args.without)?;
     let peaks = std::thread::scope(|scope| {
         let watching = scope.spawn(|| watch::watch(&world, &tally, end + CONVERGES * 4 + HANGS));
         let workers: Vec<_> = (0..WORKERS)

@@ -110,6 +110,9 @@ pub(super) fn remove(world: &World, random: &mut Random) -> Result<bool> {
     let dirs = world.layer_dirs()?;
     let Some(dir) = random.pick(&dirs) else { return Ok(false) };
     let name = random.pick(&["data", "chunks", "extents"]).copied().unwrap_or("data");
-    fs::remove_file(dir.join(name)).context("cannot remove")?;
-    Ok(true)
+    match fs::remove_file(dir.join(name)) {
+        // Removed before, by us or with its layer, and not missed yet.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        removed => removed.map(|()| true).context("cannot remove"),
+    }
 }

@@ -240,7 +240,9 @@ impl World {
     /// Takes all of the disk that is free, for a while.
     pub(crate) fn fill_disk(&self, duration: Duration) -> Result<()> {
         let ballast = self.path("disk/ballast");
-        let filled = script("cat /dev/zero > \"$1\" 2>/dev/null || true; sync -f \"$1\"", &[&ballast]);
+        // Flushing tells everybody once of writes that failed before, which is nothing here.
+        let fill = "cat /dev/zero > \"$1\" 2>/dev/null || :; sync -f \"$1\" 2>/dev/null || :";
+        let filled = script(fill, &[&ballast]);
         std::thread::sleep(duration);
         fs::remove_file(&ballast)?;
         filled.map(|_| ())
