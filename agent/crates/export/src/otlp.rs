@@ -252,7 +252,8 @@ impl<'a> Spans<'a> {
             number("sluice.ahead.used_bytes", summary.ahead_used_bytes),
         ];
         all.extend(tag.map(|tag| list("container.image.tags", tag)));
-        for lane in FetchLane::ALL {
+        // Look-ups' bytes are not counted.
+        for lane in FetchLane::ALL.into_iter().filter(|lane| *lane != FetchLane::Lookup) {
             let bytes = summary.fetches.get(&lane).map_or(0, |fetches| fetches.bytes);
             all.push(number(&format!("sluice.fetched.{}.bytes", lane.name().replace(' ', "_")), bytes));
         }
