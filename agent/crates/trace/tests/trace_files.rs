@@ -161,8 +161,8 @@ fn foreign_and_newer_bytes_are_refused() {
     assert!(matches!(read(b"short"), Err(TraceError::NotATrace)));
     assert!(matches!(read(&[0; 100]), Err(TraceError::NotATrace)));
     let mut newer = bytes.clone();
-    newer[8] = 3;
-    assert!(matches!(read(&newer), Err(TraceError::Version(3))));
+    newer[8] = 4;
+    assert!(matches!(read(&newer), Err(TraceError::Version(4))));
     newer[8] = 0;
     assert!(matches!(read(&newer), Err(TraceError::Version(0))));
     let mut long = bytes.clone();
