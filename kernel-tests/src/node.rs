@@ -42,25 +42,6 @@ impl Node {
         Ok(Self { dir: dir.to_path_buf(), image, registry })
     }
 
-    /// From now on the registry turns a bit of everything it sends of the image's largest layer. Before the daemon is started,
-    /// which will not ask for the right bytes for long.
-    pub(crate) fn damage_layer(&mut self) -> Result<()> {
-        let mut blobs = Vec::new();
-        for blob in fs::read_dir(self.path("images").join(self.image).join("blobs/sha256"))? {
-            let blob = blob?;
-            blobs.push((blob.metadata()?.len(), blob.file_name().to_string_lossy().into_owned()));
-        }
-        let (_, largest) = blobs.into_iter().max().context("an image without blobs")?;
-        let (config, section) = (fs::read_to_string(self.path("config.toml"))?, "[stream]\n");
-        let rest = config.replacen(section, "", 1);
-        // What else the case has in that section follows.
-        fs::write(self.path("config.toml"), format!("{section}outage_timeout_s = 5\n{rest}"))?;
-        self.end_registry()?;
-        let faults = format!(r#"{{"path":"{largest}","flip":true}}"#);
-        self.registry = start_registry(&self.path("images"), &["--faults", &faults])?;
-        Ok(())
-    }
-
     pub(crate) fn image(&self) -> String {
         format!("{ADDRESS}/{}:latest", self.image)
     }

@@ -14,9 +14,10 @@ use crate::node::{Node, checked};
 /// A container runs while most of its image is in the registry.
 pub(super) fn start(broken: bool) -> Result<()> {
     let link = ["--rate", "100mbit", "--delay", "2ms"];
-    let mut node = Node::new(Path::new("/var/tmp/start"), "[stream]\nfill = false\n", &link)?;
+    let node = Node::new(Path::new("/var/tmp/start"), "[stream]\nfill = false\n", &link)?;
     if broken {
-        node.damage_layer()?;
+        // A start that waits for all of its image.
+        node.ok(&["pull", &node.image()])?;
     }
     node.ok(&["gc"])?;
     let begin = Instant::now();
@@ -110,11 +111,8 @@ pub(super) fn uring_off(broken: bool) -> Result<()> {
 
 /// What `sluice doctor` says of this kernel: everything can be seen by probes, and how.
 pub(super) fn doctor(broken: bool) -> Result<()> {
-    if broken {
-        // Not the whole, which the binary would mount again.
-        hide("/sys/kernel/tracing/events")?;
-    }
-    let levels = levels(Path::new("/var/tmp/doctor"))?;
+    let config = if broken { "[probes]\nenabled = false\n" } else { "" };
+    let levels = levels(Path::new("/var/tmp/doctor"), config)?;
     let unseen: Vec<_> =
         levels.iter().filter(|(_, level)| level == "none").map(|(name, _)| name.as_str()).collect();
     ensure!(!levels.is_empty() && unseen.is_empty(), "not seen by probes: {unseen:?}");
@@ -130,7 +128,7 @@ pub(super) fn btf_missing(broken: bool) -> Result<()> {
     if !broken {
         hide("/sys/kernel/btf")?;
     }
-    let levels = levels(Path::new("/var/tmp/btf"))?;
+    let levels = levels(Path::new("/var/tmp/btf"), "")?;
     let by_types: Vec<_> =
         levels.iter().filter(|(_, level)| ["fexit", "kprobe"].contains(&level.as_str())).collect();
     ensure!(!levels.is_empty() && by_types.is_empty(), "seen by what needs types: {by_types:?}");
@@ -170,8 +168,8 @@ fn hide(dir: &str) -> Result<()> {
 }
 
 /// What probes can see, and by which kind of hook.
-fn levels(dir: &Path) -> Result<Vec<(String, String)>> {
-    let node = Node::new(dir, "", &[])?;
+fn levels(dir: &Path, config: &str) -> Result<Vec<(String, String)>> {
+    let node = Node::new(dir, config, &[])?;
     let said = node.ok(&["doctor", "--json"])?;
     let diagnosis: serde_json::Value = serde_json::from_str(&said)?;
     ensure!(diagnosis.get("streaming") == Some(&true.into()), "streaming is impossible here: {said}");
@@ -188,10 +186,8 @@ fn levels(dir: &Path) -> Result<Vec<(String, String)>> {
 
 /// Metadata and layers in one EROFS device, as kernels before 5.16 need it: contents are right, and one device is all there is.
 pub(super) fn one_device(broken: bool) -> Result<()> {
-    let mut node = Node::new(Path::new("/var/tmp/one"), "[blocks]\none_device = true\n", &[])?;
-    if broken {
-        node.damage_layer()?;
-    }
+    let config = format!("[blocks]\none_device = {}\n", !broken);
+    let node = Node::new(Path::new("/var/tmp/one"), &config, &[])?;
     let mounted = node.mount()?;
     node.check_contents(&mounted)?;
     let mut devices = Vec::new();

@@ -147,12 +147,13 @@ fn line(case: &Case, broken: bool) -> String {
             words.extend(["/guest/guest", "case", case.name].map(str::to_owned));
             words.extend(broken.then(|| "--broken".to_owned()));
         }
-        Run::Suite { program, variables, arguments, broken: mutation } => {
+        Run::Suite { program, variables, arguments, broken: (mutation, test) } => {
             words.push("/usr/bin/env".to_owned());
             words.extend(variables.iter().map(|one| (*one).to_owned()));
             words.extend(broken.then(|| mutation.to_owned()));
             words.push(format!("/usr/lib/kernel-tests/{program}"));
             words.extend(arguments.iter().map(|one| (*one).to_owned()));
+            words.extend((broken && !arguments.contains(&test)).then(|| test.to_owned()));
         }
     }
     words.join("\t") + "\n"
