@@ -14,4 +14,4 @@ pub mod scratch;
 pub mod tar;
 mod targets;
 
-pub use targets::TARGETS;
+pub use targets::{TARGETS, Target};

@@ -4,9 +4,9 @@
 use std::sync::OnceLock;
 
 use libfuzzer_sys::fuzz_target;
-use sluice_fuzz::TARGETS;
+use sluice_fuzz::{TARGETS, Target};
 
-static TARGET: OnceLock<fn(&[u8])> = OnceLock::new();
+static TARGET: OnceLock<Target> = OnceLock::new();
 
 fuzz_target!(|data: &[u8]| {
     let target = TARGET.get_or_init(|| {

@@ -5,7 +5,7 @@ use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use sluice_fuzz::{TARGETS, scratch};
+use sluice_fuzz::{TARGETS, Target, scratch};
 
 /// Changes of each target's seeds together.
 const CHANGES: usize = 2000;
@@ -69,7 +69,7 @@ impl Random {
 }
 
 /// Runs a target; what it must not be stopped by is kept to be looked at.
-fn run(name: &str, target: fn(&[u8]), input: &[u8]) {
+fn run(name: &str, target: Target, input: &[u8]) {
     if catch_unwind(AssertUnwindSafe(|| target(input))).is_err() {
         let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fuzz-{name}"));
         fs::write(&kept, input).expect("written");

@@ -24,8 +24,11 @@ mod trace;
 mod users;
 mod zstd;
 
+/// What is driven with any bytes.
+pub type Target = fn(&[u8]);
+
 /// All of them by name.
-pub const TARGETS: [(&str, fn(&[u8])); 23] = [
+pub const TARGETS: [(&str, Target); 23] = [
     ("api", api::run),
     ("batch", batch::run),
     ("challenge", challenge::run),
