@@ -242,6 +242,9 @@ impl Node {
         // Held while devices are switched, so that no new one appears on a block file.
         let _device = layer.device.lock().unwrap_or_else(PoisonError::into_inner);
         for path in &layer.served {
+            if let Some(blockfs) = self.lock(&self.blockfs).as_ref() {
+                blockfs.all_is_local(path)?;
+            }
             for device in Device::all_on(path)? {
                 device.hand_over_to(&layer.open_data()?)?;
             }

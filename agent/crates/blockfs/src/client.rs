@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use crate::options::{Options, Way};
-use crate::protocol::{FileRecord, Head, Kind, Message, VERSION};
+use crate::protocol::{FileRecord, Head, Kind, Message, VERSION, WHOLE};
 use crate::server::{files::file_name, start_within};
 use crate::{BlockFsError, BlockSource, ReadError};
 
@@ -137,11 +137,18 @@ impl BlockFs {
         Ok(self.dir.join(file_name(inode, name)))
     }
 
+    /// All of a file, by the path that `add` gave, is in its source's local file: reads of it that wait are answered from there, whether
+    /// this agent lives or not. A hand-over of its devices waits for the reads under way, in the kernel, where nothing can end it;
+    /// if one of them waited for an agent that was just killed, it would never end.
+    pub fn all_is_local(&self, path: &Path) -> Result<(), BlockFsError> {
+        let failed = |source| BlockFsError::Server { path: self.dir.clone(), source };
+        let head = |inode| Head { a: 0, b: WHOLE, ..Head::new(Kind::Local, inode) };
+        inode_of(path).map_or(Ok(()), |inode| self.client.say(head(inode), &[]).map_err(failed))
+    }
+
     /// Removes a file by the path that `add` gave. Whoever has it open gets ESTALE from now on.
     pub fn remove(&self, path: &Path) -> Result<(), BlockFsError> {
-        let name = path.file_name().and_then(|name| name.to_str());
-        let inode = name.and_then(|name| name.split_once('-')).and_then(|(inode, _)| inode.parse().ok());
-        inode.map_or(Ok(()), |inode| self.remove_inode(inode))
+        inode_of(path).map_or(Ok(()), |inode| self.remove_inode(inode))
     }
 
     fn remove_inode(&self, inode: u64) -> Result<(), BlockFsError> {
@@ -318,6 +325,10 @@ impl Client {
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }
+}
+
+fn inode_of(path: &Path) -> Option<u64> {
+    path.file_name()?.to_str()?.split_once('-')?.0.parse().ok()
 }
 
 /// The errno of a file that nobody has (all architectures of Linux but MIPS).

@@ -9,6 +9,8 @@ use std::os::unix::net::UnixStream;
 
 /// Of this page.
 pub const VERSION: u64 = 1;
+/// Where the local bytes end of a file that is local as a whole, beginning at 0.
+pub(crate) const WHOLE: u64 = u64::MAX;
 const HEAD_BYTES: usize = 40;
 /// No message is longer: one request's bytes, or a list of files.
 const MAX_BYTES: usize = 16 << 20;
@@ -27,7 +29,7 @@ pub(crate) enum Kind {
     Added = 3,
     /// Agent: file `id` is gone.
     Remove = 4,
-    /// Agent: bytes from a to b of file `id` are in its local file.
+    /// Agent: bytes from a to b of file `id` are in its local file; from 0 to [`WHOLE`] also for reads that wait.
     Local = 5,
     /// Server: read `id` waits; a = file, b = offset, bytes = length, eight of them. Eight more, not zero: the local file does not give
     /// these bytes. Agents that do not know that may answer `InFile`, and the read fails.

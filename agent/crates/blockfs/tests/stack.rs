@@ -170,6 +170,40 @@ fn a_device_is_at_rest_when_nobody_waits_for_a_read() {
     room.assert_released();
 }
 
+/// A hand-over waits for reads under way, and none of those must wait for an agent that may be dead by then.
+#[test]
+fn reads_of_a_whole_file_do_not_need_the_agent() {
+    ways().into_iter().for_each(reads_of_a_whole_file_do_not_need_the_agent_by);
+}
+
+fn reads_of_a_whole_file_do_not_need_the_agent_by(way: Way) {
+    let (runtime, room) = (runtime(), Room::new(&[vec![MIB]]));
+    let (blockfs, sources) = (room.blockfs(&runtime, way), room.sources());
+    // For ever: the agent might as well be dead.
+    sources[0].set(Mood::Stuck);
+    let path =
+        blockfs.add("layer0", Arc::clone(&sources[0]) as Arc<dyn BlockSource>).expect("added").remove(0);
+    let device = Arc::new(Device::attach(&path).expect("attaches"));
+    let image = mount_image(&room, vec![Arc::clone(&device)], "image");
+    let (done, finished) = std::sync::mpsc::channel();
+    let (root, sample) = (image.dir().to_path_buf(), room.samples[0].clone());
+    std::thread::spawn(move || {
+        check(&root, &sample);
+        done.send(()).expect("the test waits");
+    });
+    wait_until("a read waits", || sources[0].waited.load(Ordering::Relaxed) > 0);
+    blockfs.all_is_local(&path).expect("said");
+    let answered = finished.recv_timeout(Duration::from_secs(60));
+    // Not before: a failed test is to end.
+    sources[0].set(Mood::Local);
+    answered.expect("reads are answered from the local file");
+    device.hand_over(&room.layers[0]).expect("handed over");
+    image.unmount().expect("unmounts");
+    blockfs.unmount().expect("unmounts");
+    drop(device);
+    room.assert_released();
+}
+
 #[test]
 fn a_device_takes_no_file_of_another_size() {
     let room = Room::new(&[vec![8 * BLOCK], vec![9 * BLOCK]]);

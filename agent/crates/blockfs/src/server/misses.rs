@@ -43,6 +43,8 @@ pub(crate) type Outgoing = (Head, Vec<u8>);
 struct State {
     next: u64,
     waiting: HashMap<u64, Waiting>,
+    /// Local files that have all of theirs, by inode.
+    whole: HashMap<u64, Arc<File>>,
     agent: Option<Agent>,
     /// Agents so far.
     agents: u64,
@@ -68,6 +70,10 @@ impl Misses {
     /// A read that is not local. Does not wait.
     pub(crate) fn ask(&self, waiting: Waiting) {
         let mut state = self.lock();
+        if let Some(file) = state.whole.get(&waiting.inode).filter(|_| !waiting.unreadable).cloned() {
+            drop(state);
+            return (waiting.answer)(Supply::InFile(file));
+        }
         if state.abandoned {
             drop(state);
             return (waiting.answer)(Supply::Failed(EIO));
@@ -108,6 +114,16 @@ impl Misses {
         }
     }
 
+    /// All of a file is in its local file: no read of it needs the agent, be it alive or not.
+    pub(crate) fn is_whole(&self, inode: u64, file: &Arc<File>) {
+        let mut state = self.lock();
+        state.whole.insert(inode, Arc::clone(file));
+        let local = |_: &u64, waiting: &mut Waiting| waiting.inode == inode && !waiting.unreadable;
+        let local = state.waiting.extract_if(local).collect::<Vec<_>>();
+        drop(state);
+        local.into_iter().for_each(|(_, waiting)| (waiting.answer)(Supply::InFile(Arc::clone(file))));
+    }
+
     /// A new agent takes the place of any other; gives its number.
     pub(crate) fn agent_came(&self, outgoing: Sender<Outgoing>) -> u64 {
         let mut state = self.lock();
@@ -135,6 +151,7 @@ impl Misses {
     /// The agent has a source for this file: it is asked what waits.
     pub(crate) fn file_added(&self, number: u64, inode: u64) {
         let mut state = self.lock();
+        state.whole.remove(&inode);
         let State { agent, waiting, .. } = &mut *state;
         if let Some(agent) = agent.as_mut().filter(|agent| agent.number == number) {
             agent.added.insert(inode);
@@ -147,6 +164,7 @@ impl Misses {
     /// The file is no more: reads of it that no agent was asked fail as those that come do. What the present one was asked it answers.
     pub(crate) fn file_removed(&self, inode: u64) {
         let mut state = self.lock();
+        state.whole.remove(&inode);
         if state.agent.as_ref().is_some_and(|agent| agent.added.contains(&inode)) {
             return;
         }

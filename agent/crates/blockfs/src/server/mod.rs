@@ -25,7 +25,7 @@ use sluice_kernel::mount::UnmountOptions;
 
 use crate::BlockFsError;
 use crate::options::{Choice, Options, Way};
-use crate::protocol::{Head, Kind, Message, VERSION};
+use crate::protocol::{Head, Kind, Message, VERSION, WHOLE};
 use files::Files;
 use misses::{Misses, Outgoing, Supply};
 
@@ -236,7 +236,13 @@ impl Shared {
                     self.files.remove(id);
                     self.misses.file_removed(id);
                 }
-                Kind::Local => self.files.set_local(id, a, b),
+                Kind::Local => {
+                    self.files.set_local(id, a, b);
+                    // As before a hand-over, which waits for the reads under way: none of them must need an agent that may die.
+                    if let Some(file) = self.files.disk(id).filter(|_| a == 0 && b == WHOLE) {
+                        self.misses.is_whole(id, &file);
+                    }
+                }
                 Kind::InFile => self.misses.answer(id, |waiting| match self.files.disk(waiting.inode) {
                     Some(file) => Supply::InFile(file),
                     None => Supply::Failed(0),
