@@ -5,6 +5,7 @@
 //! when one fails all that was written and not recorded counts as lost. It is fetched again; to find the bytes that the disk
 //! does not take, each lost chunk is then kept in memory and flushed by itself.
 
+use std::cell::RefCell;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -14,7 +15,7 @@ use std::sync::{MutexGuard, PoisonError};
 
 use sluice_image::records::BLOCK_SIZE;
 
-use crate::bitmap::{PAGE_BYTES, mask};
+use crate::bitmap::{Bitmap, PAGE_BYTES, mask};
 use crate::layer::blocks;
 use crate::state::Page;
 use crate::{Layer, StoreError};
@@ -79,18 +80,23 @@ impl Layer {
         let suspect = self.suspect.swap(false, Ordering::AcqRel);
         match flushed {
             Ok(()) if !suspect => Ok(Flushed { pages, written }),
-            Ok(()) => Err(self.lost(io::Error::other("what was written came back different"))),
-            Err(error) => Err(self.lost(error)),
+            Ok(()) => Err(self.lost(io::Error::other("what was written came back different"), &[])),
+            Err(error) => Err(self.lost(error, &[])),
         }
     }
 
-    /// A flush failed: nobody can tell what reached the disk. What was not recorded is forgotten, but for what memory has.
-    fn lost(&self, source: io::Error) -> StoreError {
+    /// A flush failed: nobody can tell what reached the disk. What was not recorded is forgotten, but for what memory has; and taken out of
+    /// the file, but for the chunks at the store offsets `flushed`, which memory has, too: another flush was about them.
+    fn lost(&self, source: io::Error, flushed: &[u64]) -> StoreError {
         let count = self.while_nothing_is_inserted(|| {
             // What is written now would be taken out of the file as well, and then count as written.
             self.memory.settle();
             self.memory.with_ranges(&[], |held| {
-                let lost = self.verified.retain(&self.durable);
+                let keep = Bitmap::new(self.verified.len(), false);
+                self.durable.pages().iter().for_each(|(page, bytes)| keep.load_page(*page, bytes));
+                let flushed = held.iter().filter(|range| flushed.contains(&range.start));
+                flushed.cloned().map(blocks).for_each(|range| keep.set(range));
+                let lost = self.verified.retain(&keep);
                 let mut count = 0;
                 self.clear_away(&lost);
                 for run in lost {
@@ -131,16 +137,21 @@ impl Layer {
         if self.doubtful.get().is_none_or(|doubtful| doubtful.count() == 0) {
             return Vec::new();
         }
+        let flushed = RefCell::new(Vec::new());
         let write = |start, bytes: &[u8]| {
             if !self.is_doubtful(start) {
                 return Ok(false);
             }
             self.write(start, bytes)?;
             match self.file.sync_data() {
-                Ok(()) => Ok(true),
-                // Others may have been written meanwhile.
+                Ok(()) => {
+                    flushed.borrow_mut().push(start);
+                    Ok(true)
+                }
                 Err(error) => {
-                    tracing::warn!(layer = self.digest(), offset = start, size = bytes.len(), error = %self.lost(error), "the disk does not take these bytes; they stay in memory");
+                    // Others may have been written meanwhile.
+                    let error = self.lost(error, &flushed.borrow());
+                    tracing::warn!(layer = self.digest(), offset = start, size = bytes.len(), %error, "the disk does not take these bytes; they stay in memory");
                     Ok(false)
                 }
             }

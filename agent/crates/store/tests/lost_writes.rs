@@ -35,6 +35,10 @@ fn main() -> ExitCode {
         ("readers_never_see_what_the_disk_lost", readers_never_see_what_the_disk_lost),
         ("what_waits_in_memory_outlives_a_failed_flush", what_waits_in_memory_outlives_a_failed_flush),
         ("a_bad_block_keeps_nothing_else_from_the_disk", a_bad_block_keeps_nothing_else_from_the_disk),
+        (
+            "what_was_flushed_singly_outlives_a_neighbours_failure",
+            what_was_flushed_singly_outlives_a_neighbours_failure,
+        ),
         ("what_cannot_be_read_any_more_is_missing", what_cannot_be_read_any_more_is_missing),
         ("an_ingest_whose_writes_are_lost_is_no_layer", an_ingest_whose_writes_are_lost_is_no_layer),
         ("a_disk_that_goes_read_only_shows_no_holes", a_disk_that_goes_read_only_shows_no_holes),
@@ -273,6 +277,27 @@ fn a_bad_block_keeps_nothing_else_from_the_disk() {
     disk.heal();
     store.mark_complete(&layer).expect("complete");
     assert_eq!(layer.memory_bytes(), 0);
+    drop(layer);
+    complete(&disk, store, &sample);
+}
+
+/// Each chunk is written and flushed by itself after it was lost. One that fails then must not take along those before it.
+fn what_was_flushed_singly_outlives_a_neighbours_failure() {
+    let (disk, sample) = (disk(), files());
+    let store = Store::open(&disk.path().join("store"), 64 << 20).expect("store");
+    let layer = store.add_layer(&sample.index).expect("layer");
+    disk.fail("writes", ANY);
+    bring(&sample, &layer);
+    assert!(matches!(store.flush(&layer), Err(StoreError::Lost { .. })));
+    // File 3's chunks are 9, 10 and 11.
+    disk.fail("writes", "SLUICE-0003");
+    bring(&sample, &layer);
+    store.flush(&layer).expect("what the disk does not take is in memory");
+    let recorded = layer.durable_until(0) as usize;
+    drop_cache(&layer.data_path());
+    assert!(fs::read(layer.data_path()).expect("read")[..recorded] == sample.data[..recorded]);
+    assert_eq!(here(&sample, &layer), sample.chunks.len());
+    disk.heal();
     drop(layer);
     complete(&disk, store, &sample);
 }
