@@ -270,6 +270,16 @@ impl Node {
     }
 }
 
+impl Node {
+    /// Daemons of this node and their keepers. A command that was killed may have been starting one.
+    fn has_daemon(&self) -> bool {
+        let name = self.dir.file_name().expect("a name").to_string_lossy().into_owned();
+        let processes = fs::read_dir("/proc").expect("readable").flatten();
+        let mut lines = processes.filter_map(|entry| fs::read_to_string(entry.path().join("cmdline")).ok());
+        lines.any(|line| line.contains(&name) && line.contains("daemon"))
+    }
+}
+
 impl Drop for Node {
     fn drop(&mut self) {
         drop(self.run(&["node", "drain"]));
@@ -278,9 +288,12 @@ impl Drop for Node {
         if std::thread::panicking() {
             eprintln!("--- daemon's log\n{}", self.log());
         }
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !self.leftovers().is_empty() && Instant::now() < deadline {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while (self.has_daemon() || !self.leftovers().is_empty()) && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(20));
+            if self.has_daemon() {
+                drop(self.run(&["node", "drain"]));
+            }
         }
         let left = self.leftovers();
         if left.is_empty() {
