@@ -1,5 +1,8 @@
 //! A node for a test: the real binary with a store of its own, an embedded registry, and an image made here.
 
+#[path = "rig/leftovers.rs"]
+mod leftovers;
+
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -252,54 +255,6 @@ impl Node {
     /// The daemon's log.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.dir.join("state/daemon.log")).unwrap_or_default()
-    }
-
-    /// Mount points and loop devices' files that are under this node's directory.
-    pub(crate) fn leftovers(&self) -> Vec<String> {
-        let name = self.dir.file_name().expect("a name").to_string_lossy().into_owned();
-        let mounts = fs::read_to_string("/proc/self/mountinfo").expect("readable");
-        let mut left: Vec<String> =
-            mounts.lines().filter(|line| line.contains(&name)).map(str::to_owned).collect();
-        for entry in fs::read_dir("/sys/block").expect("readable").flatten() {
-            let backing = fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
-            if backing.contains(&name) {
-                left.push(backing);
-            }
-        }
-        left
-    }
-}
-
-impl Node {
-    /// Daemons of this node and their keepers. A command that was killed may have been starting one.
-    fn has_daemon(&self) -> bool {
-        let name = self.dir.file_name().expect("a name").to_string_lossy().into_owned();
-        let processes = fs::read_dir("/proc").expect("readable").flatten();
-        let mut lines = processes.filter_map(|entry| fs::read_to_string(entry.path().join("cmdline")).ok());
-        lines.any(|line| line.contains(&name) && line.contains("daemon"))
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        drop(self.run(&["node", "drain"]));
-        drop(self.registry.kill());
-        drop(self.registry.wait());
-        if std::thread::panicking() {
-            eprintln!("--- daemon's log\n{}", self.log());
-        }
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while (self.has_daemon() || !self.leftovers().is_empty()) && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(20));
-            if self.has_daemon() {
-                drop(self.run(&["node", "drain"]));
-            }
-        }
-        let left = self.leftovers();
-        if left.is_empty() {
-            drop(fs::remove_dir_all(&self.dir));
-        }
-        assert!(left.is_empty() || std::thread::panicking(), "left behind: {left:#?}");
     }
 }
 
