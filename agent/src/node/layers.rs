@@ -1,7 +1,9 @@
 //! A layer on the node: its bytes, its block device, its background fill and its hand-over to the kernel.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use anyhow::{Context, Result};
@@ -25,6 +27,8 @@ pub(super) struct NodeLayer {
     /// The block files, until the layer is complete: one, and what earlier agents had for it.
     served: Vec<PathBuf>,
     device: Mutex<Weak<Device>>,
+    /// Its block files are gone; changes while `device` is held.
+    handed_over: AtomicBool,
     fill: Mutex<Option<tokio::task::JoinHandle<()>>>,
     failed: Mutex<Option<String>>,
 }
@@ -143,6 +147,43 @@ impl Node {
         if let Some(layer) = layers.get(digest).filter(|layer| layer.layer.open_data().is_ok()) {
             return Ok(Some(Arc::clone(layer)));
         }
+        self.begin_layer(&mut layers, image, digest, (Weak::new(), &[]))
+    }
+
+    /// A layer of which something was lost after it was verified. What reads its file by itself, the kernel or the server of block
+    /// files, does so no longer.
+    pub(super) fn begin_again(
+        self: &Arc<Self>,
+        image: &ResolvedImage,
+        digest: &str,
+    ) -> Result<Option<Arc<NodeLayer>>> {
+        let before = self.lock(&self.layers).get(digest).cloned();
+        // Not while it is handed over.
+        let device = before.as_ref().map(|layer| layer.device.lock().unwrap_or_else(PoisonError::into_inner));
+        let served = before.as_ref().filter(|layer| !layer.handed_over.load(Ordering::Acquire));
+        let served = served.map_or(&[][..], |layer| layer.served());
+        let device = device.as_deref().cloned().unwrap_or_default();
+        let mut layers = self.lock(&self.layers);
+        layers.remove(digest);
+        let layer = self.begin_layer(&mut layers, image, digest, (device, served))?;
+        drop(layers);
+        if let Some((layer, path)) = layer.as_ref().and_then(|layer| Some((layer, layer.served.first()?))) {
+            for device in Device::all_on(&layer.layer.data_path())? {
+                device.hand_over(path)?;
+                tracing::info!(layer = digest, device = %device.path().display(), "the kernel does not read the layer's file any more");
+            }
+        }
+        Ok(layer)
+    }
+
+    /// `before`: its device, and block files that are served.
+    fn begin_layer(
+        self: &Arc<Self>,
+        layers: &mut HashMap<String, Arc<NodeLayer>>,
+        image: &ResolvedImage,
+        digest: &str,
+        before: (Weak<Device>, &[PathBuf]),
+    ) -> Result<Option<Arc<NodeLayer>>> {
         let Some(layer) = self.store.layer(digest)? else { return Ok(None) };
         let name = digest.trim_start_matches("sha256:");
         // A complete layer whose file is still served was to be handed over when the last agent ended.
@@ -155,21 +196,29 @@ impl Node {
         } else {
             let streamed = self.streamed(image, &layer)?;
             let blocks = Arc::new(LayerBlocks::new(Arc::clone(&streamed), self)?);
-            let blockfs = self.lock(&self.blockfs);
-            let paths = blockfs.as_ref().map(|blockfs| blockfs.add(name, blocks)).transpose()?;
-            (Some(streamed), paths.unwrap_or_default())
+            let paths = match (self.lock(&self.blockfs).as_ref(), before.1) {
+                (Some(blockfs), []) => blockfs.add(name, blocks)?,
+                (Some(blockfs), before) => {
+                    before
+                        .iter()
+                        .try_for_each(|path| blockfs.add_again(path, Arc::<LayerBlocks>::clone(&blocks)))?;
+                    before.to_vec()
+                }
+                (None, _) => Vec::new(),
+            };
+            (Some(streamed), paths)
         };
         let node_layer = Arc::new(NodeLayer {
             layer,
             image: image.clone(),
             streamed,
             served,
-            device: Mutex::default(),
+            device: Mutex::new(before.0),
+            handed_over: AtomicBool::new(false),
             fill: Mutex::default(),
             failed: Mutex::default(),
         });
         layers.insert(digest.to_owned(), Arc::clone(&node_layer));
-        drop(layers);
         self.watch(&node_layer);
         Ok(Some(node_layer))
     }
@@ -241,6 +290,11 @@ impl Node {
         }
         // Held while devices are switched, so that no new one appears on a block file.
         let _device = layer.device.lock().unwrap_or_else(PoisonError::into_inner);
+        if !layer.layer.is_complete() {
+            // Something of it was lost meanwhile.
+            return Ok(());
+        }
+        layer.handed_over.store(true, Ordering::Release);
         for path in &layer.served {
             if let Some(blockfs) = self.lock(&self.blockfs).as_ref() {
                 blockfs.all_is_local(path)?;

@@ -356,11 +356,13 @@ impl Node {
 
     /// Reads everything in the store again.
     pub(crate) async fn fsck(self: &Arc<Self>) -> Result<FsckReport> {
-        let store = self.store.clone();
-        let report = tokio::task::spawn_blocking(move || store.fsck()).await??;
-        for digest in &report.damaged {
-            self.fetch_again(digest)?;
-        }
+        let node = Arc::clone(self);
+        let checked = tokio::task::spawn_blocking(move || -> Result<_> {
+            let report = node.store.fsck()?;
+            report.damaged.iter().try_for_each(|digest| node.fetch_again(digest))?;
+            Ok(report)
+        });
+        let report = checked.await??;
         Ok(FsckReport {
             layers: report.layers,
             chunks_checked: report.chunks_checked,

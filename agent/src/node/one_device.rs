@@ -122,6 +122,36 @@ impl Node {
         if let Some(path) = whole.get(key) {
             return Ok(path.clone());
         }
+        let blocks = Arc::new(self.whole(key, layers)?);
+        let blockfs = self.lock(&self.blockfs);
+        let blockfs = blockfs.as_ref().context("no block files are served here")?;
+        let paths = blockfs.add(key.trim_start_matches("sha256:"), blocks)?;
+        let path = paths.into_iter().next().context("no block file")?;
+        whole.insert(key.to_owned(), path.clone());
+        Ok(path)
+    }
+
+    /// Something of a layer was lost: the block files of whole images that have it do not read its file any more.
+    pub(super) fn serve_whole_again(self: &Arc<Self>, layer: &str) -> Result<()> {
+        let has_it = |image: &super::Image| image.layers.iter().any(|one| one == layer);
+        let images = self.lock(&self.images);
+        let images = images.iter().filter(|(_, image)| has_it(image));
+        let images: Vec<_> = images.map(|(key, image)| (key.clone(), image.layers.clone())).collect();
+        for (key, layers) in images {
+            let Some(path) = self.lock(&self.whole_images).get(&key).cloned() else { continue };
+            let layer = |digest: &String| {
+                let image = self.image_with(digest)?.context("no image has one of its layers")?;
+                self.node_layer(&image, digest)?.context("the store lacks one of its layers")
+            };
+            let layers = layers.iter().map(layer).collect::<Result<Vec<_>>>()?;
+            let blocks = Arc::new(self.whole(&key, &layers)?);
+            let blockfs = self.lock(&self.blockfs);
+            blockfs.as_ref().map_or(Ok(()), |blockfs| blockfs.add_again(&path, blocks))?;
+        }
+        Ok(())
+    }
+
+    fn whole(self: &Arc<Self>, key: &str, layers: &[Arc<NodeLayer>]) -> Result<ImageBlocks> {
         let metadata = self.store.erofs_path(key)?;
         let metadata =
             File::open(&metadata).with_context(|| format!("cannot open {}", metadata.display()))?;
@@ -134,12 +164,7 @@ impl Node {
             };
             blocks.push(layer.size(), bytes);
         }
-        let blockfs = self.lock(&self.blockfs);
-        let blockfs = blockfs.as_ref().context("no block files are served here")?;
-        let paths = blockfs.add(key.trim_start_matches("sha256:"), Arc::new(blocks))?;
-        let path = paths.into_iter().next().context("no block file")?;
-        whole.insert(key.to_owned(), path.clone());
-        Ok(path)
+        Ok(blocks)
     }
 
     /// Stops serving an image's block file once nothing reads it any more: containers may outlive who held the image.

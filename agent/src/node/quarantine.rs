@@ -78,14 +78,17 @@ impl Node {
         self.store.layer(digest).ok().flatten().filter(|layer| replaced && layer.is_complete())
     }
 
-    /// A layer of which something on the disk was lost: fetched again, at once if an image in use has it.
+    /// A layer of which something on the disk was lost: fetched again, at once if an image in use has it. Blocks the thread.
     pub(super) fn fetch_again(self: &Arc<Self>, digest: &str) -> Result<()> {
-        self.lock(&self.layers).remove(digest);
         let used = self.lock(&self.images).values().any(|image| image.layers.iter().any(|one| one == digest));
-        if let Some(image) = self.image_with(digest)?.filter(|_| used)
-            && let Some(layer) = self.node_layer(&image, digest)?
-        {
-            self.fill_in_background(&[layer]);
+        match self.image_with(digest)?.filter(|_| used) {
+            None => drop(self.lock(&self.layers).remove(digest)),
+            Some(image) => {
+                if let Some(layer) = self.begin_again(&image, digest)? {
+                    self.serve_whole_again(digest)?;
+                    self.fill_in_background(&[layer]);
+                }
+            }
         }
         // In use or not, it begins anew; where that cannot be, nothing is known of it any more.
         if self.store.layer(digest)?.is_none() {

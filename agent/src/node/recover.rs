@@ -106,8 +106,9 @@ impl Node {
         self.serve_whole(digest, &layers).map(Some)
     }
 
-    /// Sees to it that every device in use is on a file that is there; devices by their file. Those on block files must be
-    /// moved (`started`) if a new server took the place of theirs: its files may have the same paths.
+    /// Sees to it that every device in use is on a file that is there and may be read; devices by their file. Those on block files must be
+    /// moved (`started`) if a new server took the place of theirs: its files may have the same paths. Those on the local file of a
+    /// layer of which something was lost since must be moved to a block file.
     fn take_devices(
         self: &Arc<Self>,
         blocks: &Path,
@@ -116,7 +117,8 @@ impl Node {
     ) -> HashMap<PathBuf, u32> {
         let mut devices = HashMap::new();
         for found in found {
-            let Some(digest) = layer_of(blocks, &found.backing_file).filter(|_| started) else {
+            let served = layer_of(blocks, &found.backing_file).filter(|_| started);
+            let Some(digest) = served.or_else(|| self.damaged_behind(&found.backing_file)) else {
                 devices.insert(found.backing_file, found.number);
                 continue;
             };
@@ -133,6 +135,13 @@ impl Node {
             }
         }
         devices
+    }
+
+    /// The layer whose local file this is, if it is not complete: the last agent found damage, and did not come to move the device.
+    fn damaged_behind(&self, backing: &Path) -> Option<String> {
+        let hex = backing.parent().filter(|_| backing.ends_with("data"))?.file_name()?.to_str()?;
+        let layer = self.store.layer(&format!("sha256:{hex}")).ok().flatten()?;
+        (layer.data_path() == backing && !layer.is_complete()).then(|| layer.digest().to_owned())
     }
 
     fn move_device(self: &Arc<Self>, number: u32, digest: &str) -> Result<PathBuf> {

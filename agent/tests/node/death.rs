@@ -301,3 +301,60 @@ fn drain_ends_also_what_a_killed_daemon_left() {
     node.ok(&["node", "drain"]);
     wait_until("nothing is left", || node.leftovers().is_empty());
 }
+
+/// Neither the kernel nor the server of block files goes on reading what it was told is there.
+#[test]
+fn damage_that_fsck_found_is_not_read_by_who_has_the_image_mounted() {
+    for (config, local) in
+        [("", true), ("[stream]\nfill = false\n", false), ("[blocks]\none_device = true\n", true)]
+    {
+        let node = Node::indexed(config);
+        let dir = node.room("mount");
+        node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+        if local {
+            node.wait_for_state("local");
+        } else {
+            assert_content(&dir.join("data/large"), &large());
+            // What was read is on the disk, and the server reads it from there.
+            node.ok(&["stop"]);
+            node.ok(&["gc"]);
+        }
+        let file = std::fs::File::open(dir.join("data/large")).unwrap();
+        let forget = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+        nix::fcntl::posix_fadvise(&file, 0, 0, forget).unwrap();
+        drop(file);
+        damage(&node, &large()[500_000..500_064]);
+        node.faults(&serde_json::json!({ "path": "/blobs/", "status": 503 }));
+        let readers = [false, true].map(|kill| {
+            let found = node.run(&["fsck"]);
+            assert_eq!(found.status.success(), kill, "{found:?}");
+            if kill {
+                node.kill_daemon();
+            }
+            let path = dir.join("data/large");
+            let reader = std::thread::spawn(move || assert_content(&path, &large()));
+            std::thread::sleep(Duration::from_millis(700));
+            assert!(!reader.is_finished(), "{config}: damaged bytes were read, or others from nowhere");
+            reader
+        });
+        node.faults(&serde_json::json!({}));
+        readers.into_iter().for_each(|reader| reader.join().expect("the right bytes"));
+        node.ok(&["umount", &dir.to_string_lossy()]);
+        assert!(node.ok(&["fsck"]).ends_with(" 0 problems\n"));
+    }
+}
+
+/// Flips a bit where a layer of the store has these bytes.
+fn damage(node: &Node, bytes: &[u8]) {
+    use std::os::unix::fs::FileExt;
+    for layer in std::fs::read_dir(node.path("root/layers")).unwrap() {
+        let path = layer.unwrap().path().join("data");
+        let content = std::fs::read(&path).unwrap();
+        if let Some(at) = content.windows(bytes.len()).position(|window| window == bytes) {
+            let file = std::fs::File::options().write(true).open(&path).unwrap();
+            file.write_all_at(&[bytes[0] ^ 1], at as u64).unwrap();
+            return file.sync_all().unwrap();
+        }
+    }
+    panic!("no layer has these bytes");
+}

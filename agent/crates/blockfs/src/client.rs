@@ -120,6 +120,18 @@ impl BlockFs {
         inodes.into_iter().map(|inode| self.add_inode(inode, name, Arc::clone(&source))).collect()
     }
 
+    /// Gives a file, by the path that `add` gave, another source; only what that one says to be local is local from then on. Waits
+    /// for the server's word.
+    pub fn add_again(&self, path: &Path, source: Arc<dyn BlockSource>) -> Result<(), BlockFsError> {
+        let file_name = path.file_name().and_then(|name| name.to_str());
+        let Some((inode, (_, name))) = inode_of(path).zip(file_name.and_then(|name| name.split_once('-')))
+        else {
+            let source = io::ErrorKind::NotFound.into();
+            return Err(BlockFsError::Open { path: path.to_path_buf(), source });
+        };
+        self.add_inode(inode, name, source).map(drop)
+    }
+
     fn add_inode(
         &self,
         inode: u64,

@@ -228,7 +228,7 @@ impl Shared {
             match message.kind {
                 Kind::Add => {
                     let name = String::from_utf8_lossy(&message.bytes).into_owned();
-                    self.files.add(id, name, a, message.descriptor.map(File::from))?;
+                    self.files.add(id, name, a, message.descriptor.map(File::from));
                     self.misses.file_added(number, id);
                     say(Head::new(Kind::Added, id), Vec::new())?;
                 }
