@@ -80,9 +80,16 @@ fn main() -> Result<(), Failure> {
 
 fn pack() -> Result<Vec<u8>, Failure> {
     let mut pack = sluice_prefetch::PackWriter::default();
-    for (layer, offset) in [("a", 0), ("b", 4096), ("a", 1 << 20)] {
+    for (layer, store_offset, parts) in [("a", 0, 0), ("b", 4096, 0b1101), ("a", 1 << 20, 0b10)] {
         let layer = sluice_fuzz::index::sha256(layer.as_bytes());
-        pack.push(&layer, offset, &vec![7; 300_000])?;
+        let chunk = vec![7; 300_000];
+        let mut bytes = Vec::new();
+        for part in sluice_image::parts::ranges_of(300_000, parts) {
+            bytes.extend_from_slice(chunk.get(part.start as usize..part.end as usize).unwrap_or_default());
+        }
+        let proof = if parts == 0 { Vec::new() } else { sluice_image::parts::prove(&chunk, parts) };
+        let bytes = if parts == 0 { chunk } else { bytes }.into();
+        pack.push(&sluice_prefetch::Item { layer, store_offset, parts, proof, bytes })?;
     }
     Ok(pack.finish()?)
 }

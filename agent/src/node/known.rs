@@ -1,11 +1,13 @@
 //! What the node knows of starts: profiles listed, published and fetched for people.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use sluice_prefetch::{PackWriter, wanted};
-use sluice_store::Store;
-use sluice_stream::StreamedLayer;
+use sluice_image::parts::{parts_of, prove, ranges_of};
+use sluice_image::records::ChunkRecord;
+use sluice_prefetch::{Item, PackWriter, wanted};
+use sluice_store::{Layer, Store};
 use sluice_trace::{Profile, ProfileKey};
 
 use super::Node;
@@ -104,17 +106,56 @@ impl Node {
     }
 }
 
-/// The chunks that a profile wants, from what is local and verified.
+/// What a profile wants, from what is local and verified: chunks, and of those that are wanted in part the parts.
 fn make_pack(store: &Store, profile: &Profile, layers: &[String]) -> Result<Pack> {
-    let (mut pack, mut whole) = (PackWriter::default(), true);
-    let mut packed = std::collections::HashSet::new();
+    let mut items: Vec<(Arc<Layer>, ChunkRecord, Option<u64>)> = Vec::new();
+    let mut packed: HashMap<(String, u64), u64> = HashMap::new();
+    let mut whole = true;
     for range in wanted(profile, &ImageFiles::read(store, layers)?.layers) {
         let layer = store.layer(&range.layer)?.context("a layer vanished")?;
         whole &= layer.has(range.bytes());
-        for (offset, bytes) in StreamedLayer::local_chunks(&layer, range.bytes())? {
-            if packed.insert((range.layer.clone(), offset)) {
-                pack.push(&range.layer, offset, &bytes)?;
+        for chunk in layer.chunks(range.bytes())? {
+            let (start, len) = (chunk.store_offset.get(), chunk.len.get());
+            let in_chunk = range.bytes().start.saturating_sub(start)..range.bytes().end.saturating_sub(start);
+            let parts = parts_of(len, in_chunk).filter(|_| layer.takes_parts());
+            let before = packed.entry((range.layer.clone(), start)).or_default();
+            let new = parts.unwrap_or(u64::MAX) & !*before;
+            *before |= new;
+            match items.last_mut() {
+                _ if new == 0 => {}
+                Some((of, last, Some(parts))) if Arc::ptr_eq(of, &layer) && *last == chunk => *parts |= new,
+                _ => items.push((Arc::clone(&layer), chunk, parts.map(|_| new))),
             }
+        }
+    }
+    let mut pack = PackWriter::default();
+    for (layer, chunk, parts) in items {
+        let (start, len) = (chunk.store_offset.get(), chunk.len.get());
+        let mut bytes = vec![0; len as usize];
+        // What is not local is left out.
+        let local = layer.try_read(start, &mut bytes)?;
+        whole &= local;
+        if local {
+            let (layer, parts) = (
+                layer.digest().to_owned(),
+                parts.filter(|parts| parts_of(len, 0..len.into()) != Some(*parts)),
+            );
+            let proof = parts.map_or_else(Vec::new, |parts| prove(&bytes, parts));
+            let bytes = match parts {
+                Some(parts) => {
+                    let parts = ranges_of(len, parts)
+                        .filter_map(|part| bytes.get(part.start as usize..part.end as usize));
+                    parts.collect::<Vec<_>>().concat()
+                }
+                None => bytes,
+            };
+            pack.push(&Item {
+                layer,
+                store_offset: start,
+                parts: parts.unwrap_or(0),
+                proof,
+                bytes: bytes.into(),
+            })?;
         }
     }
     Ok(Pack { bytes: pack.finish()?.into(), whole })

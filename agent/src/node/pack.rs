@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::Result;
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, TryStreamExt};
+use sluice_image::parts::ranges_of;
 use sluice_prefetch::{Head, PACK_HEAD, Pace, PackFrame, PackTable};
 use sluice_stream::{Expected, FetchDone, Lane, StreamedLayer};
 
@@ -42,7 +43,7 @@ struct Taken {
 }
 
 impl Node {
-    /// Takes a start pack's chunks as they arrive, each compared with the layer's index. What demand or others have fetched, or are
+    /// Takes a start pack's chunks and parts as they arrive, each compared with the layer's index. What demand or others have fetched, or are
     /// about to, is left out; for what was asked for demand waits.
     pub(super) async fn take_pack(
         &self,
@@ -147,8 +148,8 @@ fn next_piece(table: &PackTable, next: &mut usize, layers: &Layers) -> std::io::
             break;
         }
         let mut wanted = false;
-        for (layer, offset) in table.chunks(frame) {
-            wanted |= layers.get(layer).map_or(Ok(false), |layer| layer.wants(offset))?;
+        for (layer, offset, parts) in table.items(frame) {
+            wanted |= layers.get(layer).map_or(Ok(false), |layer| layer.wants(offset, parts))?;
         }
         match (wanted, frames.is_empty()) {
             (true, _) => frames.push(frame.clone()),
@@ -159,12 +160,11 @@ fn next_piece(table: &PackTable, next: &mut usize, layers: &Layers) -> std::io::
     }
     let (Some(first), Some(last)) = (frames.first(), frames.last()) else { return Ok(None) };
     let bytes = first.bytes.start..last.bytes.end;
-    let mut offsets: HashMap<&str, Vec<u64>> = HashMap::new();
-    for (layer, offset) in frames.iter().flat_map(|frame| table.chunks(frame)) {
-        offsets.entry(layer).or_default().push(offset);
+    let mut chunks: HashMap<&str, Vec<(u64, u64)>> = HashMap::new();
+    for (layer, offset, parts) in frames.iter().flat_map(|frame| table.items(frame)) {
+        chunks.entry(layer).or_default().push((offset, parts));
     }
-    let expected =
-        offsets.into_iter().filter_map(|(layer, offsets)| Some(layers.get(layer)?.expect(offsets)));
+    let expected = chunks.into_iter().filter_map(|(layer, chunks)| Some(layers.get(layer)?.expect(chunks)));
     let expected = expected.collect();
     Ok(Some(Piece { bytes, frames, _expected: expected }))
 }
@@ -182,20 +182,22 @@ fn keep(
         let at = |byte: u64| usize::try_from(byte.saturating_sub(piece.bytes.start)).unwrap_or(usize::MAX);
         let packed = bytes.get(at(frame.bytes.start)..at(frame.bytes.end)).unwrap_or_default();
         for item in table.unpack(frame, packed)? {
-            match layers
-                .get(&item.layer)
-                .map(|layer| layer.offer(item.store_offset, &item.bytes))
-                .transpose()?
-            {
-                Some(true) => {
-                    let end = item.store_offset + item.bytes.len() as u64;
-                    log.packed(&item.layer, item.store_offset..end);
-                    kept += 1;
-                }
-                Some(false) => twice += 1,
-                // The layer is local.
-                None => {}
+            // One that is not there is local.
+            let Some(layer) = layers.get(&item.layer) else { continue };
+            let (at, parts) = (item.store_offset, item.parts);
+            let taken = match parts {
+                0 => layer.offer(at, &item.bytes)?,
+                parts => layer.offer_parts(at, parts, &item.proof, &item.bytes)?,
+            };
+            match (taken, parts) {
+                (false, _) => twice += 1,
+                (true, 0) => log.packed(&item.layer, at..at + item.bytes.len() as u64),
+                // The last may be shorter: nobody reads beyond the layer.
+                (true, _) => ranges_of(u32::MAX, parts).for_each(|part| {
+                    log.packed(&item.layer, at + u64::from(part.start)..at + u64::from(part.end));
+                }),
             }
+            kept += u64::from(taken);
         }
     }
     Ok((kept, twice))

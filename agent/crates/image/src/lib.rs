@@ -9,6 +9,7 @@ pub mod entry;
 pub mod erofs;
 pub mod index;
 pub mod merge;
+pub mod parts;
 pub mod records;
 pub mod tar;
 mod varint;

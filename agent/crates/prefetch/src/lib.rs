@@ -2,7 +2,7 @@
 //!
 //! A [`Profile`](sluice_trace::Profile) speaks of files by their content; here a [`WantedRange`] is a place in a layer's local file.
 //! [`fetch`] brings wanted ranges in their order, in the prefetch lane: behind all demand, before the background fill. A
-//! start pack ([`PackWriter`], [`PackTable`]) is one blob of whole chunks in that order. Whatever comes is verified by the
+//! start pack ([`PackWriter`], [`PackTable`]) is one blob of chunks and parts of chunks in that order. Whatever comes is verified by the
 //! layer's index before anybody sees it, so neither profile nor pack need be trusted. Nothing here delays a start.
 #![warn(clippy::indexing_slicing)]
 

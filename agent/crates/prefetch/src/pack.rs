@@ -1,4 +1,4 @@
-//! Start packs: one blob of whole chunks in the order in which a start touches them.
+//! Start packs: one blob of chunks, and of parts of chunks, in the order in which a start touches them.
 //!
 //! | part | bytes |
 //! |---|---|
@@ -11,27 +11,37 @@
 //! | frames | a zstd frame each, one behind the other |
 //!
 //! The table: count of layers (4), their SHA-256 digests (32 each), count of frames (4), then per frame its compressed length (4)
-//! and count of chunks (4), then per chunk, in order over all frames: layer number (2), zero (2), length (4), store offset (8).
-//! A frame holds about 256 KiB of chunks, one behind the other. Chunks are not trusted: who takes them compares digests.
+//! and count of items (4), then per item, in order over all frames: layer number (2), count of chaining values (2), length (4), the
+//! chunk's store offset (8), which of the chunk's parts it has (8; 0: the whole chunk). A frame holds about 256 KiB of items, one
+//! behind the other, each its chaining values (32 each) and then its bytes. Nothing of it is trusted: who takes a chunk compares its
+//! digest, and parts are proved by it ([`sluice_image::parts`]).
 
 use std::cmp::Ordering;
 use std::ops::Range;
 
 use bytes::{Buf, Bytes};
+use sluice_image::parts::MAX_PARTS;
 
 const MAGIC: [u8; 8] = *b"SLUICEPK";
 /// Version of the format.
-pub const PACK_VERSION: u16 = 1;
+pub const PACK_VERSION: u16 = 2;
 const FIXED: usize = 20;
 /// Frames are closed when they hold so much.
 const FRAME: usize = 256 << 10;
 /// Longest chunk accepted: the longest that an index has.
 const MAX_CHUNK: usize = 4 << 20;
-/// Longest frame accepted: one that was about to be closed, and a chunk.
-const MAX_FRAME: usize = FRAME + MAX_CHUNK;
+/// Chaining values that prove any parts of a chunk.
+const MAX_PROOF: usize = MAX_PARTS as usize;
+/// Longest frame accepted: one that was about to be closed, and an item.
+const MAX_FRAME: usize = FRAME + MAX_CHUNK + MAX_PROOF * size_of::<Value>();
 const MAX_TABLE: usize = 32 << 20;
 const MAX_LAYERS: usize = 16_000;
 const ZSTD_LEVEL: i32 = 9;
+/// Bytes of an item in the table.
+const PLACE: usize = 24;
+
+/// A chaining value.
+type Value = [u8; 32];
 
 /// Why a pack cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -54,22 +64,35 @@ pub enum PackError {
     Compress(#[source] std::io::Error),
 }
 
-/// A chunk of a pack.
+/// A chunk of a pack, or parts of one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Item {
     /// `sha256:…` of the layer blob.
     pub layer: String,
     /// Where the chunk stands in the layer's local file.
     pub store_offset: u64,
-    /// All of it.
+    /// Which parts of it these are: bit 0 is the first; 0 is the whole chunk.
+    pub parts: u64,
+    /// What proves them, if it is not the whole chunk.
+    pub proof: Vec<Value>,
+    /// All of them, one behind the other.
     pub bytes: Bytes,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Place {
     layer: u16,
+    proof: u16,
     len: u32,
     store_offset: u64,
+    parts: u64,
+}
+
+impl Place {
+    /// Bytes in the frame.
+    fn size(&self) -> usize {
+        usize::from(self.proof) * size_of::<Value>() + self.len as usize
+    }
 }
 
 /// Makes a pack.
@@ -77,7 +100,7 @@ struct Place {
 pub struct PackWriter {
     layers: Vec<[u8; 32]>,
     places: Vec<Place>,
-    /// Compressed length and number of chunks of each frame.
+    /// Compressed length and number of items of each frame.
     frames: Vec<(u32, u32)>,
     packed: Vec<u8>,
     open: Vec<u8>,
@@ -85,10 +108,10 @@ pub struct PackWriter {
 }
 
 impl PackWriter {
-    /// Appends a chunk.
-    pub fn push(&mut self, layer: &str, store_offset: u64, bytes: &[u8]) -> Result<(), PackError> {
-        let digest = parse(layer).ok_or(PackError::Damaged("a layer's digest is none"))?;
-        if bytes.is_empty() || bytes.len() > MAX_CHUNK {
+    /// Appends an item.
+    pub fn push(&mut self, item: &Item) -> Result<(), PackError> {
+        let digest = parse(&item.layer).ok_or(PackError::Damaged("a layer's digest is none"))?;
+        if item.bytes.is_empty() || item.bytes.len() > MAX_CHUNK || item.proof.len() > MAX_PROOF {
             return Err(PackError::Damaged("a chunk is too long"));
         }
         let number = match self.layers.iter().position(|one| *one == digest) {
@@ -99,8 +122,15 @@ impl PackWriter {
             }
             None => return Err(PackError::Damaged("it has too many layers")),
         };
-        self.places.push(Place { layer: number as u16, len: bytes.len() as u32, store_offset });
-        self.open.extend_from_slice(bytes);
+        self.places.push(Place {
+            layer: number as u16,
+            proof: item.proof.len() as u16,
+            len: item.bytes.len() as u32,
+            store_offset: item.store_offset,
+            parts: item.parts,
+        });
+        item.proof.iter().for_each(|value| self.open.extend_from_slice(value));
+        self.open.extend_from_slice(&item.bytes);
         self.in_open += 1;
         if self.open.len() >= FRAME { self.close() } else { Ok(()) }
     }
@@ -124,15 +154,16 @@ impl PackWriter {
         table.extend_from_slice(&(self.layers.len() as u32).to_le_bytes());
         self.layers.iter().for_each(|digest| table.extend_from_slice(digest));
         table.extend_from_slice(&(self.frames.len() as u32).to_le_bytes());
-        for (len, chunks) in &self.frames {
+        for (len, items) in &self.frames {
             table.extend_from_slice(&len.to_le_bytes());
-            table.extend_from_slice(&chunks.to_le_bytes());
+            table.extend_from_slice(&items.to_le_bytes());
         }
         for place in &self.places {
             table.extend_from_slice(&place.layer.to_le_bytes());
-            table.extend_from_slice(&[0; 2]);
+            table.extend_from_slice(&place.proof.to_le_bytes());
             table.extend_from_slice(&place.len.to_le_bytes());
             table.extend_from_slice(&place.store_offset.to_le_bytes());
+            table.extend_from_slice(&place.parts.to_le_bytes());
         }
         if table.len() > MAX_TABLE {
             return Err(PackError::Damaged("its table is too long"));
@@ -159,7 +190,7 @@ pub struct PackTable {
     frames: Vec<PackFrame>,
 }
 
-/// Chunks that are compressed together.
+/// Items that are compressed together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PackFrame {
     /// Where it stands in the blob.
@@ -215,15 +246,15 @@ impl PackTable {
         &self.frames
     }
 
-    /// The chunks of a frame: layer's digest and store offset.
-    pub fn chunks<'a>(&'a self, frame: &'a PackFrame) -> impl Iterator<Item = (&'a str, u64)> {
+    /// The items of a frame: layer's digest, the chunk's store offset, and which parts of it.
+    pub fn items<'a>(&'a self, frame: &'a PackFrame) -> impl Iterator<Item = (&'a str, u64, u64)> {
         let layer = |place: &Place| self.layers.get(usize::from(place.layer)).map(String::as_str);
-        frame.places.iter().filter_map(move |place| Some((layer(place)?, place.store_offset)))
+        frame.places.iter().filter_map(move |place| Some((layer(place)?, place.store_offset, place.parts)))
     }
 
     /// Decompresses a frame.
     pub fn unpack(&self, frame: &PackFrame, bytes: &[u8]) -> Result<Vec<Item>, PackError> {
-        let size: usize = frame.places.iter().map(|place| place.len as usize).sum();
+        let size: usize = frame.places.iter().map(Place::size).sum();
         // Checked before any space is taken.
         if size > MAX_FRAME {
             return Err(PackError::Damaged("a frame is too long"));
@@ -239,11 +270,17 @@ impl PackTable {
             Ok(Item {
                 layer: layer.ok_or(PackError::Damaged("a chunk is of no layer"))?,
                 store_offset: place.store_offset,
+                parts: place.parts,
+                proof: values(&plain.split_to(place.size() - place.len as usize)),
                 bytes: plain.split_to(place.len as usize),
             })
         });
         items.collect()
     }
+}
+
+fn values(bytes: &[u8]) -> Vec<Value> {
+    bytes.chunks_exact(size_of::<Value>()).filter_map(|value| value.first_chunk().copied()).collect()
 }
 
 /// `start` is where frames begin.
@@ -263,12 +300,15 @@ fn parse_table(mut bytes: &[u8], start: u64) -> Result<PackTable, PackError> {
     else {
         return Err(short);
     };
-    if places.len() % 16 != 0 {
+    if places.len() % PLACE != 0 {
         return Err(short);
     }
-    let mut places = places.chunks_exact(16).map(|mut record| {
-        let (layer, _zero) = (record.get_u16_le(), record.get_u16_le());
-        Place { layer, len: record.get_u32_le(), store_offset: record.get_u64_le() }
+    let mut places = places.chunks_exact(PLACE).map(|mut record| Place {
+        layer: record.get_u16_le(),
+        proof: record.get_u16_le(),
+        len: record.get_u32_le(),
+        store_offset: record.get_u64_le(),
+        parts: record.get_u64_le(),
     });
     let mut found = Vec::with_capacity(frames.len() / 8);
     let mut at = start;
@@ -313,6 +353,8 @@ mod tests {
             .map(|number| Item {
                 layer: layer(number % 3),
                 store_offset: u64::from(number) * 262_144,
+                parts: u64::from(number % 2) * 0b101,
+                proof: vec![[number; 32]; usize::from(number % 5)],
                 bytes: (0..usize::from(number) * 5000 + 1)
                     .map(|at| (at * usize::from(number)) as u8)
                     .collect(),
@@ -323,7 +365,7 @@ mod tests {
     fn pack() -> Vec<u8> {
         let mut writer = PackWriter::default();
         for item in chunks() {
-            writer.push(&item.layer, item.store_offset, &item.bytes).expect("packed");
+            writer.push(&item).expect("packed");
         }
         writer.finish().expect("packed")
     }
@@ -341,9 +383,8 @@ mod tests {
         for frame in table.frames() {
             let range = frame.bytes.start as usize..frame.bytes.end as usize;
             let of_frame = table.unpack(frame, &pack[range])?;
-            let places: Vec<_> =
-                of_frame.iter().map(|item| (item.layer.as_str(), item.store_offset)).collect();
-            assert_eq!(table.chunks(frame).collect::<Vec<_>>(), places);
+            let places = of_frame.iter().map(|item| (item.layer.as_str(), item.store_offset, item.parts));
+            assert!(table.items(frame).eq(places));
             items.extend(of_frame);
         }
         Ok(items)
@@ -365,7 +406,8 @@ mod tests {
         let mut other = whole.clone();
         other[8] = 9;
         assert!(matches!(read(&other), Err(PackError::Version(9))));
-        assert!(PackWriter::default().push("sha256:xyz", 0, b"a").is_err());
+        let of_no_layer = Item { layer: "sha256:xyz".to_owned(), ..chunks().swap_remove(1) };
+        assert!(PackWriter::default().push(&of_no_layer).is_err());
     }
 
     #[test]

@@ -109,6 +109,13 @@ impl Bitmap {
         all
     }
 
+    /// Whether any bit of a range is set.
+    pub(crate) fn any(&self, range: Range<u64>) -> bool {
+        let mut any = false;
+        self.each_word(range, |word, _, mask| any |= word.load(Ordering::Acquire) & mask != 0);
+        any
+    }
+
     /// The first clear bit at or after `from`.
     pub(crate) fn run(&self, from: u64) -> u64 {
         self.alike(from, true)

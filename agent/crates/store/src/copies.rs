@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use sluice_image::records::{BLOCK_SIZE, ChunkRecord, DigestAlgorithm};
 
+use crate::layer::{blocks, span_of};
 use crate::records::{DigestRecord, Records};
 use crate::{Layer, Store, StoreError};
 
@@ -137,7 +138,9 @@ impl Layer {
         }
         let mut bytes = vec![0; len];
         let in_file = source.memory.overlapping(there.clone()).is_empty();
-        if in_file && !self.is_doubtful(chunk.store_offset.get()) {
+        // Parts of it may be read meanwhile: nothing unverified takes their place.
+        let apart = self.verified.any(blocks(span_of(chunk)));
+        if in_file && !apart && !self.is_doubtful(chunk.store_offset.get()) {
             let _inserting = self.inserting();
             if self.share_blocks(source, there, chunk)? {
                 self.file().read_exact_at(&mut bytes, chunk.store_offset.get())?;

@@ -214,6 +214,7 @@ impl Layer {
     /// The layer is recorded as complete; it is so unless something of it was lost meanwhile.
     pub(crate) fn set_complete(&self) {
         self.with_maps(|| self.complete.store(self.is_durable(), Ordering::Release));
+        self.parts.forget();
     }
 
     /// Forgets that a range was verified.

@@ -107,13 +107,21 @@ impl Store {
         if fs::metadata(&data).on("stat", &data)?.len() != layer.size() {
             report.problems.push(format!("layer {}: its file has the wrong size", layer.digest()));
         }
-        let mut bad = false;
+        let (mut bad, mut forgotten) = (false, false);
         let mut buffer = vec![0; index.header().chunk_size.get() as usize];
         let failed = |source| StoreError::Index { layer: layer.digest().to_owned(), source };
         for item in index.toc().map_err(failed)? {
             for chunk in item.map_err(failed)?.chunks {
                 let range = chunk.store_offset.get()..chunk.store_offset.get() + u64::from(chunk.len.get());
-                if let Some(what) = check_chunk(layer, &chunk, &index, &mut buffer, report) {
+                let what = match check_chunk(layer, &chunk, &index, &mut buffer, report) {
+                    Checked::Whole(what) => what,
+                    Checked::NotWhole => {
+                        let (what, some) = layer.check_parts(&chunk);
+                        forgotten |= some;
+                        what
+                    }
+                };
+                if let Some(what) = what {
                     bad = true;
                     let (digest, Range { start, end }) = (layer.digest(), range.clone());
                     report.problems.push(format!("layer {digest}: bytes {start}..{end} {what}"));
@@ -123,6 +131,8 @@ impl Store {
         }
         if bad {
             report.damaged.push(layer.digest().to_owned());
+        }
+        if bad || forgotten {
             self.flush(layer)?;
         }
         tracing::debug!(layer = layer.digest(), dir = %layer.dir().display(), bad, "checked");
@@ -130,27 +140,35 @@ impl Store {
     }
 }
 
-/// Reads a verified chunk as a reader would, from memory too; says what is wrong with it.
+/// What came of a look at a chunk.
+enum Checked {
+    /// What is wrong with it, if anything is.
+    Whole(Option<String>),
+    NotWhole,
+}
+
+/// Reads a verified chunk as a reader would, from memory too.
 fn check_chunk(
     layer: &Layer,
     chunk: &ChunkRecord,
     index: &LayerIndex,
     buffer: &mut [u8],
     report: &mut FsckReport,
-) -> Option<String> {
-    let bytes = buffer.get_mut(..chunk.len.get() as usize)?;
+) -> Checked {
+    let Some(bytes) = buffer.get_mut(..chunk.len.get() as usize) else { return Checked::Whole(None) };
     let found = layer.look(chunk.store_offset.get(), bytes);
     if matches!(found, Ok(Found::NotAll)) {
-        return None;
+        return Checked::NotWhole;
     }
     report.chunks_checked += 1;
-    match found {
-        Ok(Found::Lost(why)) => return Some(format!("cannot be read: {why}")),
-        Err(error) => return Some(format!("cannot be read: {error}")),
-        Ok(_) => {}
-    }
-    let same = index.digest_algorithm().digest(bytes) == chunk.digest;
-    (!same).then(|| "are not what they were".to_owned())
+    Checked::Whole(match found {
+        Ok(Found::Lost(why)) => Some(format!("cannot be read: {why}")),
+        Err(error) => Some(format!("cannot be read: {error}")),
+        Ok(_) => {
+            let same = index.digest_algorithm().digest(bytes) == chunk.digest;
+            (!same).then(|| "are not what they were".to_owned())
+        }
+    })
 }
 
 fn with_causes(error: &dyn std::error::Error) -> String {

@@ -16,6 +16,7 @@ use sluice_image::records::{BLOCK_SIZE, ChunkRecord, DigestAlgorithm, ExtentReco
 use crate::bitmap::Bitmap;
 use crate::flush::Flushing;
 use crate::memory::Memory;
+use crate::parts::Parts;
 use crate::records::Records;
 use crate::space::Space;
 use crate::state::{LayerRecord, Page};
@@ -42,6 +43,8 @@ pub struct Layer {
     /// What the disk lost before: it is kept in memory until it is on the disk.
     pub(crate) doubtful: OnceLock<Bitmap>,
     pub(crate) complete: AtomicBool,
+    /// What proves the parts of chunks that are not here as a whole.
+    pub(crate) parts: Parts,
     /// Verified chunks that are not on the disk for good.
     pub(crate) memory: Arc<Memory>,
     pub(crate) space: Arc<Space>,
@@ -92,6 +95,7 @@ impl Layer {
             durable,
             doubtful: OnceLock::new(),
             complete: AtomicBool::new(record.complete),
+            parts: Parts::default(),
             memory: Arc::new(Memory::new(Arc::clone(&space))),
             space,
             inserting: RwLock::default(),
@@ -185,31 +189,35 @@ impl Layer {
         self.verified.all(blocks(range.start..range.end.min(self.size)))
     }
 
-    /// Chunks with bytes in `range` that are not verified, in order.
-    pub fn missing_chunks(&self, range: Range<u64>) -> io::Result<Vec<ChunkRecord>> {
-        let mut missing = Vec::new();
+    /// Chunks with bytes in `range`, in order.
+    pub fn chunks(&self, range: Range<u64>) -> io::Result<Vec<ChunkRecord>> {
+        let mut found = Vec::new();
         let mut number = self.first_chunk(range.start)?;
-        while let Some(chunk) = self.chunks.get(number)? {
-            if chunk.store_offset.get() >= range.end {
-                break;
-            }
-            if !self.has(span_of(&chunk)) {
-                missing.push(chunk);
-            }
+        while let Some(chunk) = self.chunks.get(number)?.filter(|chunk| chunk.store_offset.get() < range.end)
+        {
+            found.push(chunk);
             number += 1;
         }
-        Ok(missing)
+        Ok(found)
     }
 
-    /// The first chunk with bytes in `range` that is not verified.
+    /// Chunks with bytes in `range` that are not verified as a whole, in order.
+    pub fn missing_chunks(&self, range: Range<u64>) -> io::Result<Vec<ChunkRecord>> {
+        let mut chunks = self.chunks(range)?;
+        chunks.retain(|chunk| !self.has(span_of(chunk)));
+        Ok(chunks)
+    }
+
+    /// The first chunk with bytes in `range` that are not verified.
     pub fn first_missing(&self, range: Range<u64>) -> io::Result<Option<ChunkRecord>> {
-        if self.has(range.clone()) {
+        let missing = self.verified.run(range.start / BLOCK_SIZE) * BLOCK_SIZE;
+        if missing >= range.end.min(self.size) {
             return Ok(None);
         }
-        Ok(self.next_missing(range.start)?.filter(|chunk| chunk.store_offset.get() < range.end))
+        Ok(self.next_missing(missing)?.filter(|chunk| chunk.store_offset.get() < range.end))
     }
 
-    /// The first chunk at or after `offset` that is not verified.
+    /// The first chunk at or after `offset` that is not verified as a whole.
     pub fn next_missing(&self, offset: u64) -> io::Result<Option<ChunkRecord>> {
         let mut number = self.first_chunk(offset)?;
         while let Some(chunk) = self.chunks.get(number)? {
@@ -392,6 +400,13 @@ impl Layer {
 pub(crate) fn span_of(chunk: &ChunkRecord) -> Range<u64> {
     let start = chunk.store_offset.get();
     start..start + u64::from(chunk.len.get()).next_multiple_of(BLOCK_SIZE)
+}
+
+/// What a chunk has of a store range.
+pub(crate) fn bytes_in(chunk: &ChunkRecord, range: &Range<u64>) -> Range<u64> {
+    let start = chunk.store_offset.get();
+    let end = start + u64::from(chunk.len.get());
+    range.start.clamp(start, end)..range.end.clamp(start, end)
 }
 
 /// Numbers of the blocks that hold a store range.

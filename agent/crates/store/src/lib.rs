@@ -12,6 +12,7 @@ mod gc;
 mod ingest;
 mod layer;
 mod memory;
+mod parts;
 mod place;
 mod reading;
 mod records;

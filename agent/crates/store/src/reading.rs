@@ -11,11 +11,13 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
+use sluice_image::parts::part_value;
 use sluice_image::records::ChunkRecord;
 
 use crate::Layer;
-use crate::layer::{blocks, span_of};
+use crate::layer::{blocks, bytes_in, span_of};
 use crate::memory::{copy_part, overlay};
+use crate::parts::Proved;
 
 /// What came of a look for bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,12 +70,12 @@ impl Layer {
             return Ok(Found::All);
         }
         let mut found = Found::All;
-        self.each_chunk(range, |chunk, content| {
+        self.each_chunk(range.clone(), |chunk, content| {
             let start = chunk.store_offset.get();
             if held.iter().any(|(held, _)| *held == start) {
                 return;
             }
-            match self.read_chunk(chunk, content) {
+            match self.read_chunk(chunk, &range, content) {
                 Ok(()) => {
                     copy_part(start, content, offset, buffer);
                 }
@@ -99,26 +101,52 @@ impl Layer {
         Ok(())
     }
 
-    /// Reads a whole chunk from the file, if it is there; compared with its digest unless it is recorded.
-    fn read_chunk(&self, chunk: &ChunkRecord, content: &mut [u8]) -> Result<(), String> {
+    /// Reads from the file what a chunk has of a range, if it is there; compared with digests unless it is recorded. `content` is the
+    /// whole chunk's.
+    fn read_chunk(&self, chunk: &ChunkRecord, range: &Range<u64>, content: &mut [u8]) -> Result<(), String> {
+        let wanted = bytes_in(chunk, range);
         // Looked at before the bytes are read.
-        let durable = self.durable.all(blocks(span_of(chunk)));
-        self.file.read_exact_at(content, chunk.store_offset.get()).map_err(|error| error.to_string())?;
+        let durable = self.durable.all(blocks(wanted.clone()));
+        let known = if durable { None } else { self.parts.of(chunk, &wanted) };
+        let read = match &known {
+            Some(parts) => parts.iter().try_for_each(|part| self.read_part(chunk, part, content)),
+            None if durable => {
+                let start = chunk.store_offset.get();
+                let place = (wanted.start - start) as usize..(wanted.end - start) as usize;
+                self.file.read_exact_at(content.get_mut(place).unwrap_or_default(), wanted.start)
+            }
+            None => self.file.read_exact_at(content, chunk.store_offset.get()),
+        };
+        read.map_err(|error| error.to_string())?;
         let same = || self.algorithm.is_some_and(|algorithm| algorithm.digest(content) == chunk.digest);
-        if durable || same() { Ok(()) } else { Err("the disk did not keep what was written".to_owned()) }
+        if durable || known.is_some() || same() {
+            Ok(())
+        } else {
+            Err("the disk did not keep what was written".to_owned())
+        }
     }
 
     /// Somebody could not read these bytes from the file: those chunks that cannot be are not verified from now on. Blocks the thread.
     pub fn reread(&self, range: Range<u64>) -> io::Result<()> {
-        self.each_chunk(range, |chunk, content| {
-            let span = span_of(chunk);
-            if self.has(span.clone())
-                && self.memory.overlapping(span).is_empty()
-                && let Err(why) = self.read_chunk(chunk, content)
+        self.each_chunk(range.clone(), |chunk, content| {
+            if self.has(bytes_in(chunk, &range))
+                && self.memory.overlapping(span_of(chunk)).is_empty()
+                && let Err(why) = self.read_chunk(chunk, &range, content)
             {
                 self.forget_lost(chunk, why);
             }
         })
+    }
+
+    /// Reads a part from the file, and compares it with what proved it.
+    fn read_part(&self, chunk: &ChunkRecord, part: &Proved, content: &mut [u8]) -> io::Result<()> {
+        let place = part.bytes.start as usize..part.bytes.end as usize;
+        let bytes = content.get_mut(place).unwrap_or_default();
+        self.file.read_exact_at(bytes, chunk.store_offset.get() + u64::from(part.bytes.start))?;
+        if part_value(part.bytes.start, bytes) == part.value {
+            return Ok(());
+        }
+        Err(io::Error::other("the disk did not keep what was written"))
     }
 
     fn forget_lost(&self, chunk: &ChunkRecord, why: String) -> Found {

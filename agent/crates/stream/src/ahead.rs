@@ -1,9 +1,11 @@
 //! Bytes that a process will want soon: fetched before it asks, or taken from elsewhere, if they are what the index says.
 
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use sluice_image::parts::{PART_SIZE, parts_of};
 use sluice_image::records::ChunkRecord;
 
 use crate::layer::{bytes_of, end_of};
@@ -18,14 +20,19 @@ const PREFETCH_RUN: u64 = 4 << 20;
 #[derive(Debug)]
 pub struct Expected {
     layer: Arc<StreamedLayer>,
-    store_offsets: Vec<u64>,
+    /// Store offsets, and which parts.
+    chunks: Vec<(u64, u64)>,
 }
 
 impl Drop for Expected {
     fn drop(&mut self) {
         let mut expected = self.layer.lock(&self.layer.expected);
-        for offset in &self.store_offsets {
-            expected.remove(offset);
+        for (at, parts) in &self.chunks {
+            let Entry::Occupied(mut one) = expected.entry(*at) else { continue };
+            *one.get_mut() &= !parts;
+            if *one.get() == 0 {
+                one.remove();
+            }
         }
         drop(expected);
         // Whoever waited for what did not come goes on.
@@ -93,46 +100,49 @@ impl StreamedLayer {
         Ok(spans)
     }
 
-    /// Whether a chunk is missing and no fetch is about to bring it.
-    pub fn wants(&self, store_offset: u64) -> std::io::Result<bool> {
+    /// Whether a chunk, or any of `parts` of it, is missing, and no fetch is about to bring it. 0 is the whole chunk.
+    pub fn wants(&self, store_offset: u64, parts: u64) -> std::io::Result<bool> {
         let layer = &self.parts.layer;
-        let Some(chunk) = layer.chunk_at(store_offset)?.filter(|chunk| !layer.has(bytes_of(chunk))) else {
-            return Ok(false);
+        let missing = |chunk: &ChunkRecord| match parts {
+            0 => !layer.has(bytes_of(chunk)),
+            parts => layer.missing_parts(chunk) & parts != 0,
         };
+        let Some(chunk) = layer.chunk_at(store_offset)?.filter(missing) else { return Ok(false) };
         Ok(match self.spans.place_of(layer, &chunk)? {
             Place::Hole => false,
             Place::Spans(spans) => !self.claims.is_claimed(spans.start),
         })
     }
 
-    /// Says that chunks are on their way by another way than the layer's blob, e.g. in a start pack: until what this gives is
-    /// dropped, a blocked process waits for them instead of fetching them too.
-    pub fn expect(self: &Arc<Self>, store_offsets: Vec<u64>) -> Expected {
-        self.lock(&self.expected).extend(store_offsets.iter().copied());
-        Expected { layer: Arc::clone(self), store_offsets }
+    /// Says that chunks, or parts of them, are on their way by another way than the layer's blob, e.g. in a start pack: until what
+    /// this gives is dropped, a blocked process waits for them instead of fetching them too. By store offset of the chunk; 0 is all of it.
+    pub fn expect(self: &Arc<Self>, chunks: Vec<(u64, u64)>) -> Expected {
+        let chunks: Vec<_> =
+            chunks.into_iter().map(|(at, parts)| (at, if parts == 0 { u64::MAX } else { parts })).collect();
+        let mut expected = self.lock(&self.expected);
+        chunks.iter().for_each(|(at, parts)| *expected.entry(*at).or_default() |= parts);
+        drop(expected);
+        Expected { layer: Arc::clone(self), chunks }
     }
 
-    pub(crate) fn is_expected(&self, chunk: &ChunkRecord) -> bool {
-        self.lock(&self.expected).contains(&chunk.store_offset.get())
+    /// Whether all that is missing of what a chunk has of a range is on its way.
+    pub(crate) fn is_expected(&self, chunk: &ChunkRecord, range: &Range<u64>) -> bool {
+        let start = chunk.store_offset.get();
+        let Some(expected) = self.lock(&self.expected).get(&start).copied() else { return false };
+        let in_chunk = range.start.saturating_sub(start)..range.end.saturating_sub(start);
+        let wanted =
+            parts_of(chunk.len.get(), in_chunk).map(|parts| parts & self.parts.layer.missing_parts(chunk));
+        wanted.is_none_or(|wanted| wanted & !expected == 0)
     }
 
     /// Takes a whole chunk that came another way than from the layer's blob, e.g. in a start pack, if it is what the index says.
     /// False: it was here already, or there is no space for it. Blocks the thread for the digest and the write.
     pub fn offer(&self, store_offset: u64, bytes: &Bytes) -> Result<bool, StreamError> {
         let layer = &self.parts.layer;
-        let corrupt = |what: &str| StreamError::Corrupt {
-            layer: layer.digest().to_owned(),
-            path: None,
-            offset: store_offset,
-            size: bytes.len() as u64,
-            what: what.to_owned(),
-        };
-        let found = layer.chunk_at(store_offset).map_err(|error| self.io(&error))?;
-        let chunk = found
-            .filter(|chunk| {
-                chunk.store_offset.get() == store_offset && chunk.len.get() as usize == bytes.len()
-            })
-            .ok_or_else(|| corrupt("the layer has no such chunk"))?;
+        let corrupt = |what| self.not_taken(store_offset, bytes, what);
+        let chunk = self.chunk_that_begins(store_offset)?;
+        let chunk = chunk.filter(|chunk| chunk.len.get() as usize == bytes.len());
+        let chunk = chunk.ok_or_else(|| corrupt("the layer has no such chunk"))?;
         if layer.has(bytes_of(&chunk)) {
             return Ok(false);
         }
@@ -144,24 +154,46 @@ impl StreamedLayer {
         Ok(kept)
     }
 
-    /// The whole chunks, `(store offset, bytes)`, that hold a store range. What is not local is left out.
-    pub fn local_chunks(
-        layer: &sluice_store::Layer,
-        range: Range<u64>,
-    ) -> std::io::Result<Vec<(u64, Bytes)>> {
-        let mut found = Vec::new();
-        let mut at = range.start;
-        while at < range.end {
-            let Some(chunk) = layer.chunk_at(at)?.filter(|chunk| chunk.store_offset.get() < range.end) else {
-                break;
-            };
-            let place = bytes_of(&chunk);
-            let mut bytes = vec![0; chunk.len.get() as usize];
-            if layer.try_read(place.start, &mut bytes)? {
-                found.push((place.start, Bytes::from(bytes)));
-            }
-            at = end_of(&chunk);
+    /// Takes parts of a chunk, one behind the other, if `proof` shows that they are what the index says; see [`sluice_image::parts`].
+    /// False, and blocking, as [`Self::offer`].
+    pub fn offer_parts(
+        &self,
+        store_offset: u64,
+        parts: u64,
+        proof: &[[u8; 32]],
+        bytes: &Bytes,
+    ) -> Result<bool, StreamError> {
+        let layer = &self.parts.layer;
+        let corrupt = |what| self.not_taken(store_offset, bytes, what);
+        let chunk = self.chunk_that_begins(store_offset)?.filter(|_| layer.takes_parts());
+        let chunk = chunk.ok_or_else(|| corrupt("the layer has no such chunk that is taken apart"))?;
+        let missing = layer.missing_parts(&chunk) & parts;
+        if missing == 0 {
+            return Ok(false);
         }
-        Ok(found)
+        let proved = sluice_image::parts::check(chunk.len.get(), parts, bytes, proof, &chunk.digest);
+        let mut kept = true;
+        for part in proved.ok_or_else(|| corrupt("digest mismatch"))? {
+            if missing & (1 << (part.offset / PART_SIZE)) != 0 {
+                kept &= layer.insert_part(&chunk, &part);
+            }
+        }
+        self.claims.arrived.notify_waiters();
+        Ok(kept)
+    }
+
+    fn chunk_that_begins(&self, store_offset: u64) -> Result<Option<ChunkRecord>, StreamError> {
+        let found = self.parts.layer.chunk_at(store_offset).map_err(|error| self.io(&error))?;
+        Ok(found.filter(|chunk| chunk.store_offset.get() == store_offset))
+    }
+
+    fn not_taken(&self, offset: u64, bytes: &Bytes, what: &str) -> StreamError {
+        StreamError::Corrupt {
+            layer: self.parts.layer.digest().to_owned(),
+            path: None,
+            offset,
+            size: bytes.len() as u64,
+            what: what.to_owned(),
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! A layer whose bytes are fetched when they are read.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -67,8 +67,8 @@ pub struct StreamedLayer {
     pub(crate) last_byte_ms: AtomicU64,
     pub(crate) last_failure: Mutex<Option<StreamError>>,
     looked_up: Mutex<Option<Instant>>,
-    /// Store offsets of chunks that are on their way by another way than the blob.
-    pub(crate) expected: Mutex<HashSet<u64>>,
+    /// Store offsets of chunks that are on their way by another way than the blob, and which of their parts.
+    pub(crate) expected: Mutex<HashMap<u64, u64>>,
 }
 
 impl StreamedLayer {
@@ -185,7 +185,7 @@ impl StreamedLayer {
             if let Some(error) = others.take().and_then(|run| run.failed_for_good(&chunk).cloned()) {
                 return Err(error);
             }
-            if patient && self.is_expected(&chunk) {
+            if patient && self.is_expected(&chunk, &range) {
                 patient = tokio::time::timeout(EXPECTED_PATIENCE, arrived).await.is_ok();
                 continue;
             }

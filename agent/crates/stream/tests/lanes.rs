@@ -157,21 +157,65 @@ async fn what_comes_another_way_is_waited_for_and_fetched_only_if_it_does_not_co
     };
     let pause = || tokio::time::sleep(Duration::from_millis(50));
     let (first, second) = (sample.files[1].1, sample.files[8].1);
-    assert!(layer.wants(first).expect("known"));
-    let expected = layer.expect(vec![first]);
+    assert!(layer.wants(first, 0).expect("known"));
+    let expected = layer.expect(vec![(first, 0)]);
     let reading = read(1);
     pause().await;
     assert!(!reading.is_finished() && source.asked().is_empty(), "{:?}", source.asked());
     assert!(layer.offer(first, &sample.files[1].2.clone().into()).expect("as the index says"));
     reading.await.expect("read");
-    assert!(source.asked().is_empty() && !layer.wants(first).expect("known"));
+    assert!(source.asked().is_empty() && !layer.wants(first, 0).expect("known"));
     drop(expected);
-    let expected = layer.expect(vec![second]);
+    let expected = layer.expect(vec![(second, 0)]);
     let reading = read(8);
     pause().await;
     assert!(!reading.is_finished() && source.asked().is_empty());
     drop(expected);
     reading.await.expect("read");
+    assert_eq!(source.asked().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parts_of_a_chunk_come_another_way_and_the_rest_is_fetched() {
+    use sluice_image::parts::{PART_SIZE, parts_of, prove};
+    let dir = tempfile::tempdir().expect("dir");
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    let sample = plain_sample(1, 2, 60_000);
+    let source = Source::new(&sample.layer);
+    let layer = sample.streamed(&store, source.clone(), &Scheduler::new(2), LONG);
+    let (start, content) = (sample.files[1].1, sample.files[1].2.clone());
+    let read = |range: std::ops::Range<usize>| {
+        let (layer, content) = (Arc::clone(&layer), content.clone());
+        tokio::spawn(async move {
+            let bytes = layer.read(start + range.start as u64, range.len()).await.expect("read");
+            assert!(bytes == content[range]);
+        })
+    };
+    let part = PART_SIZE as usize;
+    let parts = parts_of(60_000, 20_000..40_000).expect("taken apart");
+    let (bytes, proof) = (content[part..3 * part].to_vec().into(), prove(&content, parts));
+    let expected = layer.expect(vec![(start, parts)]);
+    assert!(layer.wants(start, parts).expect("known"));
+    let waiting = read(part..2 * part);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!waiting.is_finished() && source.asked().is_empty(), "{:?}", source.asked());
+    // Nothing that is not proved is taken.
+    for proof in [vec![], vec![[0; 32]; proof.len()]] {
+        assert!(layer.offer_parts(start, parts, &proof, &bytes).is_err());
+    }
+    assert!(layer.offer_parts(start, parts + 1, &proof, &bytes).is_err());
+    assert!(layer.offer_parts(start, parts, &proof, &content[..2 * part].to_vec().into()).is_err());
+    assert!(!waiting.is_finished());
+    assert!(layer.offer_parts(start, parts, &proof, &bytes).expect("as the index says"));
+    waiting.await.expect("read");
+    read(part + 100..3 * part).await.expect("read");
+    assert!(source.asked().is_empty() && !layer.wants(start, parts).expect("known"));
+    assert!(!layer.offer_parts(start, parts, &proof, &bytes).expect("here"), "twice");
+    // What is not expected is not waited for.
+    read(2 * part..3 * part + 1).await.expect("read");
+    assert_eq!(source.asked().len(), 1);
+    drop(expected);
+    read(0..60_000).await.expect("read");
     assert_eq!(source.asked().len(), 1);
 }
 
@@ -191,7 +235,7 @@ fn a_prefetch_passes_over_what_another_fetch_brings() {
             let (layer, start) = (Arc::clone(&layer), *start);
             tokio::spawn(async move { layer.read(start, 4096).await });
         }
-        let wanted = || sample.files.iter().any(|(_, start, _)| layer.wants(*start).expect("known"));
+        let wanted = || sample.files.iter().any(|(_, start, _)| layer.wants(*start, 0).expect("known"));
         while wanted() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }

@@ -1,5 +1,6 @@
 //! Start packs, which come from registries: the table at the beginning, and the frames behind it.
 
+use sluice_image::parts::check;
 use sluice_prefetch::{Head, PackTable};
 
 /// See the module text.
@@ -20,7 +21,13 @@ pub(super) fn run(data: &[u8]) {
         else {
             continue;
         };
-        let places: Vec<_> = table.chunks(frame).collect();
-        assert!(items.iter().map(|item| (item.layer.as_str(), item.store_offset)).eq(places));
+        let places = table.items(frame);
+        assert!(items.iter().map(|item| (item.layer.as_str(), item.store_offset, item.parts)).eq(places));
+        for item in &items {
+            let (len, digest) = (item.bytes.len() as u32, [0; 32]);
+            // Nobody finds what hashes to zeros.
+            assert_eq!(check(len, item.parts, &item.bytes, &item.proof, &digest), None);
+            assert_eq!(check(u32::MAX, item.parts, &item.bytes, &item.proof, &digest), None);
+        }
     }
 }
