@@ -55,6 +55,11 @@ impl NodeLayer {
         &self.layer
     }
 
+    /// Whether it was complete when it came here, or was handed over since.
+    pub(super) fn is_read_by_kernel(&self) -> bool {
+        self.streamed.is_none() || self.handed_over.load(Ordering::Acquire)
+    }
+
     /// Why the layer cannot be completed, if so.
     pub(super) fn failure(&self) -> Option<String> {
         self.failed.lock().unwrap_or_else(PoisonError::into_inner).clone()

@@ -10,6 +10,7 @@ use sluice_kernel::loop_device::LoopListing;
 use sluice_registry::ResolvedImage;
 use sluice_store::InUse;
 
+use super::layers::NodeLayer;
 use super::{Node, recover, status};
 
 /// How often the store is asked whether it found no space.
@@ -149,7 +150,7 @@ impl Node {
         }
     }
 
-    /// Evicts images when the store finds no space, as long as this node lives.
+    /// Evicts images when the store finds no space, and takes back layers that lost something, as long as this node lives.
     pub(super) fn keep_room(self: &Arc<Self>) {
         let node: Weak<Self> = Arc::downgrade(self);
         tokio::spawn(async move {
@@ -162,8 +163,22 @@ impl Node {
                     tracing::warn!(error = format!("{error:#}"), "no room can be made");
                 }
                 node.keep_below_memory_limit();
+                node.take_back_lost().await;
             }
         });
+    }
+
+    /// The kernel reads complete layers by itself. Who else reads one, to copy from it, may find that the disk does not give it any more.
+    async fn take_back_lost(self: &Arc<Self>) {
+        let lost = |layer: &&Arc<NodeLayer>| layer.is_read_by_kernel() && !layer.layer().is_complete();
+        let layers = self.lock(&self.layers).values().filter(lost).cloned().collect::<Vec<_>>();
+        for layer in layers {
+            let node = Arc::clone(self);
+            let taken = tokio::task::spawn_blocking(move || node.fetch_again(layer.layer().digest())).await;
+            if let Err(error) = taken.map_err(anyhow::Error::from).flatten() {
+                tracing::warn!(error = format!("{error:#}"), "a damaged layer is not taken back");
+            }
+        }
     }
 
     /// The limit bounds what is under way; what the heap keeps of work that is done is given back here.
