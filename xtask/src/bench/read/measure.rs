@@ -1,12 +1,13 @@
 //! Kinds of access, each timed untouched and in the page cache.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
@@ -136,7 +137,9 @@ pub(crate) fn measure(number: usize, place: &Place, tree: &Tree, kind: Kind) -> 
     cool(place, tree)?;
     let used = cpu_time(&place.processes)?;
     let first = pass(place, tree, kind)?;
-    let cpu = (cpu_time(&place.processes)?.saturating_sub(used)).as_secs_f64();
+    // Of threads that are there now: one that ended meanwhile took with it what it had used before, too.
+    let used = |(thread, time): (&PathBuf, &u64)| time.saturating_sub(*used.get(thread).unwrap_or(&0));
+    let cpu = cpu_time(&place.processes)?.iter().map(used).sum::<u64>() as f64 / 1e9;
     let gib = first.bytes as f64 / f64::from(1 << 30);
     let counts = !place.processes.is_empty() && first.bytes > 0;
     let warm = (0..WARM_PASSES).map(|_| Ok(pass(place, tree, kind)?.value)).collect::<Result<_>>()?;
@@ -188,7 +191,8 @@ fn pass(place: &Place, tree: &Tree, kind: Kind) -> Result<Pass> {
 
 /// Takes the files out of the page cache, and the layer store's into it. Names and inodes stay: what is dropped is content.
 fn cool(place: &Place, tree: &Tree) -> Result<()> {
-    let paths: Vec<_> = tree.large.iter().chain(&tree.small).map(|path| place.root.join(path)).collect();
+    let read = tree.large.iter().chain(&tree.small).map(|path| place.root.join(path));
+    let paths: Vec<_> = read.chain(place.cold.iter().cloned()).collect();
     let list: String = paths.iter().map(|path| format!("{}\n", path.display())).collect();
     let mut child = Command::new("python3").args(["-c", FORGET]).stdin(Stdio::piped()).spawn()?;
     child.stdin.take().context("there is no pipe")?.write_all(list.as_bytes())?;
@@ -247,15 +251,16 @@ fn open(path: &Path) -> Result<File> {
     File::open(path).with_context(|| format!("cannot open {}", path.display()))
 }
 
-/// CPU time of all threads of some processes (first field of `schedstat`, nanoseconds).
-fn cpu_time(processes: &[u64]) -> Result<Duration> {
-    let mut all = 0;
+/// CPU time of each thread of some processes (first field of `schedstat`, nanoseconds).
+fn cpu_time(processes: &[u64]) -> Result<HashMap<PathBuf, u64>> {
+    let mut all = HashMap::new();
     for pid in processes {
         for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+            let thread = thread?.path();
             // A thread may end meanwhile.
-            let text = fs::read_to_string(thread?.path().join("schedstat")).unwrap_or_default();
-            all += text.split(' ').next().and_then(|field| field.parse().ok()).unwrap_or(0);
+            let text = fs::read_to_string(thread.join("schedstat")).unwrap_or_default();
+            all.insert(thread, text.split(' ').next().and_then(|field| field.parse().ok()).unwrap_or(0));
         }
     }
-    Ok(Duration::from_nanos(all))
+    Ok(all)
 }

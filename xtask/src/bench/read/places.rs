@@ -17,7 +17,10 @@ pub(crate) const EXT4: &str = "ext4";
 pub(crate) const LOCAL: &str = "handed over";
 pub(crate) const IO_URING: &str = "io_uring";
 pub(crate) const CLASSIC: &str = "classic";
+/// Its own cache on the disk, as ours that is handed over.
 pub(crate) const NYDUS: &str = "nydusd";
+/// Its own cache in memory, as what our server reads.
+pub(crate) const NYDUS_CACHED: &str = "nydusd cached";
 const OVERLAY: &str = "overlay, ext4";
 const OVERLAY_LOCAL: &str = "overlay, handed over";
 
@@ -30,6 +33,8 @@ pub(crate) struct Place {
     pub(crate) base: usize,
     /// Files that are brought into the page cache before a first touch.
     pub(crate) store: Vec<PathBuf>,
+    /// Files that are taken out of it, besides those that are read.
+    pub(crate) cold: Vec<PathBuf>,
     /// Processes whose CPU time counts.
     pub(crate) processes: Vec<u64>,
 }
@@ -70,16 +75,17 @@ impl Places {
         if wanted(OVERLAY_LOCAL) {
             places.overlay(OVERLAY_LOCAL, LOCAL, Some(OVERLAY))?;
         }
-        match (&args.nydusd, &args.nydus_image) {
-            (Some(nydusd), Some(nydus_image)) => places.mount_nydus(nydusd, nydus_image, tree)?,
-            _ => eprintln!("SKIPPED: nydusd (no package has it; give --nydusd PATH --nydus-image PATH)"),
+        match args.nydusd.as_deref().zip(args.nydus_image.as_deref()) {
+            Some(programs) if wanted(NYDUS) => places.mount_nydus(programs, tree)?,
+            Some(_) => {}
+            None => eprintln!("SKIPPED: nydusd (no package has it; give --nydusd PATH --nydus-image PATH)"),
         }
         Ok(places)
     }
 
     fn add(&mut self, name: &'static str, root: PathBuf, base: usize) -> &mut Place {
         let number = self.all.len();
-        self.all.push(Place { name, root, base, store: Vec::new(), processes: Vec::new() });
+        self.all.push(Place { name, root, base, store: Vec::new(), cold: Vec::new(), processes: Vec::new() });
         &mut self.all[number]
     }
 
@@ -109,7 +115,7 @@ impl Places {
             node.run(&["pull", image])?;
         }
         node.run(&["mount", image, &mount.to_string_lossy()])?;
-        script("find \"$1\" -type f -print0 | xargs -0 cat > /dev/null", &[&mount])?;
+        read_all(&mount)?;
         let status = node.status()?;
         let state = status.pointer("/images/0/state").and_then(Value::as_str).unwrap_or_default();
         let wanted = if name == LOCAL { "local" } else { "streaming" };
@@ -153,8 +159,8 @@ impl Places {
         Ok(())
     }
 
-    /// RAFS v6 by its daemon, from local blobs, as in its own documentation.
-    fn mount_nydus(&mut self, nydusd: &Path, nydus_image: &Path, tree: &Tree) -> Result<()> {
+    /// RAFS v6 by its daemon, from local blobs, as in its own documentation. All of it is brought into its cache, as all is in ours.
+    fn mount_nydus(&mut self, (nydusd, nydus_image): (&Path, &Path), tree: &Tree) -> Result<()> {
         let own = self.dir.join("nydus");
         let mount = own.join("mount");
         unmount(&mount)?;
@@ -202,7 +208,16 @@ impl Places {
             }
             std::thread::sleep(Duration::from_millis(50));
         }
-        self.add(NYDUS, mount, 0).processes = vec![pid];
+        read_all(&mount)?;
+        // Pages that are still to be written could not be dropped.
+        script("sync -f \"$1\"", &[&own])?;
+        let cache: Vec<PathBuf> =
+            fs::read_dir(own.join("cache"))?.map(|file| Ok(file?.path())).collect::<Result<_>>()?;
+        for name in [NYDUS, NYDUS_CACHED] {
+            let place = self.add(name, mount.clone(), 0);
+            place.processes = vec![pid];
+            (if name == NYDUS { &mut place.cold } else { &mut place.store }).clone_from(&cache);
+        }
         Ok(())
     }
 
@@ -236,6 +251,11 @@ impl Drop for Places {
 fn ways_config(way: &str, queue_depth: Option<u16>) -> String {
     let depth = queue_depth.map_or(String::new(), |depth| format!("queue_depth = {depth}\n"));
     format!("[stream]\nfill = false\n[blocks]\nway = {way:?}\n{depth}")
+}
+
+/// Reads all files there.
+fn read_all(dir: &Path) -> Result<()> {
+    script("find \"$1\" -type f -print0 | xargs -0 cat > /dev/null", &[dir]).map(|_| ())
 }
 
 /// Unmounts what is mounted there, if anything is.
