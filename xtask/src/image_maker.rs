@@ -389,11 +389,21 @@ pub(crate) fn copy(reference: &str) -> Result<(PathBuf, String)> {
 
 /// Compressed bytes of the layers of a layout's image.
 pub(crate) fn compressed_bytes(layout: &Path) -> Result<u64> {
+    Ok(layers(layout)?.iter().filter_map(|layer| layer.get("size")?.as_u64()).sum())
+}
+
+/// The layers of a layout's image by their SHA-256, lowest first.
+pub(crate) fn layer_digests(layout: &Path) -> Result<Vec<String>> {
+    let digest = |layer: &Value| Some(layer.get("digest")?.as_str()?.strip_prefix("sha256:")?.to_owned());
+    layers(layout)?.iter().map(|layer| digest(layer).context("a layer without a digest")).collect()
+}
+
+/// Descriptors of the layers of a layout's image.
+fn layers(layout: &Path) -> Result<Vec<Value>> {
     let read = |path: PathBuf| -> Result<Value> { Ok(serde_json::from_slice(&fs::read(path)?)?) };
     let index = read(layout.join("index.json"))?;
     let digest =
         index.pointer("/manifests/0/digest").and_then(Value::as_str).context("the layout has no image")?;
     let manifest = read(layout.join("blobs").join(digest.replace(':', "/")))?;
-    let layers = manifest.get("layers").and_then(Value::as_array).context("the image has no layers")?;
-    Ok(layers.iter().filter_map(|layer| layer.get("size")?.as_u64()).sum())
+    manifest.get("layers").and_then(Value::as_array).cloned().context("the image has no layers")
 }

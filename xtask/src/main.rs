@@ -109,7 +109,7 @@ enum Bench {
     Probes(bench::probes::Args),
     /// From CRI PullImage to the command's end: overlayfs, sluice, stargz
     Cri(bench::cri::Args),
-    /// Lazy loaders of others beside `sluice mount`: nydus, by its programs' paths
+    /// Lazy loaders of others beside `sluice run`: nydus, by its programs' paths
     Peers(bench::peers::Args),
     /// Many containers, a storm of starts, ten thousand blocked reads, fairness between containers
     Load(bench::load::Args),

@@ -131,6 +131,23 @@ impl<'a> Bench<'a> {
         self.registry.image(&format!("{}-{published}", self.name))
     }
 
+    /// That image's layout, which the registry serves.
+    pub(crate) fn layout(&self, published: &str) -> PathBuf {
+        self.work.join("layouts").join(format!("{}-{published}", self.name))
+    }
+
+    /// The container's specification for the runtime, as `sluice run` writes it.
+    pub(crate) fn spec(&self) -> Result<String> {
+        let sluice = Sluice::new(self.binary, &self.work.join("spec"), "")?;
+        let (runtime, spec) = (sluice.path("runtime"), sluice.path("spec.json"));
+        let program = "if [ \"$3\" = run ]; then exec cp \"$5/config.json\" \"${0%/*}/spec.json\"; fi";
+        std::fs::write(&runtime, format!("#!/bin/sh\n{program}\n"))?;
+        script("chmod +x \"$1\"", &[&runtime])?;
+        let run = ["run", "--runtime", &runtime.to_string_lossy(), &self.image("index")];
+        sluice.run(&[&run[..], self.command].concat())?;
+        std::fs::read_to_string(&spec).context("sluice wrote no specification")
+    }
+
     /// A CI pipeline publishes the image's index; what it says of it.
     pub(crate) fn index(&self) -> Result<String> {
         let sluice = Sluice::new(self.binary, &self.work.join("index"), "")?;
@@ -192,12 +209,14 @@ impl<'a> Bench<'a> {
         Ok(measured)
     }
 
-    fn cold(&self) -> Result<()> {
+    /// Empties the page cache, and sets the registry's counters to zero.
+    pub(crate) fn cold(&self) -> Result<()> {
         script("sync; echo 3 > /proc/sys/vm/drop_caches", &[])?;
         self.registry.reset()
     }
 
-    fn measured(&self, start: Instant, said: &str, peak_bytes: u64) -> Result<Start> {
+    /// What was measured since `start`, if the container said what it should.
+    pub(crate) fn measured(&self, start: Instant, said: &str, peak_bytes: u64) -> Result<Start> {
         let ready_s = start.elapsed().as_secs_f64();
         if let Some(word) = self.says.filter(|word| !said.contains(word)) {
             bail!("the container said `{said}` instead of `{word}`");

@@ -1,19 +1,17 @@
-//! `cargo xtask bench peers`: lazy loaders of others beside `sluice mount`, from nothing local to the end of a command in the image's
-//! root, taking turns. A peer that is no Debian package is given by the paths of its programs; the stargz snapshotter, which needs a
-//! containerd, is measured by `bench cri --stargz`.
+//! `cargo xtask bench peers`: lazy loaders of others beside `sluice run`, from nothing local to the end of a command in a container of
+//! the image, taking turns. A peer that is no Debian package is given by the paths of its programs; the stargz snapshotter, which needs
+//! a containerd, is measured by `bench cri --stargz`.
 
 mod nydus;
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::Instant;
+use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 
 use self::nydus::Nydus;
-use crate::measure::median;
-use crate::run::{output, script, target};
-use crate::sluice::{Registry, Sluice};
+use crate::containerd::Containerd;
+use crate::measure::{Bench, Start, Way, median};
+use crate::run::target;
 use crate::{image_maker, packages, sluice};
 
 /// Options of the benchmark.
@@ -31,6 +29,9 @@ pub(crate) struct Args {
     /// Starts per image and way
     #[arg(long, default_value_t = 5)]
     rounds: usize,
+    /// Our ways to start, of which each round does one after another
+    #[arg(long, value_delimiter = ',', default_values_t = STREAMED)]
+    ways: Vec<Way>,
     /// The `sluice` to measure [default: built now]
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
@@ -42,98 +43,102 @@ pub(crate) struct Args {
     nydus_image: Option<PathBuf>,
 }
 
-/// One start: seconds until the root was there, and until the command had ended; bytes that the registry sent.
-#[derive(Debug, Clone, Copy)]
-struct Start {
-    mounted: f64,
-    ended: f64,
-    bytes: u64,
+/// Our ways that bring no more than is needed.
+const STREAMED: [Way; 3] = [Way::Streamed, Way::Profile, Way::Pack];
+
+/// How much faster we are to be than the best peer that was not told what the command reads, and than the best one that was.
+const TARGETS: [(bool, f64, &str); 2] = [(false, 2.0, "without a list"), (true, 1.0, "with a list")];
+
+/// All starts of one way of a peer.
+#[derive(Debug)]
+struct Peer {
+    label: &'static str,
+    /// It was told what the command reads.
+    told: bool,
+    starts: Vec<Start>,
 }
 
 /// Runs it all.
 pub(crate) fn peers(args: &Args) -> Result<()> {
     packages::install(&packages::RUNTIME)?;
     packages::install(&packages::TESTS)?;
+    packages::install(&[("curl", "fetches a peer's metadata")])?;
     let binary = args.binary.clone().map_or_else(sluice::build, Ok)?;
     let nydus = args.nydusd.as_deref().zip(args.nydus_image.as_deref());
     if nydus.is_none() {
         println!("nydus is LEFT OUT: no --nydusd and --nydus-image");
     }
     let work = target().join("sluice-bench/peers");
-    let (layouts, root) = (work.join("layouts"), work.join("root"));
-    script("rm -rf \"$1\"; mkdir -p \"$1\" \"$2\"", &[&layouts, &root])?;
-    println!("{:<8} {:<10} {:>9} {:>9} {:>11}", "image", "way", "mounted s", "ended s", "fetched MB");
+    let containerd = Containerd::start(&work.join("containerd"))?;
+    println!("{:<8} {:<36} {:>24} {:>11} {:>8}", "image", "way", "ready s", "fetched MB", "peak MB");
     for name in &args.images {
         let recipe = image_maker::recipe(name)?;
-        let image = image_maker::make(recipe)?.join(recipe.name);
-        script("cp -al \"$1\" \"$2\"", &[&image, &layouts.join(recipe.name)])?;
-        let converted = nydus
-            .map(|(daemon, converter)| {
-                Nydus::convert((daemon, converter), &image, &layouts, recipe.name, &work)
+        let images = image_maker::make(recipe)?;
+        let bench = Bench::new(
+            (&binary, work.clone(), &containerd),
+            (&images, recipe.name),
+            (&args.rate, &args.delay),
+            (recipe.command, Some("ready")),
+        )?;
+        bench.index()?;
+        bench.learn()?;
+        let nydus = nydus
+            .map(|programs| {
+                Nydus::convert(programs, &bench, &images.join(recipe.name), &work, recipe.command)
             })
             .transpose()?;
-        let registry = Registry::start(&binary, &layouts, &args.rate, &args.delay)?;
-        let reference = registry.image(recipe.name);
-        Sluice::new(&binary, &work.join("index"), "")?.run(&["index", &reference])?;
-        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        let mut ours: Vec<Vec<Start>> = vec![Vec::new(); args.ways.len()];
+        let mut theirs: Vec<Peer> = Vec::new();
+        for way in nydus.iter().flat_map(Nydus::ways) {
+            theirs.push(Peer { label: way.label, told: way.told, starts: Vec::new() });
+        }
         for _ in 0..args.rounds {
-            let agent = Sluice::new(&binary, &work.join("agent"), "[prefetch]\nenabled = false\n")?;
-            agent.start_daemon()?;
-            let mounted = work.join("sluice");
-            std::fs::create_dir_all(&mounted)?;
-            let target = mounted.to_string_lossy().into_owned();
-            let mount = || agent.run(&["mount", &reference, &target]).map(|_| ());
-            ours.push(measure(&registry, mount, &mounted, &root, recipe.command)?);
-            agent.run(&["umount", &target])?;
-            if let Some(nydus) = &converted {
-                let mut daemon = None;
-                let mount = || nydus.mount(&registry.image("")).map(|started| daemon = Some(started));
-                theirs.push(measure(&registry, mount, &nydus.mounted(), &root, recipe.command)?);
-                drop(daemon);
+            for (way, starts) in args.ways.iter().zip(&mut ours) {
+                starts.push(bench.start(*way)?);
+            }
+            if let Some(nydus) = &nydus {
+                for (way, peer) in nydus.ways().iter().zip(&mut theirs) {
+                    peer.starts.push(nydus.start(&bench, way)?);
+                }
             }
         }
-        for (way, starts) in [("sluice", &ours), ("nydus", &theirs)] {
-            if starts.is_empty() {
-                continue;
-            }
-            let middle = |of: fn(&Start) -> f64| median(starts.iter().map(of).collect());
-            println!(
-                "{name:<8} {way:<10} {:>9.2} {:>9.2} {:>11.1}",
-                middle(|start| start.mounted),
-                middle(|start| start.ended),
-                middle(|start| start.bytes as f64) / 1e6
-            );
+        for (way, starts) in args.ways.iter().zip(&ours) {
+            print(name, way.label(), starts);
         }
+        for peer in &theirs {
+            print(name, peer.label, &peer.starts);
+        }
+        verdicts(name, &args.ways, &ours, &theirs);
     }
     Ok(())
 }
 
-/// From cold caches: mounts, and runs the command in a writable overlay on that. The overlay is unmounted before this returns.
-fn measure(
-    registry: &Registry,
-    mount: impl FnOnce() -> Result<()>,
-    lower: &Path,
-    root: &Path,
-    command: &[&str],
-) -> Result<Start> {
-    script("sync; echo 3 > /proc/sys/vm/drop_caches", &[])?;
-    registry.reset()?;
-    let began = Instant::now();
-    mount()?;
-    let mounted = began.elapsed().as_secs_f64();
-    // As a runtime would, without one: its time is the same for all.
-    let run = "mount -t tmpfs none \"$1\"; mkdir \"$1/upper\" \"$1/work\" \"$1/root\"
-        mount -t overlay -o \"lowerdir=$2,upperdir=$1/upper,workdir=$1/work\" none \"$1/root\"
-        mount -t proc none \"$1/root/proc\"; mount --bind /dev \"$1/root/dev\"
-        root=$1; shift 2; exec chroot \"$root/root\" \"$@\"";
-    // In a namespace of its own: what it mounts goes with it.
-    let mut inside = Command::new("unshare");
-    inside.args(["--mount", "sh", "-euc", run, "sh"]).arg(root).arg(lower).args(command);
-    let said = output(&mut inside)?;
-    let ended = began.elapsed().as_secs_f64();
-    if !said.contains("ready") {
-        bail!("the command said `{said}`");
+fn ready(starts: &[Start]) -> f64 {
+    median(starts.iter().map(|start| start.ready_s).collect())
+}
+
+fn print(image: &str, way: &str, starts: &[Start]) {
+    let middle = |of: fn(&Start) -> u64| median(starts.iter().map(|start| of(start) as f64).collect()) / 1e6;
+    let times = starts.iter().map(|start| start.ready_s);
+    let (least, most) =
+        times.fold((f64::INFINITY, 0.0_f64), |(least, most), one| (least.min(one), most.max(one)));
+    println!(
+        "{image:<8} {way:<36} {:>24} {:>11.1} {:>8.1}",
+        format!("{:.2} [{least:.2} to {most:.2}]", ready(starts)),
+        middle(|start| start.bytes),
+        middle(|start| start.peak_bytes)
+    );
+}
+
+/// How each of our ways compares with the peers' best, in words.
+fn verdicts(image: &str, ways: &[Way], ours: &[Vec<Start>], theirs: &[Peer]) {
+    for (told, target, named) in TARGETS {
+        let best = theirs.iter().filter(|peer| peer.told == told);
+        let Some(best) = best.map(|peer| ready(&peer.starts)).min_by(f64::total_cmp) else { continue };
+        for (way, starts) in ways.iter().zip(ours).filter(|(way, _)| STREAMED.contains(way)) {
+            let ratio = best / ready(starts);
+            let met = if ratio >= target { "met:    " } else { "NOT MET:" };
+            println!("{met} {image}, {}, beside the best peer {named}: {ratio:.2} >= {target}", way.label());
+        }
     }
-    let bytes = registry.bytes_sent().context("the registry does not count")?;
-    Ok(Start { mounted, ended, bytes })
 }
