@@ -13,7 +13,7 @@ use sluice_store::InUse;
 use super::layers::NodeLayer;
 use super::{Node, recover, status};
 
-/// How often the store is asked whether it found no space.
+/// How often the store is asked whether it found no space, unless it tells of something else.
 const INTERVAL: Duration = Duration::from_secs(2);
 /// What is made free at once, so that not every chunk needs an eviction.
 const ROOM_BYTES: u64 = 64 << 20;
@@ -152,18 +152,21 @@ impl Node {
 
     /// Evicts images when the store finds no space, and takes back layers that lost something, as long as this node lives.
     pub(super) fn keep_room(self: &Arc<Self>) {
-        let node: Weak<Self> = Arc::downgrade(self);
+        let (node, store): (Weak<Self>, _) = (Arc::downgrade(self), self.store.clone());
         tokio::spawn(async move {
             loop {
-                tokio::time::sleep(INTERVAL).await;
+                let lost = tokio::time::timeout(INTERVAL, store.lost()).await.is_ok();
                 let Some(node) = node.upgrade() else { return };
+                node.take_back_lost().await;
+                if lost {
+                    continue;
+                }
                 if node.store.needs_room()
                     && let Err(error) = node.make_room().await
                 {
                     tracing::warn!(error = format!("{error:#}"), "no room can be made");
                 }
                 node.keep_below_memory_limit();
-                node.take_back_lost().await;
             }
         });
     }

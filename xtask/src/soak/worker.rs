@@ -104,16 +104,15 @@ fn read(world: &World, tally: &Tally, image: &Image, dir: &Path, random: &mut Ra
     tally.operation("read");
     let what =
         |error: &str| format!("{} /{name} {range:?}: {error} ({})", image.name, world.layer(image, name));
-    let complete = || world.layer(image, name).starts_with("complete");
     loop {
-        // Asked before the read: one that begins under the fault may end after it, or find that the layer is not complete any more.
+        // Asked before the read: one that begins under the fault may end after it, or when the layer was taken back.
         let bad_disk = world.is_disk_unreadable();
-        let complete_before = bad_disk && complete();
+        let before = bad_disk && world.is_read_by_kernel(image, name);
         match part(&dir.join(name), &range).and_then(|got| Ok(got == part(source, &range)?)) {
             Ok(true) => return,
             Ok(false) => return tally.violated(&what("WRONG BYTES")),
-            // The kernel reads a complete layer's file itself, and there is no other source of its bytes to it.
-            Err(_) if complete_before || (bad_disk && complete()) => {
+            // The kernel has no other source of the bytes than the layer's file.
+            Err(_) if before || (bad_disk && world.is_read_by_kernel(image, name)) => {
                 tally.operation("read of a bad disk");
                 std::thread::sleep(Duration::from_millis(100));
             }

@@ -179,17 +179,36 @@ impl World {
     /// What the daemon says of the layer that has a file.
     pub(crate) fn layer(&self, image: &Image, file: &str) -> String {
         let found = || {
-            let status = self.status()?;
-            let images = status.get("images")?.as_array()?;
-            let own = images.iter().find(|one| is_of(one, image))?;
-            let first: usize = image.name.strip_prefix("soak")?.parse().ok()?;
-            let layer: usize = file.strip_prefix("layer")?.split('/').next()?.parse().ok()?;
-            let layer = own.get("layers")?.get(layer.checked_sub(first)?)?;
+            let layer = self.layer_status(image, file)?;
             let text = |name: &str| layer.get(name).map(ToString::to_string).unwrap_or_default();
             let state = layer.get("state")?.as_str()?;
             Some(format!("{state}, {} of {} bytes here", text("bytes_local"), text("bytes_total")))
         };
         found().unwrap_or_else(|| "state unknown".to_owned())
+    }
+
+    /// Whether a loop device is on the local file of the layer that has a file: the kernel reads that by itself.
+    pub(crate) fn is_read_by_kernel(&self, image: &Image, file: &str) -> bool {
+        let found = || {
+            let layer = self.layer_status(image, file)?;
+            let hex = layer.get("digest")?.as_str()?.strip_prefix("sha256:")?;
+            let data = self.path("disk/root/layers").join(hex).join("data");
+            let is_on = |device: fs::DirEntry| {
+                let backing = fs::read_to_string(device.path().join("loop/backing_file"));
+                backing.is_ok_and(|backing| Path::new(backing.trim_end()) == data)
+            };
+            Some(fs::read_dir("/sys/block").ok()?.flatten().any(is_on))
+        };
+        found().unwrap_or(false)
+    }
+
+    fn layer_status(&self, image: &Image, file: &str) -> Option<Value> {
+        let status = self.status()?;
+        let images = status.get("images")?.as_array()?;
+        let own = images.iter().find(|one| is_of(one, image))?;
+        let first: usize = image.name.strip_prefix("soak")?.parse().ok()?;
+        let layer: usize = file.strip_prefix("layer")?.split('/').next()?.parse().ok()?;
+        own.get("layers")?.get(layer.checked_sub(first)?).cloned()
     }
 
     /// Runs `sluice`; what it wrote.

@@ -219,11 +219,14 @@ impl Layer {
 
     /// Forgets that a range was verified.
     pub(crate) fn unverify(&self, range: Range<u64>) {
-        self.with_maps(|| {
-            self.complete.store(false, Ordering::Release);
+        let was_complete = self.with_maps(|| {
             self.durable.clear(blocks(range.clone()));
             self.verified.clear(blocks(range));
+            self.complete.swap(false, Ordering::AcqRel)
         });
         self.memory.cleared();
+        if was_complete {
+            self.space.lost.notify_one();
+        }
     }
 }

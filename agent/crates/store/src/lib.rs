@@ -194,6 +194,11 @@ impl Store {
         self.inner.state.layers()
     }
 
+    /// Waits until a layer that was complete has lost something; not for those of which nobody asked at the time, but the last.
+    pub async fn lost(&self) {
+        self.inner.space.lost.notified().await;
+    }
+
     /// Waits until what was verified so far is in the layers' files, or stays in memory because the disk does not take it. Blocks the
     /// thread.
     pub fn settle(&self) {

@@ -39,6 +39,8 @@ pub(crate) struct Space {
     pub(crate) memory: MemoryBudget,
     /// What is about to be written.
     pub(crate) queue: Arc<Queue>,
+    /// A layer that was complete is so no more.
+    pub(crate) lost: tokio::sync::Notify,
 }
 
 impl Space {
@@ -51,6 +53,7 @@ impl Space {
             may_share: AtomicBool::new(true),
             memory: MemoryBudget { limit: limits.memory_budget_bytes, used: AtomicU64::new(0) },
             queue: Arc::new(Queue::closed()),
+            lost: tokio::sync::Notify::new(),
         }
     }
 
