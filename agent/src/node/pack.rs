@@ -192,7 +192,7 @@ fn keep(
             match (taken, parts) {
                 (false, _) => twice += 1,
                 (true, 0) => log.packed(&item.layer, at..at + item.bytes.len() as u64),
-                // The last may be shorter: nobody reads beyond the layer.
+                // The last may be shorter, by less than a block.
                 (true, _) => ranges_of(u32::MAX, parts).for_each(|part| {
                     log.packed(&item.layer, at + u64::from(part.start)..at + u64::from(part.end));
                 }),

@@ -1,8 +1,8 @@
 //! Parts of a chunk, proved by its digest without the rest of it.
 //!
 //! BLAKE3 is the root of a binary tree over leaves of 1024 bytes, whose left subtrees hold a power of two of them (BLAKE3 paper,
-//! section 2.1). So each aligned part of 16 KiB is a subtree, and the chaining values of the subtrees that are missing prove those
-//! that are there.
+//! section 2.1). So each aligned part of 4 KiB, which is a page and a block of the store, is a subtree, and the chaining values of the
+//! subtrees that are missing prove those that are there.
 
 use std::ops::Range;
 
@@ -11,8 +11,8 @@ use blake3::hazmat::{
 };
 
 /// Bytes of a part; the last one of a chunk may be shorter.
-pub const PART_SIZE: u32 = 16 << 10;
-/// Parts of the longest chunk that is taken apart.
+pub const PART_SIZE: u32 = 4 << 10;
+/// Parts of the longest chunk that is taken apart: of the default size.
 pub const MAX_PARTS: u32 = u64::BITS;
 
 /// A part that is proved.
@@ -185,12 +185,12 @@ mod tests {
     fn a_range_is_in_parts() {
         assert_eq!(parts_of(PART_SIZE, 0..1), None);
         assert_eq!(parts_of(MAX_PARTS * PART_SIZE + 1, 0..1), None);
-        assert_eq!(parts_of(40_000, 0..1), Some(0b1));
-        assert_eq!(parts_of(40_000, 16_383..16_385), Some(0b11));
-        assert_eq!(parts_of(40_000, 20_000..u64::MAX), Some(0b110));
+        assert_eq!(parts_of(10_000, 0..1), Some(0b1));
+        assert_eq!(parts_of(10_000, 4095..4097), Some(0b11));
+        assert_eq!(parts_of(10_000, 5000..u64::MAX), Some(0b110));
         assert_eq!(parts_of(MAX_PARTS * PART_SIZE, 0..u64::MAX), Some(u64::MAX));
-        assert_eq!(ranges_of(40_000, 0b101).collect::<Vec<_>>(), [0..16_384, 32_768..40_000]);
-        assert_eq!(check(40_000, 0, &[], &[], &[0; 32]), None);
-        assert_eq!(check(40_000, 0b1000, &[], &[], &[0; 32]), None);
+        assert_eq!(ranges_of(10_000, 0b101).collect::<Vec<_>>(), [0..4096, 8192..10_000]);
+        assert_eq!(check(10_000, 0, &[], &[], &[0; 32]), None);
+        assert_eq!(check(10_000, 0b1000, &[], &[], &[0; 32]), None);
     }
 }

@@ -14,7 +14,7 @@ use sluice_image::records::{BLOCK_SIZE, ChunkRecord, DigestAlgorithm};
 use crate::Layer;
 use crate::layer::{blocks, bytes_in, span_of};
 
-/// Chaining values by the parts' store offsets: 40 bytes for each 16 KiB.
+/// Chaining values by the parts' store offsets: 40 bytes for each 4 KiB.
 #[derive(Debug, Default)]
 pub(crate) struct Parts {
     values: Mutex<BTreeMap<u64, [u8; 32]>>,
@@ -60,20 +60,28 @@ impl Layer {
         self.algorithm == Some(DigestAlgorithm::Blake3)
     }
 
-    /// Takes a part of a chunk that the caller has proved, unless the disk does not take it: says whether it did. Blocks the thread.
-    pub fn insert_part(&self, chunk: &ChunkRecord, part: &Part<'_>) -> bool {
-        let start = chunk.store_offset.get() + u64::from(part.offset);
+    /// Takes parts of a chunk that the caller has proved, in order, unless the disk does not take them: says whether it took all. Blocks
+    /// the thread.
+    pub fn insert_parts(&self, chunk: &ChunkRecord, parts: &[Part<'_>]) -> bool {
         let _inserting = self.inserting();
-        if self.is_doubtful(start) {
-            return false;
-        }
-        if let Err(error) = self.write(start, part.bytes) {
-            tracing::debug!(layer = self.digest(), offset = start, %error, "the disk does not take a part of a chunk");
-            return false;
-        }
-        self.parts.lock().insert(start, part.value);
-        self.verified.set(blocks(start..start + part.bytes.len() as u64));
-        true
+        let behind = |part: &Part<'_>| part.offset + part.bytes.len() as u32;
+        // Those that follow each other are written together.
+        parts.chunk_by(|one, next| behind(one) == next.offset).all(|run| {
+            let Some(first) = run.first() else { return true };
+            let start = chunk.store_offset.get() + u64::from(first.offset);
+            let bytes = run.iter().map(|part| part.bytes).collect::<Vec<_>>().concat();
+            if self.is_doubtful(start) {
+                return false;
+            }
+            if let Err(error) = self.write(start, &bytes) {
+                tracing::debug!(layer = self.digest(), offset = start, size = bytes.len(), %error, "the disk does not take parts of a chunk");
+                return false;
+            }
+            let value = |part: &Part<'_>| (chunk.store_offset.get() + u64::from(part.offset), part.value);
+            self.parts.lock().extend(run.iter().map(value));
+            self.verified.set(blocks(start..start + bytes.len() as u64));
+            true
+        })
     }
 
     /// A chunk is not here as a whole: parts of it that nothing proves, or that are not what they were, are not verified from now on.

@@ -17,7 +17,6 @@ use sluice_image::records::ChunkRecord;
 use crate::Layer;
 use crate::layer::{blocks, bytes_in, span_of};
 use crate::memory::{copy_part, overlay};
-use crate::parts::Proved;
 
 /// What came of a look for bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,22 +107,24 @@ impl Layer {
         // Looked at before the bytes are read.
         let durable = self.durable.all(blocks(wanted.clone()));
         let known = if durable { None } else { self.parts.of(chunk, &wanted) };
-        let read = match &known {
-            Some(parts) => parts.iter().try_for_each(|part| self.read_part(chunk, part, content)),
-            None if durable => {
-                let start = chunk.store_offset.get();
-                let place = (wanted.start - start) as usize..(wanted.end - start) as usize;
-                self.file.read_exact_at(content.get_mut(place).unwrap_or_default(), wanted.start)
-            }
-            None => self.file.read_exact_at(content, chunk.store_offset.get()),
+        let start = chunk.store_offset.get();
+        let read = match known.as_deref() {
+            Some([first, .., last] | [first @ last]) => first.bytes.start as usize..last.bytes.end as usize,
+            _ if durable => (wanted.start - start) as usize..(wanted.end - start) as usize,
+            _ => 0..content.len(),
         };
-        read.map_err(|error| error.to_string())?;
-        let same = || self.algorithm.is_some_and(|algorithm| algorithm.digest(content) == chunk.digest);
-        if durable || known.is_some() || same() {
-            Ok(())
-        } else {
-            Err("the disk did not keep what was written".to_owned())
-        }
+        let bytes = content.get_mut(read.clone()).unwrap_or_default();
+        self.file.read_exact_at(bytes, start + read.start as u64).map_err(|error| error.to_string())?;
+        let same = match known {
+            Some(parts) => parts.iter().all(|part| {
+                let bytes = content.get(part.bytes.start as usize..part.bytes.end as usize);
+                part_value(part.bytes.start, bytes.unwrap_or_default()) == part.value
+            }),
+            None => {
+                durable || self.algorithm.is_some_and(|algorithm| algorithm.digest(content) == chunk.digest)
+            }
+        };
+        if same { Ok(()) } else { Err("the disk did not keep what was written".to_owned()) }
     }
 
     /// Somebody could not read these bytes from the file: those chunks that cannot be are not verified from now on. Blocks the thread.
@@ -136,17 +137,6 @@ impl Layer {
                 self.forget_lost(chunk, why);
             }
         })
-    }
-
-    /// Reads a part from the file, and compares it with what proved it.
-    fn read_part(&self, chunk: &ChunkRecord, part: &Proved, content: &mut [u8]) -> io::Result<()> {
-        let place = part.bytes.start as usize..part.bytes.end as usize;
-        let bytes = content.get_mut(place).unwrap_or_default();
-        self.file.read_exact_at(bytes, chunk.store_offset.get() + u64::from(part.bytes.start))?;
-        if part_value(part.bytes.start, bytes) == part.value {
-            return Ok(());
-        }
-        Err(io::Error::other("the disk did not keep what was written"))
     }
 
     fn forget_lost(&self, chunk: &ChunkRecord, why: String) -> Found {

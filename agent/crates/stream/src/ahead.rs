@@ -172,12 +172,9 @@ impl StreamedLayer {
             return Ok(false);
         }
         let proved = sluice_image::parts::check(chunk.len.get(), parts, bytes, proof, &chunk.digest);
-        let mut kept = true;
-        for part in proved.ok_or_else(|| corrupt("digest mismatch"))? {
-            if missing & (1 << (part.offset / PART_SIZE)) != 0 {
-                kept &= layer.insert_part(&chunk, &part);
-            }
-        }
+        let mut proved = proved.ok_or_else(|| corrupt("digest mismatch"))?;
+        proved.retain(|part| missing & (1 << (part.offset / PART_SIZE)) != 0);
+        let kept = layer.insert_parts(&chunk, &proved);
         self.claims.arrived.notify_waiters();
         Ok(kept)
     }

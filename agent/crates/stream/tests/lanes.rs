@@ -191,8 +191,8 @@ async fn parts_of_a_chunk_come_another_way_and_the_rest_is_fetched() {
             assert!(bytes == content[range]);
         })
     };
-    let part = PART_SIZE as usize;
-    let parts = parts_of(60_000, 20_000..40_000).expect("taken apart");
+    let part = 4 * PART_SIZE as usize;
+    let parts = parts_of(60_000, part as u64..3 * part as u64).expect("taken apart");
     let (bytes, proof) = (content[part..3 * part].to_vec().into(), prove(&content, parts));
     let expected = layer.expect(vec![(start, parts)]);
     assert!(layer.wants(start, parts).expect("known"));
