@@ -195,7 +195,10 @@ impl World {
             let data = self.path("disk/root/layers").join(hex).join("data");
             let is_on = |device: fs::DirEntry| {
                 let backing = fs::read_to_string(device.path().join("loop/backing_file"));
-                backing.is_ok_and(|backing| Path::new(backing.trim_end()) == data)
+                // A file that was removed, too: the layer came anew, and the device is still on what there was.
+                let path =
+                    backing.as_deref().map(|backing| backing.trim_end().trim_end_matches(" (deleted)"));
+                path.is_ok_and(|path| Path::new(path) == data)
             };
             Some(fs::read_dir("/sys/block").ok()?.flatten().any(is_on))
         };
