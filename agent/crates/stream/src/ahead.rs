@@ -70,6 +70,26 @@ impl StreamedLayer {
         Ok(asked)
     }
 
+    /// Brings a store range as [`prefetch`](Self::prefetch) does, and waits for what another fetch brings of it. Gives the
+    /// compressed bytes that were asked for; `None`: not all of it is here.
+    pub async fn bring(self: &Arc<Self>, range: Range<u64>) -> Result<Option<u64>, StreamError> {
+        let layer = &self.parts.layer;
+        let mut asked = 0;
+        loop {
+            let arrived = self.claims.arrived.notified();
+            tokio::pin!(arrived);
+            // Registered before looking, so that nothing that arrives in between is missed.
+            arrived.as_mut().enable();
+            asked += self.prefetch(range.clone()).await?;
+            let missing = layer.first_missing(range.clone()).map_err(|error| self.io(&error))?;
+            let Some(chunk) = missing else { return Ok(Some(asked)) };
+            match self.spans.place_of(layer, &chunk).map_err(|error| self.io(&error))? {
+                Place::Spans(spans) if self.claims.is_claimed(spans.start) => arrived.await,
+                _ => return Ok(layer.has(range).then_some(asked)),
+            }
+        }
+    }
+
     /// As many spans as one run takes, while something before `end` is missing in them; `offset` moves behind them.
     fn run_ahead(
         &self,

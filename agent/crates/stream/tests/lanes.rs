@@ -247,3 +247,24 @@ fn a_prefetch_passes_over_what_another_fetch_brings() {
     let asked = passed.expect("the prefetch ends").expect("joined").expect("prefetch");
     assert_eq!(asked, 0, "it fetched what others bring");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_fetch_brings_is_waited_for_by_who_needs_it_here() {
+    let dir = tempfile::tempdir().expect("dir");
+    let store = Store::open(dir.path(), 1 << 20).expect("store");
+    let sample = plain_sample(1, 20, 60_000);
+    let source = Source::with(&sample.layer, |slow| slow.delay = Duration::from_millis(200));
+    let layer = sample.streamed(&store, source.clone(), &Scheduler::new(2), LONG);
+    let start = sample.files[5].1;
+    let reading = Arc::clone(&layer);
+    let read = tokio::spawn(async move { reading.read(start, 4096).await });
+    while layer.wants(start).expect("known") {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(layer.bring(start..start + 60_000).await.expect("here"), Some(0));
+    assert!(layer.layer().has(start..start + 60_000));
+    read.await.expect("joined").expect("read");
+    // Nobody brings that: it is fetched.
+    let last = sample.files[19].1;
+    assert!(layer.bring(last..last + 60_000).await.expect("here").is_some_and(|asked| asked > 0));
+}
