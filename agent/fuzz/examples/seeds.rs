@@ -75,7 +75,34 @@ fn main() -> Result<(), Failure> {
     let members = packings(&tars[0].1)?.swap_remove(1).1;
     put("gzip", "members-padding", &[&[128], members.as_slice(), &[0; 9]].concat())?;
     put("pack", "two-frames", &[&[40], pack()?.as_slice()].concat())?;
+    put("elf", "program", &elf())?;
     documents()
+}
+
+/// A program that names an interpreter, a library, and the directory of that.
+fn elf() -> Vec<u8> {
+    let [interpreter, names] = [&b"/lib/ld-test.so.1\0"[..], b"\0libneeded.so\0$ORIGIN/../lib\0"];
+    let mut file = [&b"\x7fELF\x02\x01\x01"[..], &[0; 9]].concat();
+    let numbers = |file: &mut Vec<u8>, numbers: &[u64], len: usize| {
+        numbers.iter().for_each(|number| file.extend(&number.to_le_bytes()[..len]));
+    };
+    numbers(&mut file, &[3, 62], 2);
+    numbers(&mut file, &[1], 4);
+    numbers(&mut file, &[0, 64, 0], 8);
+    numbers(&mut file, &[0], 4);
+    numbers(&mut file, &[64, 56, 3, 0, 0, 0], 2);
+    for (kind, offset, size) in
+        [(1, 0, 320 + names.len() as u64), (3, 232, interpreter.len() as u64), (2, 256, 64)]
+    {
+        numbers(&mut file, &[kind, 4], 4);
+        numbers(&mut file, &[offset, offset, offset, size, size, 8], 8);
+    }
+    file.extend(interpreter);
+    file.resize(256, 0);
+    // DT_NEEDED, DT_RUNPATH, DT_STRTAB.
+    numbers(&mut file, &[1, 1, 29, 14, 5, 320, 0, 0], 8);
+    file.extend(names);
+    file
 }
 
 fn pack() -> Result<Vec<u8>, Failure> {

@@ -112,6 +112,11 @@ fn seeds_are_understood() {
     let pack = read("pack/two-frames");
     let table = sluice_prefetch::PackTable::parse(&pack[1..], pack.len() as u64 - 1).expect("a pack");
     assert!(matches!(table, sluice_prefetch::Head::Table(table) if !table.frames().is_empty()));
+    let elf = read("elf/program");
+    let mut bytes = sluice_prefetch::ElfBytes::new(elf.len() as u64);
+    bytes.add(0, elf);
+    let sluice_prefetch::Elf::Needs(needs) = bytes.look() else { panic!("no program") };
+    assert_eq!(needs.libraries, [b"libneeded.so"]);
     let job = sluice_batch::parse(&read("batch/job")).expect("a job");
     job.check(true).expect("it keeps the rules");
     serde_json::from_slice::<sluice_registry_server::Faults>(&read("faults/all")).expect("faults");

@@ -4,6 +4,7 @@ mod api;
 mod batch;
 mod challenge;
 mod docker_config;
+mod elf;
 mod embedded;
 mod erofs;
 mod faults;
@@ -28,11 +29,12 @@ mod zstd;
 pub type Target = fn(&[u8]);
 
 /// All of them by name.
-pub const TARGETS: [(&str, Target); 23] = [
+pub const TARGETS: [(&str, Target); 24] = [
     ("api", api::run),
     ("batch", batch::run),
     ("challenge", challenge::run),
     ("docker_config", docker_config::run),
+    ("elf", elf::run),
     ("embedded", embedded::run),
     ("erofs", erofs::run),
     ("faults", faults::run),
