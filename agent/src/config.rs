@@ -12,7 +12,7 @@ use sluice_store::StoreLimits;
 
 use crate::cli::Global;
 use crate::logging::LogFormat;
-use crate::node::Mode;
+use crate::node::{Guess, Mode};
 
 const DEFAULT_CONFIG: &str = "/etc/sluice/config.toml";
 const DEFAULT_ROOT: &str = "/var/lib/sluice";
@@ -73,6 +73,7 @@ struct RawPrefetch {
     window_s: Option<u64>,
     in_flight: Option<usize>,
     rate_mbit: Option<u64>,
+    guess: Option<Vec<Guess>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -282,6 +283,8 @@ pub(crate) struct Config {
     pub(crate) record_window: Duration,
     /// Prefetches of a start under way at once.
     pub(crate) prefetch_in_flight: usize,
+    /// What is fetched ahead for a start of which nothing is known.
+    pub(crate) guess: Vec<Guess>,
     /// Bound of what a start's prefetch takes of the link.
     pub(crate) prefetch_bytes_per_second: Option<u64>,
     /// Loopback address of metrics and the live page.
@@ -355,6 +358,7 @@ impl Config {
             probes: raw.probes.enabled.unwrap_or(true),
             record_window: Duration::from_secs(raw.prefetch.window_s.unwrap_or(30)),
             prefetch_in_flight: raw.prefetch.in_flight.unwrap_or(3).max(1),
+            guess: raw.prefetch.guess.unwrap_or_else(|| vec![Guess::Elf]),
             prefetch_bytes_per_second: raw.prefetch.rate_mbit.map(|rate| rate.saturating_mul(125_000)),
             local: raw.local.listen,
             regressions: raw.regressions.resolve(),

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use sluice_prefetch::{Limits, Pace, fetch, wanted};
 use sluice_registry::{Client, Layer, Observer, ResolvedImage, observed};
-use sluice_stream::{Starting, StreamedLayer};
+use sluice_stream::StreamedLayer;
 use sluice_trace::{ContentKey, FileFacts, Phase, Profile, ProfileKey, entry_class};
 use tokio::sync::oneshot;
 
@@ -19,7 +19,11 @@ use super::layers::NodeLayer;
 use super::pack_bytes::PackBytes;
 use super::profiles::{self, now};
 use super::reads::{Recording, Step};
+use super::starts::UnderWay;
 use crate::api::StartRequest;
+
+/// Where programs are looked for in an image that does not say.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// What is looked up, and fetched, for a start. Dropped before [`Node::layers_are_there`] nothing more is.
 #[derive(Debug)]
@@ -30,8 +34,7 @@ pub(super) struct Lookup {
     pub(super) layers: Vec<String>,
     /// What is recorded of the start, from the question for its image on.
     pub(super) recording: Option<Arc<Recording>>,
-    /// The fill leaves the link to the start.
-    pub(super) starting: Starting,
+    pub(super) under_way: UnderWay,
     /// Tells which layers are streamed, once that is known.
     streamed: Option<oneshot::Sender<Streamed>>,
 }
@@ -53,21 +56,38 @@ impl From<Profile> for Learned {
 }
 
 /// Layers that are not local, by digest.
-type Streamed = HashMap<String, Arc<StreamedLayer>>;
+pub(super) type Streamed = HashMap<String, Arc<StreamedLayer>>;
 
 /// The class of a start: what of the image's configuration applies is the runtime's rule.
 pub(super) fn class_of(config: &str, asked: &StartRequest) -> String {
-    let config: serde_json::Value = serde_json::from_str(config).unwrap_or_default();
-    let words = |name: &str| -> Vec<String> {
-        let list = config.get("config").and_then(|config| config.get(name)).and_then(|list| list.as_array());
-        list.into_iter().flatten().filter_map(|word| word.as_str().map(str::to_owned)).collect()
-    };
+    entry_class(&arguments_of(config, asked))
+}
+
+fn arguments_of(config: &str, asked: &StartRequest) -> Vec<String> {
     let (mut arguments, command) = match &asked.entrypoint {
         Some(entrypoint) => (vec![entrypoint.clone()], Vec::new()),
-        None => (words("Entrypoint"), words("Cmd")),
+        None => (words_of(config, "Entrypoint"), words_of(config, "Cmd")),
     };
     arguments.extend(if asked.command.is_empty() { command } else { asked.command.clone() });
-    entry_class(&arguments)
+    arguments
+}
+
+/// A list of the image's configuration.
+fn words_of(config: &str, name: &str) -> Vec<String> {
+    let config: serde_json::Value = serde_json::from_str(config).unwrap_or_default();
+    let list = config.get("config").and_then(|config| config.get(name)).and_then(|list| list.as_array());
+    list.into_iter().flatten().filter_map(|word| word.as_str().map(str::to_owned)).collect()
+}
+
+/// Where the first program of a start may be in the image, the likeliest first.
+fn programs_of(config: &str, asked: &StartRequest) -> Vec<String> {
+    let Some(program) = arguments_of(config, asked).into_iter().next() else { return Vec::new() };
+    if program.contains('/') {
+        return vec![program];
+    }
+    let environment = words_of(config, "Env");
+    let path = environment.iter().find_map(|one| one.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH);
+    path.split(':').map(|directory| format!("{directory}/{program}")).collect()
 }
 
 /// The class of a start of which only the process's arguments are known: an interpreter that the kernel put before the image's own
@@ -106,11 +126,12 @@ impl Node {
         let (streamed, layers_there) = oneshot::channel::<Streamed>();
         let (node, image, own, recorded) = (Arc::clone(self), image.clone(), key.clone(), recording.clone());
         let digests = layers.clone();
-        let starting = self.scheduler.starting();
+        let (guessing, over) = oneshot::channel();
+        let under_way = (self.scheduler.starting(), guessing);
+        let programs = programs_of(&String::from_utf8_lossy(&image.config), asked);
         // The fill waits until what is known has been fetched.
         let before_fill = self.scheduler.prefetching();
         tokio::spawn(async move {
-            let _before_fill = before_fill;
             let began = Instant::now();
             let known = node.known(&image, &own);
             let learned = observed(looks_of(recorded.clone()), known).await;
@@ -125,13 +146,18 @@ impl Node {
                 Some(learned) => Some(learned),
                 None => node.inherit(&own, &image, &layers).await.map(Learned::from),
             };
-            if let Some(learned) = learned
-                && let Err(error) = node.prefetch(&own, learned, layers, streamed, recorded.as_deref()).await
-            {
+            let done = match learned {
+                Some(learned) => node.prefetch(&own, learned, layers, streamed, recorded.as_deref()).await,
+                None => {
+                    drop(before_fill);
+                    return node.guess(layers, streamed, programs, over).await;
+                }
+            };
+            if let Err(error) = done {
                 tracing::warn!(entry = own.entry, error = format!("{error:#}"), "cannot prefetch");
             }
         });
-        Lookup { key, window, layers: digests, recording, starting, streamed: Some(streamed) }
+        Lookup { key, window, layers: digests, recording, under_way, streamed: Some(streamed) }
     }
 
     /// What is known is fetched from now on, also while the image's metadata are still made.
@@ -294,5 +320,8 @@ mod tests {
         assert_eq!(class(None, &["b"]), "/init b");
         assert_eq!(class(Some("sh"), &[]), "sh");
         assert_eq!(class_of("no JSON", &StartRequest::default()), "");
+        let programs = |config| programs_of(config, &StartRequest::default());
+        assert_eq!(programs(config), ["/init"]);
+        assert_eq!(programs(r#"{"config":{"Cmd":["a","b"],"Env":["PATH=/x:/y"]}}"#), ["/x/a", "/y/a"]);
     }
 }

@@ -8,6 +8,7 @@ mod block_server;
 mod embedded;
 mod faults;
 mod files;
+mod guess;
 mod kept;
 mod keys;
 mod known;
@@ -56,6 +57,7 @@ use crate::doctor::{self, links::Links};
 use crate::journal::Journal;
 pub(crate) use block_server::socket as block_socket;
 pub(crate) use embedded::embedded_index;
+pub(crate) use guess::Guess;
 pub(crate) use keys::{SigningKey, generate as generate_key};
 use layers::NodeLayer;
 pub(crate) use metadata::merge_for_agent;
@@ -122,8 +124,10 @@ pub(crate) struct Node {
     /// Reads of starts that are being recorded.
     reads: Arc<reads::ReadLog>,
     windows: Mutex<Vec<(Holder, starts::Window)>>,
-    /// Starts that the fill leaves the link to.
-    starting: Mutex<Vec<(Holder, sluice_stream::Starting)>>,
+    /// Starts that the fill leaves the link to, and that are guessed about.
+    starting: Mutex<Vec<(Holder, starts::UnderWay)>>,
+    /// Who guesses is told of reads that must wait.
+    misses: guess::Misses,
     /// Mount points whose image was asked for lately, or taken over: they may not be mounted yet.
     mounting: Mutex<HashMap<PathBuf, Instant>>,
     baselines: baseline::Baselines,
@@ -214,6 +218,7 @@ impl Node {
             reads: Arc::default(),
             windows: Mutex::default(),
             starting: Mutex::default(),
+            misses: guess::Misses::default(),
             mounting: Mutex::default(),
             baselines: baseline::Baselines::new(config.root.join("baselines")),
             probing: probing::Probing::default(),

@@ -176,6 +176,9 @@ impl BlockSource for LayerBlocks {
     fn read(self: Arc<Self>, offset: u64, len: usize) -> BoxFuture<'static, Result<Bytes, ReadError>> {
         async move {
             let asked = Instant::now();
+            if let Some(node) = self.node.upgrade() {
+                node.misses.tell(self.layer.layer().digest(), offset..offset.saturating_add(len as u64));
+            }
             let read = self.read_by_any_way(offset, len).await;
             if read.is_ok() {
                 self.log.served(self.layer.layer().digest(), offset, len, asked, Origin::Registry);

@@ -9,10 +9,12 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use sluice_stream::Starting;
 use sluice_trace::{
     Capability, Footer, Header, Level, Levels, Phase, ProfileKey, Record, Sample, Summarizer, Summary,
     TraceWriter, TracedLayer, What,
 };
+use tokio::sync::oneshot;
 
 use super::Node;
 use super::ahead::{Lookup, class_of_process};
@@ -42,6 +44,9 @@ pub(super) struct Started {
     /// What was done for it since.
     pub(super) steps: Vec<Step>,
 }
+
+/// Kept while a start is under way: the fill leaves the link to it, and it is guessed what it will read.
+pub(super) type UnderWay = (Starting, oneshot::Sender<()>);
 
 /// Why a start's window is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,10 +100,10 @@ impl Node {
     /// The image is there: what is known is fetched, and what the start touches is recorded.
     pub(super) async fn begin_start(self: &Arc<Self>, mut lookup: Lookup, started: Started) {
         self.layers_are_there(&mut lookup);
-        let Lookup { key, window, recording, starting, .. } = lookup;
+        let Lookup { key, window, recording, under_way, .. } = lookup;
         let complete = self.complete_layers(&started.layers);
         if complete < started.layers.len() {
-            self.lock(&self.starting).push((started.holder.clone(), starting));
+            self.lock(&self.starting).push((started.holder.clone(), under_way));
         }
         // Without probes that see what is in memory, only the first start since the mount is seen as it is.
         let seen = started.fresh || self.probing.sees_memory();

@@ -136,6 +136,23 @@ fn prefetch_and_recording_can_be_switched_off() {
     assert_eq!(counter(&node, "bytes_prefetch"), 0);
 }
 
+/// Nothing is known of the start: what it loads is guessed from the program that it reads.
+#[test]
+fn a_library_comes_before_it_is_asked_for_when_a_program_that_needs_it_is_read() {
+    let library = noise(11, 1 << 20);
+    let script = "busybox cat /opt/bin/program > /dev/null; busybox sleep 2; busybox cat /opt/lib/libneeded.so | busybox sha256sum | busybox head -c 64";
+    let mut waited_for = Vec::new();
+    for (switches, ahead) in [("", 0), ("\"elf\"", 1 << 20)] {
+        let node = Node::indexed(&format!("[stream]\nfill = false\n[prefetch]\nguess = [{switches}]\n"));
+        let image = node.program(&library);
+        assert_eq!(node.ok(&["run", &image, "/bin/busybox", "sh", "-c", script]), sha256(&library));
+        let fetched = counter(&node, "bytes_prefetch");
+        assert!(fetched >= ahead && (ahead > 0 || fetched == 0), "{fetched} bytes guessed by [{switches}]");
+        waited_for.push(counter(&node, "bytes_demand"));
+    }
+    assert!(waited_for[1] + (1 << 20) <= waited_for[0], "bytes waited for, without and with: {waited_for:?}");
+}
+
 #[test]
 fn a_start_is_over_when_the_container_is_ready() {
     let node = Node::indexed("[stream]\nfill = false\n");

@@ -67,6 +67,22 @@ impl Node {
         reference
     }
 
+    /// Adds an image with a program that needs a library, each far from all else, `program:latest`, with its index; the reference.
+    pub(crate) fn program(&self, library: &[u8]) -> String {
+        let mut layer = Layer::default();
+        layer.file("bin/busybox", 0o755, &fs::read("/bin/busybox").expect("busybox-static is installed"));
+        let program = include_bytes!("../../fuzz/seeds/elf/program");
+        for (name, content) in [("bin/program", &program[..]), ("lib/libneeded.so", library)] {
+            layer.file(&format!("far/before/{name}"), 0o644, &noise(name.len() as u64, 3 << 20));
+            layer.file(&format!("opt/{name}"), 0o755, content);
+        }
+        layer.file("far/end", 0o644, &noise(3, 3 << 20));
+        write_layout(&self.dir.join("images/program"), "latest", &[layer.finish()]);
+        let reference = format!("{}/program:latest", self.address);
+        self.ok(&["index", &reference]);
+        reference
+    }
+
     pub(crate) fn image(&self) -> String {
         format!("{}/image:latest", self.address)
     }
