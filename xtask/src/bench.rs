@@ -30,6 +30,9 @@ pub(crate) struct Args {
     /// Ways to start, of which each round does one after another; ratios need full-pull, and the physical limit local and pack
     #[arg(long, value_delimiter = ',', default_values_t = Way::ALL)]
     ways: Vec<Way>,
+    /// Streamed starts that guess too: a row per item, e.g. `none,elf,file,elf+file`
+    #[arg(long, value_delimiter = ',')]
+    guess: Vec<String>,
     /// Starts per image, link and way
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -75,22 +78,30 @@ pub(crate) fn start(args: &Args) -> Result<()> {
                 (recipe.command, Some("ready")),
             )?;
             bench.index()?;
-            let pack_bytes = bench.learn()?;
+            let learnt = args.ways.iter().any(|way| [Way::Profile, Way::Pack].contains(way));
+            let pack_bytes = if learnt { bench.learn()? } else { 0 };
             let mut starts: Vec<Vec<Start>> = vec![Vec::new(); args.ways.len()];
+            let mut guesses: Vec<Vec<Start>> = vec![Vec::new(); args.guess.len()];
             for _ in 0..args.rounds {
                 for (way, measured) in args.ways.iter().zip(&mut starts) {
                     measured.push(bench.start(*way)?);
                 }
+                for (switches, measured) in args.guess.iter().zip(&mut guesses) {
+                    measured.push(bench.guessing(switches)?);
+                }
             }
             let of = |wanted| args.ways.iter().position(|way| *way == wanted).and_then(|at| starts.get(at));
             let full = middle(of(Way::FullPull), |start| start.ready_s);
-            for (way, measured) in args.ways.iter().copied().zip(&starts) {
+            let ways = args.ways.iter().map(|way| (*way, way.label().to_owned()));
+            let guessed =
+                args.guess.iter().map(|said| (Way::Streamed, format!("sluice, streamed, guess {said}")));
+            for ((way, label), measured) in ways.chain(guessed).zip(starts.iter().chain(&guesses)) {
                 let ready = middle(Some(measured), |start| start.ready_s);
                 println!(
                     "{:<8} {:<14} {:<36} {:>8.2} {:>6.2}x {:>11.1} {:>9.1} {}{}",
                     name,
                     link,
-                    way.label(),
+                    label,
                     ready,
                     full / ready,
                     middle(Some(measured), |start| start.bytes as f64) / 1e6,
@@ -107,7 +118,8 @@ pub(crate) fn start(args: &Args) -> Result<()> {
                 middle(of(Way::Pack), |start| start.ready_s) / limit
             );
             results.push(json!({ "image": name, "link": link, "rounds": args.rounds, "pack_bytes": pack_bytes, "limit_s": limit,
-                "starts": args.ways.iter().zip(&starts).map(|(way, measured)| json!({ "way": way, "starts": measured })).collect::<Vec<_>>() }));
+                "starts": args.ways.iter().zip(&starts).map(|(way, measured)| json!({ "way": way, "starts": measured })).collect::<Vec<_>>(),
+                "guesses": args.guess.iter().zip(&guesses).map(|(said, measured)| json!({ "guess": said, "starts": measured })).collect::<Vec<_>>() }));
         }
     }
     if let Some(path) = &args.json {

@@ -191,6 +191,12 @@ impl<'a> Bench<'a> {
         }
     }
 
+    /// A streamed start of which nothing is known, with these guesses, e.g. `elf+file`; `none`.
+    pub(crate) fn guessing(&self, switches: &str) -> Result<Start> {
+        let words: Vec<&str> = switches.split('+').filter(|word| *word != "none").collect();
+        self.with_sluice(&format!("[prefetch]\nguess = {words:?}\n"), "index", false)
+    }
+
     /// A new node; with `pulled`, everything is local before the start is measured.
     fn with_sluice(&self, config: &str, published: &str, pulled: bool) -> Result<Start> {
         let image = self.image(published);
