@@ -14,13 +14,12 @@
 //! and count of items (4), then per item, in order over all frames: layer number (2), count of chaining values (2), length (4), the
 //! chunk's store offset (8), which of the chunk's parts it has (8; 0: the whole chunk). A frame holds about 256 KiB of items, one
 //! behind the other, each its chaining values (32 each) and then its bytes. Nothing of it is trusted: who takes a chunk compares its
-//! digest, and parts are proved by it ([`sluice_image::parts`]).
+//! digest, and parts are proved by it (`parts` of the image crate).
 
 use std::cmp::Ordering;
 use std::ops::Range;
 
 use bytes::{Buf, Bytes};
-use sluice_image::parts::MAX_PARTS;
 
 const MAGIC: [u8; 8] = *b"SLUICEPK";
 /// Version of the format.
@@ -30,8 +29,8 @@ const FIXED: usize = 20;
 const FRAME: usize = 256 << 10;
 /// Longest chunk accepted: the longest that an index has.
 const MAX_CHUNK: usize = 4 << 20;
-/// Chaining values that prove any parts of a chunk.
-const MAX_PROOF: usize = MAX_PARTS as usize;
+/// Chaining values that prove any parts of a chunk, and more: a chunk has 64 parts at most.
+const MAX_PROOF: usize = 64;
 /// Longest frame accepted: one that was about to be closed, and an item.
 const MAX_FRAME: usize = FRAME + MAX_CHUNK + MAX_PROOF * size_of::<Value>();
 const MAX_TABLE: usize = 32 << 20;
