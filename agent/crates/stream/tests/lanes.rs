@@ -258,7 +258,7 @@ async fn what_another_fetch_brings_is_waited_for_by_who_needs_it_here() {
     let start = sample.files[5].1;
     let reading = Arc::clone(&layer);
     let read = tokio::spawn(async move { reading.read(start, 4096).await });
-    while layer.wants(start).expect("known") {
+    while layer.wants(start, 0).expect("known") {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     assert_eq!(layer.bring(start..start + 60_000).await.expect("here"), Some(0));
