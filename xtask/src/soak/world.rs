@@ -34,6 +34,8 @@ pub(crate) struct Image {
     pub(crate) reference: String,
     /// `(path in the image, file with the same content)`.
     pub(crate) files: Vec<(String, PathBuf)>,
+    /// Digests of its layers, in hexadecimal digits.
+    layers: Vec<String>,
 }
 
 /// See the module text.
@@ -79,7 +81,8 @@ impl World {
             image_maker::named(&layouts, &name, &paths)?;
             let file = |path: &Path, name: &String| (name.clone(), path.join(name));
             let files = own.iter().flat_map(|(path, names)| names.iter().map(|name| file(path, name)));
-            images.push(Image { reference: String::new(), files: files.collect(), name });
+            let layers = layers_of(&layouts.join(&name))?;
+            images.push(Image { reference: String::new(), files: files.collect(), layers, name });
         }
         let binary = dir.join("sluice");
         fs::copy(build, &binary).context("cannot copy sluice")?;
@@ -189,29 +192,24 @@ impl World {
 
     /// Whether a loop device is on the local file of the layer that has a file: the kernel reads that by itself.
     pub(crate) fn is_read_by_kernel(&self, image: &Image, file: &str) -> bool {
-        let found = || {
-            let layer = self.layer_status(image, file)?;
-            let hex = layer.get("digest")?.as_str()?.strip_prefix("sha256:")?;
-            let data = self.path("disk/root/layers").join(hex).join("data");
-            let is_on = |device: fs::DirEntry| {
-                let backing = fs::read_to_string(device.path().join("loop/backing_file"));
-                // A file that was removed, too: the layer came anew, and the device is still on what there was.
-                let path =
-                    backing.as_deref().map(|backing| backing.trim_end().trim_end_matches(" (deleted)"));
-                path.is_ok_and(|path| Path::new(path) == data)
-            };
-            Some(fs::read_dir("/sys/block").ok()?.flatten().any(is_on))
+        let Some(hex) = number_in(image, file).and_then(|number| image.layers.get(number)) else {
+            return false;
         };
-        found().unwrap_or(false)
+        let data = self.path("disk/root/layers").join(hex).join("data");
+        let is_on = |device: fs::DirEntry| {
+            let backing = fs::read_to_string(device.path().join("loop/backing_file"));
+            // A file that was removed, too: the layer came anew, and the device is still on what there was.
+            let path = backing.as_deref().map(|backing| backing.trim_end().trim_end_matches(" (deleted)"));
+            path.is_ok_and(|path| Path::new(path) == data)
+        };
+        fs::read_dir("/sys/block").is_ok_and(|devices| devices.flatten().any(is_on))
     }
 
     fn layer_status(&self, image: &Image, file: &str) -> Option<Value> {
         let status = self.status()?;
         let images = status.get("images")?.as_array()?;
         let own = images.iter().find(|one| is_of(one, image))?;
-        let first: usize = image.name.strip_prefix("soak")?.parse().ok()?;
-        let layer: usize = file.strip_prefix("layer")?.split('/').next()?.parse().ok()?;
-        own.get("layers")?.get(layer.checked_sub(first)?).cloned()
+        own.get("layers")?.get(number_in(image, file)?).cloned()
     }
 
     /// Runs `sluice`; what it wrote.
@@ -366,4 +364,25 @@ pub(crate) fn unmount(dir: &Path) -> Result<()> {
         &[dir],
     )
     .map(|_| ())
+}
+
+/// Which of an image's layers has a file.
+fn number_in(image: &Image, file: &str) -> Option<usize> {
+    let first: usize = image.name.strip_prefix("soak")?.parse().ok()?;
+    let layer: usize = file.strip_prefix("layer")?.split('/').next()?.parse().ok()?;
+    layer.checked_sub(first)
+}
+
+/// Digests of the layers of the one image in a layout.
+fn layers_of(layout: &Path) -> Result<Vec<String>> {
+    let read = |path: &str| -> Result<Value> { Ok(serde_json::from_slice(&fs::read(layout.join(path))?)?) };
+    let hex = |digest: &Value| -> Result<String> {
+        let digest = digest.as_str().and_then(|digest| digest.strip_prefix("sha256:"));
+        Ok(digest.context("a layout has no digest")?.to_owned())
+    };
+    let index = read("index.json")?;
+    let manifest = hex(index.pointer("/manifests/0/digest").context("a layout has no manifest")?)?;
+    let manifest = read(&format!("blobs/sha256/{manifest}"))?;
+    let layers = manifest.get("layers").and_then(Value::as_array).context("a manifest has no layers")?;
+    layers.iter().map(|layer| hex(layer.get("digest").context("a layer has no digest")?)).collect()
 }
