@@ -223,8 +223,7 @@ fn fairness(args: &Args, node: &Sluice, registry: &Registry) -> Result<()> {
         node.forget()?;
         node.start_daemon()?;
         let scanner = if beside {
-            let script =
-                "echo ready; find / -xdev -type f > /dev/null; while true; do cat /data/* > /dev/null; done";
+            let script = "trap 'exit 0' TERM; echo ready; find / -xdev -type f > /dev/null; while true; do cat /data/* > /dev/null; done";
             let mut scanner = Container::start(node, &registry.image("large"), script)?;
             scanner.ready()?;
             Some(scanner)
