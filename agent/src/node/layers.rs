@@ -299,7 +299,6 @@ impl Node {
             // Something of it was lost meanwhile.
             return Ok(());
         }
-        layer.handed_over.store(true, Ordering::Release);
         for path in &layer.served {
             if let Some(blockfs) = self.lock(&self.blockfs).as_ref() {
                 blockfs.all_is_local(path)?;
@@ -311,6 +310,7 @@ impl Node {
                 blockfs.remove(path)?;
             }
         }
+        layer.handed_over.store(true, Ordering::Release);
         tracing::info!(layer = layer.layer.digest(), "complete: the kernel reads it from now on");
         Ok(())
     }
