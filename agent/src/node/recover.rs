@@ -139,9 +139,9 @@ impl Node {
 
     /// The layer whose local file this is, if it is not complete: the last agent found damage, and did not come to move the device.
     fn damaged_behind(&self, backing: &Path) -> Option<String> {
-        let hex = backing.parent().filter(|_| backing.ends_with("data"))?.file_name()?.to_str()?;
-        let layer = self.store.layer(&format!("sha256:{hex}")).ok().flatten()?;
-        (layer.data_path() == backing && !layer.is_complete()).then(|| layer.digest().to_owned())
+        let digest = layer_stored(&self.config.root.join("layers"), backing)?;
+        let layer = self.store.layer(&digest).ok().flatten()?;
+        (!layer.is_complete()).then_some(digest)
     }
 
     fn move_device(self: &Arc<Self>, number: u32, digest: &str) -> Result<PathBuf> {
@@ -266,11 +266,13 @@ fn layer_of(blocks: &Path, backing: &Path) -> Option<String> {
 
 /// The layer behind a device on a block file that is served, or on a layer's local file.
 pub(super) fn layer_behind(blocks: &Path, layers: &Path, backing: &Path) -> Option<String> {
-    let local = || {
-        let hex = backing.strip_prefix(layers).ok()?.parent()?.to_str()?;
-        is_hex(hex).then(|| format!("sha256:{hex}"))
-    };
-    layer_of(blocks, backing).or_else(local)
+    layer_of(blocks, backing).or_else(|| layer_stored(layers, backing))
+}
+
+/// The layer whose local file this is, by its path.
+fn layer_stored(layers: &Path, backing: &Path) -> Option<String> {
+    let hex = backing.strip_prefix(layers).ok()?.parent()?.to_str()?;
+    is_hex(hex).then(|| format!("sha256:{hex}"))
 }
 
 fn is_hex(name: &str) -> bool {
