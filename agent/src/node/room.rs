@@ -152,13 +152,13 @@ impl Node {
 
     /// Evicts images when the store finds no space, and takes back layers that lost something, as long as this node lives.
     pub(super) fn keep_room(self: &Arc<Self>) {
-        let (node, store): (Weak<Self>, _) = (Arc::downgrade(self), self.store.clone());
+        let (node, lost): (Weak<Self>, _) = (Arc::downgrade(self), self.store.lost());
         tokio::spawn(async move {
             loop {
-                let lost = tokio::time::timeout(INTERVAL, store.lost()).await.is_ok();
+                let told = tokio::time::timeout(INTERVAL, lost.notified()).await.is_ok();
                 let Some(node) = node.upgrade() else { return };
                 node.take_back_lost().await;
-                if lost {
+                if told {
                     continue;
                 }
                 if node.store.needs_room()

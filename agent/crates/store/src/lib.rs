@@ -194,9 +194,9 @@ impl Store {
         self.inner.state.layers()
     }
 
-    /// Waits until a layer that was complete has lost something; not for those of which nobody asked at the time, but the last.
-    pub async fn lost(&self) {
-        self.inner.space.lost.notified().await;
+    /// Tells when a layer that was complete has lost something. Who holds this does not hold the store.
+    pub fn lost(&self) -> Arc<tokio::sync::Notify> {
+        Arc::clone(&self.inner.space.lost)
     }
 
     /// Waits until what was verified so far is in the layers' files, or stays in memory because the disk does not take it. Blocks the

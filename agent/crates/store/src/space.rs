@@ -40,7 +40,7 @@ pub(crate) struct Space {
     /// What is about to be written.
     pub(crate) queue: Arc<Queue>,
     /// A layer that was complete is so no more.
-    pub(crate) lost: tokio::sync::Notify,
+    pub(crate) lost: Arc<tokio::sync::Notify>,
 }
 
 impl Space {
@@ -53,7 +53,7 @@ impl Space {
             may_share: AtomicBool::new(true),
             memory: MemoryBudget { limit: limits.memory_budget_bytes, used: AtomicU64::new(0) },
             queue: Arc::new(Queue::closed()),
-            lost: tokio::sync::Notify::new(),
+            lost: Arc::default(),
         }
     }
 

@@ -112,7 +112,8 @@ fn fsck_goes_on_past_what_it_cannot_read() {
     assert_eq!(report.problems.len(), 3, "{:?}", report.problems);
     assert!(report.problems.iter().any(|line| line.contains("bytes 65536..131072 are not what they were")));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("runtime");
-    let told = async { tokio::time::timeout(std::time::Duration::from_secs(5), store.lost()).await };
+    let told =
+        async { tokio::time::timeout(std::time::Duration::from_secs(5), store.lost().notified()).await };
     runtime.block_on(told).expect("who reads complete layers' files is told");
     for (sample, complete) in [(&samples[2], false), (&samples[3], true)] {
         let layer = store.layer(&sample.digest()).expect("layer").expect("kept");
