@@ -18,12 +18,13 @@ pub(crate) struct Args {
     /// How long each target runs
     #[arg(long, default_value_t = 10.0)]
     minutes: f64,
+    /// How many run at once
+    #[arg(long, default_value_t = 2)]
+    at_once: usize,
     /// Only this target
     target: Option<String>,
 }
 
-/// Targets that run at once.
-const AT_ONCE: usize = 2;
 /// Coverage as cargo-fuzz asks for it; checks that a release leaves out.
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
@@ -43,7 +44,7 @@ pub(crate) fn fuzz(args: &Args) -> Result<()> {
         bail!("there is no such target; there are {}", targets()?.join(", "));
     }
     let mut found = Vec::new();
-    for some in names.chunks(AT_ONCE) {
+    for some in names.chunks(args.at_once.max(1)) {
         let running = some
             .iter()
             .map(|name| Run::start(&binary, name, args.minutes).map(|run| (name, run)))
