@@ -105,14 +105,16 @@ fn read(world: &World, tally: &Tally, image: &Image, dir: &Path, random: &mut Ra
     let what =
         |error: &str| format!("{} /{name} {range:?}: {error} ({})", image.name, world.layer(image, name));
     loop {
-        // Asked before the read: one that begins under the fault may end after it, or when the layer was taken back.
-        let bad_disk = world.is_disk_unreadable();
-        let before = bad_disk && world.is_read_by_kernel(image, name);
+        // Asked before the read, too: it may last longer than the fault, and the layer is taken back when a loss is found.
+        let faults = world.disk_faults();
+        let before = world.is_read_by_kernel(image, name);
         match part(&dir.join(name), &range).and_then(|got| Ok(got == part(source, &range)?)) {
             Ok(true) => return,
             Ok(false) => return tally.violated(&what("WRONG BYTES")),
             // The kernel has no other source of the bytes than the layer's file.
-            Err(_) if before || (bad_disk && world.is_read_by_kernel(image, name)) => {
+            Err(_)
+                if world.was_disk_unreadable(faults) && (before || world.is_read_by_kernel(image, name)) =>
+            {
                 tally.operation("read of a bad disk");
                 std::thread::sleep(Duration::from_millis(100));
             }

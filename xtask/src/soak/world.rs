@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -47,7 +47,8 @@ pub(crate) struct World {
     faketime: PathBuf,
     dir: PathBuf,
     disk: Mutex<Option<Disk>>,
-    unreadable: AtomicBool,
+    /// Odd while contents may not be readable.
+    unreadable: AtomicU64,
     images: Vec<Image>,
     registry: Registry,
     /// Held while the store is tampered with, and by those who must not see that.
@@ -100,7 +101,7 @@ impl World {
             faketime: faketime()?,
             dir,
             disk: Mutex::new(Some(node_disk)),
-            unreadable: AtomicBool::new(false),
+            unreadable: AtomicU64::new(0),
             images,
             registry,
             quiet: std::sync::RwLock::default(),
@@ -157,19 +158,26 @@ impl World {
 
     /// Faults of the disk from now on; what failed before.
     pub(crate) fn disk(&self, faults: DiskFaults) -> Result<Failed> {
-        if faults.failing_reads_one_in > 0 {
-            self.unreadable.store(true, Ordering::SeqCst);
+        let unreadable = faults.failing_reads_one_in > 0;
+        if unreadable {
+            self.unreadable.fetch_or(1, Ordering::SeqCst);
         }
         let failed = lock(&self.disk).as_ref().context("there is no disk")?.faults(faults)?;
-        if faults.failing_reads_one_in == 0 {
-            self.unreadable.store(false, Ordering::SeqCst);
+        // From odd to the next even number.
+        if !unreadable && self.unreadable.load(Ordering::SeqCst) % 2 == 1 {
+            self.unreadable.fetch_add(1, Ordering::SeqCst);
         }
         Ok(failed)
     }
 
-    /// Whether contents may not be readable now.
-    pub(crate) fn is_disk_unreadable(&self) -> bool {
+    /// For [`World::was_disk_unreadable`].
+    pub(crate) fn disk_faults(&self) -> u64 {
         self.unreadable.load(Ordering::SeqCst)
+    }
+
+    /// Whether contents may not have been readable at some time since `before`.
+    pub(crate) fn was_disk_unreadable(&self, before: u64) -> bool {
+        before % 2 == 1 || self.disk_faults() != before
     }
 
     /// Ends what waits for the disk.
