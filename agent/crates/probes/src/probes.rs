@@ -1,7 +1,7 @@
 //! The probes of the running kernel: loaded, attached, read.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -120,7 +120,7 @@ pub struct Probes {
     watches: HashMap<u32, Device>,
     active: HashMap<Device, u32>,
     last_watch: u32,
-    events: RingBuf<MapData>,
+    events: Events,
     filled: KernelMap<MapData, [u8; size_of::<FillKey>()], [u8; size_of::<FillValue>()]>,
     drops: PerCpuArray<MapData, u64>,
 }
@@ -157,7 +157,7 @@ impl Probes {
         let chosen = choose(&mut bpf, options, &offsets, no_trampolines);
         Ok(Self {
             watched: map(&mut bpf, "WATCHED")?,
-            events: map(&mut bpf, "EVENTS")?,
+            events: Events::new(bpf.take_map("EVENTS").ok_or(ProbeError::NoMap("EVENTS"))?)?,
             filled: map(&mut bpf, "FILLED")?,
             drops: map(&mut bpf, "DROPS")?,
             bpf,
@@ -238,7 +238,7 @@ impl Probes {
     /// Waits until 64 KiB of records are there, or so long. Fewer do not wake anybody: drain now and then.
     pub fn wait(&self, at_most: Duration) -> Result<(), ProbeError> {
         let timeout = PollTimeout::try_from(at_most).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(self.events.as_fd(), PollFlags::POLLIN)], timeout) {
+        match poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], timeout) {
             Ok(_) | Err(nix::Error::EINTR) => Ok(()),
             Err(error) => Err(ProbeError::Wait(error)),
         }
@@ -249,7 +249,8 @@ impl Probes {
     /// Does not wait for records. Looks up in `/proc` what failed calls were about if the kernel's record does not say.
     pub fn drain(&mut self, mut sink: impl FnMut(Event)) -> Result<usize, ProbeError> {
         let mut count = 0;
-        while let Some(item) = self.events.next() {
+        let ring = self.events.mapped()?;
+        while let Some(item) = ring.next() {
             let mut event = decode::event(&item)?;
             if let What::Failed(call) = &mut event.record.what {
                 resolve::complete(call, &event.record.process);
@@ -258,6 +259,9 @@ impl Probes {
             count += 1;
         }
         self.detach_if_idle();
+        if self.links.is_empty() {
+            self.events.unmap();
+        }
         Ok(count)
     }
 
@@ -314,7 +318,38 @@ impl Probes {
 impl AsFd for Probes {
     /// Readable when 64 KiB of records are there.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.events.as_fd()
+        self.events.map.as_fd()
+    }
+}
+
+/// The ring buffer of records. Mapped it counts as resident twice its size, since the kernel maps all of it, two times in a row: so it is
+/// only while something is recorded, and for a moment now and then.
+struct Events {
+    map: OwnedFd,
+    ring: Option<RingBuf<MapData>>,
+}
+
+impl Events {
+    fn new(map: Map) -> Result<Self, ProbeError> {
+        let Map::RingBuf(data) = map else { return Err(ProbeError::NoMap("EVENTS")) };
+        let map = data.fd().as_fd().try_clone_to_owned().map_err(MapError::from).map_err(used("EVENTS"))?;
+        Ok(Self { map, ring: None })
+    }
+
+    fn mapped(&mut self) -> Result<&mut RingBuf<MapData>, ProbeError> {
+        let ring = match self.ring.take() {
+            Some(ring) => ring,
+            None => {
+                let map = self.map.try_clone().map_err(MapError::from);
+                let data = map.and_then(MapData::from_fd).map_err(used("EVENTS"))?;
+                RingBuf::try_from(Map::RingBuf(data)).map_err(used("EVENTS"))?
+            }
+        };
+        Ok(self.ring.insert(ring))
+    }
+
+    fn unmap(&mut self) {
+        self.ring = None;
     }
 }
 
