@@ -198,7 +198,7 @@ impl Node {
     async fn published(&self, image: &ResolvedImage, key: &ProfileKey) -> Result<Option<Learned>> {
         let Some(published) = profiles::look(&self.artifacts, image, key).await? else { return Ok(None) };
         // Where the link is rationed nothing comes before its turn.
-        let early = self.config.prefetch_bytes_per_second.is_none();
+        let early = self.config.prefetch_bytes_per_second.is_none().then(|| self.scheduler.clone());
         let pack = published.pack.clone().map(|pack| PackBytes::new(pack, early));
         Ok(Some(Learned { profile: published.read(key).await?, pack, packed: published.packed }))
     }

@@ -12,6 +12,7 @@ use futures::{StreamExt, TryStreamExt};
 use sluice_image::parts::ranges_of;
 use sluice_prefetch::{Head, PACK_HEAD, Pace, PackFrame, PackTable};
 use sluice_stream::{Expected, FetchDone, Lane, StreamedLayer};
+use tokio::sync::{Semaphore, mpsc};
 
 use super::Node;
 use super::pack_bytes::PackBytes;
@@ -21,6 +22,8 @@ use super::reads::{ReadLog, Recording};
 pub(super) const PIECE: u64 = 1 << 20;
 /// Pieces under way at once: enough for 200 Mbit/s with 20 ms round trip, and 1 Gbit/s with 2 ms.
 pub(super) const IN_FLIGHT: usize = 3;
+/// Pieces that demand waits for, in the order in which they come.
+const EXPECTED: usize = 16;
 
 type Layers = HashMap<String, Arc<StreamedLayer>>;
 
@@ -54,10 +57,6 @@ impl Node {
     ) -> Result<()> {
         let began = Instant::now();
         let mut taken = Taken::default();
-        let early = pack.stop();
-        if early > 0 {
-            self.count_pack(&mut taken, recorded, pack.began, 0..early);
-        }
         let (pack, table) = (&pack, Arc::new(self.pack_table(&pack, &mut taken, recorded).await?));
         let mut next = 0;
         let pieces = std::iter::from_fn(|| {
@@ -67,31 +66,50 @@ impl Node {
                 .ok()
                 .flatten()
         });
+        let in_flight = &Semaphore::new(IN_FLIGHT);
         // Looked for only when there is a place for it: what demand took by then is left out.
         let fetches = futures::stream::iter(pieces).map(|piece| async move {
-            let (bytes, began) = match pack.early(&piece.bytes).await {
-                Some(bytes) => (bytes, None),
-                None => {
-                    self.scheduler.prefetch_turn().await;
-                    pace.wait().await;
-                    let began = Instant::now();
-                    (pack.read(piece.bytes.clone()).await?, Some(began))
-                }
-            };
-            anyhow::Ok((piece, bytes, began))
-        });
-        let mut fetches = fetches.buffered(IN_FLIGHT);
-        while let Some((piece, bytes, began)) = fetches.try_next().await? {
-            if let Some(began) = began {
-                self.count_pack(&mut taken, recorded, began, piece.bytes.clone());
-                pace.spend(bytes.len() as u64);
+            if let Some(bytes) = pack.early(&piece.bytes).await {
+                return anyhow::Ok((piece, bytes, None));
             }
-            let (table, layers, log) = (Arc::clone(&table), layers.clone(), Arc::clone(&self.reads));
-            // Decompression, digests and writes: not on the threads that serve reads.
-            let (kept, twice) =
-                tokio::task::spawn_blocking(move || keep(&table, &piece, &bytes, &layers, &log)).await??;
-            taken.chunks += kept;
-            taken.twice += twice;
+            let _place = in_flight.acquire().await?;
+            self.scheduler.prefetch_turn().await;
+            pace.wait().await;
+            let began = Instant::now();
+            let bytes = pack.read(piece.bytes.clone()).await?;
+            Ok((piece, bytes, Some(began)))
+        });
+        let mut fetches = fetches.buffered(EXPECTED);
+        let (sender, mut receiver) = mpsc::channel(IN_FLIGHT);
+        // What comes is not waited with until what came is kept.
+        let fetch = async move {
+            while let Some(fetched) = fetches.try_next().await? {
+                if sender.send(fetched).await.is_err() {
+                    break;
+                }
+            }
+            anyhow::Ok(())
+        };
+        let keep = async {
+            while let Some((piece, bytes, began)) = receiver.recv().await {
+                if let Some(began) = began {
+                    self.count_pack(&mut taken, recorded, began, piece.bytes.clone());
+                    pace.spend(bytes.len() as u64);
+                }
+                let (table, layers, log) = (Arc::clone(&table), layers.clone(), Arc::clone(&self.reads));
+                // Decompression, digests and writes: not on the threads that serve reads.
+                let (kept, twice) =
+                    tokio::task::spawn_blocking(move || keep(&table, &piece, &bytes, &layers, &log))
+                        .await??;
+                taken.chunks += kept;
+                taken.twice += twice;
+            }
+            anyhow::Ok(())
+        };
+        futures::try_join!(fetch, keep)?;
+        let early = pack.came_early();
+        if early > 0 {
+            self.count_pack(&mut taken, recorded, pack.began, 0..early);
         }
         tracing::info!(?taken, size = pack.size(), took = ?began.elapsed(), "the start pack is here");
         Ok(())

@@ -1,15 +1,15 @@
 //! The bytes of a start pack: the first of them are fetched while the image is still made ready, since the link is idle meanwhile.
 
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
-use futures::StreamExt;
+use futures::{StreamExt, TryStreamExt};
 use sluice_registry::RegistryError;
 use sluice_registry::artifact::ArtifactReader;
+use sluice_stream::Scheduler;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 use super::pack::{IN_FLIGHT, PIECE};
 
@@ -20,48 +20,41 @@ const MOST_EARLY: u64 = 16 << 20;
 #[derive(Debug)]
 pub(super) struct PackBytes {
     pack: ArtifactReader,
-    /// What came early, from the beginning on; closed when no more comes.
-    early: watch::Receiver<BytesMut>,
-    progress: Arc<Progress>,
+    early: Option<Early>,
     pub(super) began: Instant,
 }
 
-#[derive(Debug, Default)]
-struct Progress {
-    /// Where the last piece ends that was asked for early.
-    asked: AtomicU64,
-    stopped: AtomicBool,
+/// The first bytes, without gaps. Nothing more comes when this is dropped.
+#[derive(Debug)]
+struct Early {
+    bytes: watch::Receiver<BytesMut>,
+    fetching: JoinHandle<()>,
 }
 
 impl PackBytes {
-    /// `early`: begins to fetch at once.
-    pub(super) fn new(pack: ArtifactReader, early: bool) -> Self {
-        let (sender, receiver) = watch::channel(BytesMut::new());
-        let (progress, began) = (Arc::new(Progress::default()), Instant::now());
-        if early {
-            tokio::spawn(fetch_early(pack.clone(), Arc::clone(&progress), sender));
-        }
-        Self { pack, early: receiver, progress, began }
+    /// With the node's `scheduler` it begins to fetch at once.
+    pub(super) fn new(pack: ArtifactReader, scheduler: Option<Scheduler>) -> Self {
+        let early = scheduler.map(|scheduler| {
+            let (sender, bytes) = watch::channel(BytesMut::new());
+            Early { bytes, fetching: tokio::spawn(fetch_early(pack.clone(), scheduler, sender)) }
+        });
+        Self { pack, early, began: Instant::now() }
     }
 
     pub(super) fn size(&self) -> u64 {
         self.pack.size()
     }
 
-    /// From now on only what is asked for by [`PackBytes::read`] is fetched; bytes that were already.
-    pub(super) fn stop(&self) -> u64 {
-        self.progress.stopped.store(true, Ordering::Release);
-        self.progress.asked.load(Ordering::Acquire)
+    /// How many bytes came early until now.
+    pub(super) fn came_early(&self) -> u64 {
+        self.early.as_ref().map_or(0, |early| early.bytes.borrow().len() as u64)
     }
 
-    /// A range that was asked for early, once it is here; none if it was not, or does not come.
+    /// A range that is fetched early, once it is here; none if it is not, or does not come.
     pub(super) async fn early(&self, range: &Range<u64>) -> Option<Bytes> {
-        if range.end > self.progress.asked.load(Ordering::Acquire) {
-            return None;
-        }
-        let mut early = self.early.clone();
+        let mut bytes = self.early.as_ref().filter(|_| range.end <= MOST_EARLY)?.bytes.clone();
         let (start, end) = (usize::try_from(range.start).ok()?, usize::try_from(range.end).ok()?);
-        let came = early.wait_for(|bytes| bytes.len() >= end).await.ok()?;
+        let came = bytes.wait_for(|bytes| bytes.len() >= end).await.ok()?;
         came.get(start..end).map(Bytes::copy_from_slice)
     }
 
@@ -70,30 +63,27 @@ impl PackBytes {
     }
 }
 
-impl Drop for PackBytes {
+impl Drop for Early {
     fn drop(&mut self) {
-        self.stop();
+        self.fetching.abort();
     }
 }
 
-async fn fetch_early(pack: ArtifactReader, progress: Arc<Progress>, sender: watch::Sender<BytesMut>) {
+async fn fetch_early(pack: ArtifactReader, scheduler: Scheduler, sender: watch::Sender<BytesMut>) {
     let end = pack.size().min(MOST_EARLY);
-    let begin = |start: u64| {
-        let range = start..(start + PIECE).min(end);
-        // Whoever stops us may miss the last piece: it is fetched twice then.
-        let wanted = !progress.stopped.load(Ordering::Acquire);
-        if wanted {
-            progress.asked.store(range.end, Ordering::Release);
-        }
-        wanted.then_some(range)
-    };
     let starts = (0..end).step_by(usize::try_from(PIECE).unwrap_or(usize::MAX));
-    let ranges = starts.map_while(begin);
-    let mut pieces = futures::stream::iter(ranges).map(|range| pack.read_all(range)).buffered(IN_FLIGHT);
-    while let Some(piece) = pieces.next().await {
-        match piece {
-            Ok(bytes) => sender.send_modify(|early| early.extend_from_slice(&bytes)),
-            Err(error) => return tracing::debug!(%error, "the start pack does not come early"),
+    let pieces = futures::stream::iter(starts).map(|start| {
+        let (pack, scheduler) = (&pack, &scheduler);
+        async move {
+            scheduler.prefetch_turn().await;
+            pack.read_all(start..(start + PIECE).min(end)).await
         }
+    });
+    let keep = async |bytes: Bytes| {
+        sender.send_modify(|early| early.extend_from_slice(&bytes));
+        Ok(())
+    };
+    if let Err(error) = pieces.buffered(IN_FLIGHT).try_for_each(keep).await {
+        tracing::debug!(%error, "the start pack does not come early");
     }
 }
