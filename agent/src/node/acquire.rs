@@ -8,14 +8,16 @@ use bytes::Bytes;
 use sluice_blockfs::ImageMount;
 use sluice_image::erofs::Form;
 use sluice_kernel::process::{pidfd_open, wait_for_end};
+use sluice_registry::artifact::ArtifactStore;
 use sluice_registry::{Client, Observer, ResolvedImage, observed};
 use sluice_store::ImageRecord;
 use sluice_trace::Phase;
 
 use super::ahead::{Lookup, looks_of};
+use super::profiles::PROFILE_KIND;
 use super::reads::Step;
 use super::starts::Started;
-use super::{Image, Node};
+use super::{INDEX_KIND, Image, Node};
 use crate::api::{AcquireRequest, Acquired, Holder, Served};
 use crate::daemon::EventSender;
 use crate::journal::{Pull, Reason};
@@ -127,7 +129,13 @@ impl Node {
         {
             return resolved(&parsed, record);
         }
-        match (self.registry.resolve(&parsed).await, known) {
+        // Of what is here nothing more is looked for.
+        let beside: &[_] = match (&self.artifacts, &known) {
+            (ArtifactStore::Referrers(_), None) if self.config.prefetch => &[INDEX_KIND, PROFILE_KIND],
+            (ArtifactStore::Referrers(_), None) => &[INDEX_KIND],
+            _ => &[],
+        };
+        match (self.registry.resolve_with(&parsed, beside).await, known) {
             (Ok(image), _) => Ok(image),
             (Err(error), Some(record)) if error.is_transient() => {
                 events.note(format!("{error}; the image of this name that is on this node is used"));

@@ -149,7 +149,7 @@ impl Shared {
     pub(crate) fn count_fault(&self) -> bool {
         let mut faults = self.faults.write().unwrap_or_else(PoisonError::into_inner);
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        if faults.one_in > 1 && mix(turn) % faults.one_in != 0 {
+        if faults.one_in > 1 && !mix(turn).is_multiple_of(faults.one_in) {
             return false;
         }
         match &mut faults.times {

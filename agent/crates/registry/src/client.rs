@@ -15,6 +15,7 @@ use crate::auth::{CredentialSource, Tokens};
 use crate::health::{Health, jittered};
 use crate::hosts::{Endpoint, Hosts};
 use crate::redact::{Secret, host_of};
+use crate::referrers::Listing;
 use crate::transport::bounded;
 use crate::{Reference, RegistryError};
 
@@ -90,6 +91,7 @@ pub(crate) struct Inner {
     /// Held while a token for a host and scope is fetched.
     pub(crate) renewing: Mutex<Renewing>,
     pub(crate) locations: Locations,
+    pub(crate) listing: Listing,
     hosts: Hosts,
     gates: Mutex<HashMap<String, Gate>>,
 }
@@ -249,6 +251,7 @@ impl Client {
                 renewing: Mutex::default(),
                 gates: Mutex::default(),
                 locations: Locations::default(),
+                listing: Listing::default(),
             }),
         })
     }

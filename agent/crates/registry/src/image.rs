@@ -9,6 +9,7 @@ use oci_spec::image::{Digest, ImageConfiguration, ImageIndex, ImageManifest};
 use reqwest::Method;
 use reqwest::header::{ACCEPT, HeaderMap, HeaderValue};
 
+use crate::artifact::Kind;
 use crate::client::{Ask, Client, Needs, Target};
 use crate::platform::{Platform, candidates};
 use crate::{Reference, RegistryError};
@@ -89,15 +90,26 @@ impl ResolvedImage {
 impl Client {
     /// Finds out what `reference` is now, for this machine's platform.
     pub async fn resolve(&self, reference: &Reference) -> Result<ResolvedImage, RegistryError> {
+        self.resolve_with(reference, &[]).await
+    }
+
+    /// The same. What there is of these kinds of artifacts beside the image is asked for together with its configuration: who looks for
+    /// them within some seconds has one round trip less to wait for.
+    pub async fn resolve_with(
+        &self,
+        reference: &Reference,
+        artifacts: &[Kind],
+    ) -> Result<ResolvedImage, RegistryError> {
         let name = reference.digest().or(reference.tag()).unwrap_or("latest").to_owned();
         let (bytes, digest) = self.manifest(reference, &name).await?;
         if is_index(&media_type_of(&bytes, reference)?) {
-            let found = self.choose(reference, bytes, MAX_DEPTH).await?;
+            let found = self.choose(reference, bytes, artifacts, MAX_DEPTH).await?;
             return found.ok_or_else(|| RegistryError::Image {
                 reference: reference.to_string(),
                 reason: format!("it has no manifest for {}", Platform::own()),
             });
         }
+        artifacts.iter().for_each(|kind| self.list_ahead(reference, &digest, *kind));
         let config = self.config(reference, &bytes).await?;
         ResolvedImage::from_parts(reference.clone(), digest, bytes, config)
     }
@@ -107,6 +119,7 @@ impl Client {
         &'a self,
         reference: &'a Reference,
         index: Bytes,
+        artifacts: &'a [Kind],
         depth: u32,
     ) -> BoxFuture<'a, Result<Option<ResolvedImage>, RegistryError>> {
         let choose = async move {
@@ -116,8 +129,11 @@ impl Client {
                 let (bytes, digest) = self.manifest(reference, entry.digest().as_ref()).await?;
                 let media_type = media_type_of(&bytes, reference)?;
                 if is_index(&media_type) {
-                    let inner =
-                        if depth == 0 { None } else { self.choose(reference, bytes, depth - 1).await? };
+                    let inner = if depth == 0 {
+                        None
+                    } else {
+                        self.choose(reference, bytes, artifacts, depth - 1).await?
+                    };
                     if inner.is_some() {
                         return Ok(inner);
                     }
@@ -127,6 +143,7 @@ impl Client {
                 if entry.platform().is_none() && !is_image(&bytes) {
                     continue;
                 }
+                artifacts.iter().for_each(|kind| self.list_ahead(reference, &digest, *kind));
                 let config = self.config(reference, &bytes).await?;
                 if entry.platform().is_some() || runs_on(&config, &machine) {
                     return ResolvedImage::from_parts(reference.clone(), digest, bytes, config).map(Some);

@@ -1,10 +1,15 @@
 //! Artifacts beside an image: the distribution specification's referrers, by its API or by the tag scheme where there is none.
 
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
 use bytes::Bytes;
 use chrono::{DateTime, FixedOffset};
 use reqwest::Method;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue, LINK, LOCATION};
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 
 use crate::artifact::{
     ArtifactBlob, ArtifactReader, CREATED, INDEX_TYPE, Kind, MANIFEST_TYPE, MAX_DOCUMENT, blobs_of,
@@ -12,10 +17,12 @@ use crate::artifact::{
 use crate::client::{Ask, Client, Document, Needs, Target};
 use crate::image::sha256;
 use crate::redact::{Secret, same_origin};
-use crate::{RegistryError, ResolvedImage};
+use crate::{Reference, RegistryError, ResolvedImage, observe};
 
 /// Pages of a list of referrers, of at most 4 MiB each.
 const MAX_PAGES: usize = 64;
+/// How long a list that was asked for ahead is an answer.
+const LIST_LIFE: Duration = Duration::from_secs(10);
 
 impl Client {
     /// Digests of the artifacts of a kind, newest first.
@@ -24,8 +31,31 @@ impl Client {
         image: &ResolvedImage,
         kind: Kind,
     ) -> Result<Vec<String>, RegistryError> {
-        let entries = self.referrers(image, kind.artifact_type).await?.unwrap_or_default();
+        if let Some((began, list)) = self.inner.listing.take(&image.manifest_digest, kind)
+            && let Ok(Ok(found)) = list.await
+        {
+            observe::answered(began);
+            return Ok(found);
+        }
+        self.list(&image.reference, &image.manifest_digest, kind).await
+    }
+
+    async fn list(
+        &self,
+        reference: &Reference,
+        manifest_digest: &str,
+        kind: Kind,
+    ) -> Result<Vec<String>, RegistryError> {
+        let entries = self.referrers(reference, manifest_digest, kind.artifact_type).await?;
+        let entries = entries.unwrap_or_default();
         Ok(newest_first(&entries, kind.artifact_type).into_iter().map(str::to_owned).collect())
+    }
+
+    /// Begins to ask for the artifacts of a kind, for who will ask soon.
+    pub(crate) fn list_ahead(&self, reference: &Reference, manifest_digest: &str, kind: Kind) {
+        let (client, reference, digest) = (self.clone(), reference.clone(), manifest_digest.to_owned());
+        let list = tokio::spawn(async move { client.list(&reference, &digest, kind).await });
+        self.inner.listing.put(manifest_digest, kind, list);
     }
 
     /// The blobs of an artifact.
@@ -49,19 +79,20 @@ impl Client {
     /// The referrers of an image. `None` if nobody ever said anything about it.
     async fn referrers(
         &self,
-        image: &ResolvedImage,
+        reference: &Reference,
+        manifest_digest: &str,
         artifact_type: &str,
     ) -> Result<Option<Vec<Value>>, RegistryError> {
         let filter: String = url::form_urlencoded::byte_serialize(artifact_type.as_bytes()).collect();
-        let path = format!("referrers/{}?artifactType={filter}", image.manifest_digest);
-        match self.pages(image, path).await {
+        let path = format!("referrers/{manifest_digest}?artifactType={filter}");
+        match self.pages(reference, path).await {
             Ok(entries) => return Ok(Some(entries)),
             // Registries without the API have no such path, or no such method, or make no sense of it. That somebody may
             // not ask is something else.
             Err(RegistryError::Status { status: 400 | 404 | 405 | 406 | 410 | 415 | 501, .. }) => {}
             Err(error) => return Err(error),
         }
-        match self.pages(image, format!("manifests/{}", fallback_tag(&image.manifest_digest))).await {
+        match self.pages(reference, format!("manifests/{}", fallback_tag(manifest_digest))).await {
             Ok(entries) => Ok(Some(entries)),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
@@ -69,11 +100,11 @@ impl Client {
     }
 
     /// A list of descriptors, all its pages.
-    async fn pages(&self, image: &ResolvedImage, path: String) -> Result<Vec<Value>, RegistryError> {
+    async fn pages(&self, reference: &Reference, path: String) -> Result<Vec<Value>, RegistryError> {
         let mut target = Target::Path(path);
         let mut entries = Vec::new();
         for _ in 0..MAX_PAGES {
-            let mut ask = metadata(image, Method::GET, target, None, Needs::Pull);
+            let mut ask = metadata(reference, Method::GET, target, None, Needs::Pull);
             ask.headers.insert(ACCEPT, HeaderValue::from_static(INDEX_TYPE));
             let page = self.document(&ask, MAX_DOCUMENT).await?;
             let wrong = |reason: &str| RegistryError::Protocol {
@@ -89,7 +120,7 @@ impl Client {
             }
         }
         Err(RegistryError::Image {
-            reference: image.reference.to_string(),
+            reference: reference.to_string(),
             reason: format!("its list of referrers has more than {MAX_PAGES} pages"),
         })
     }
@@ -97,13 +128,13 @@ impl Client {
     pub(crate) async fn push_blob(&self, image: &ResolvedImage, bytes: Bytes) -> Result<(), RegistryError> {
         let digest = sha256(&bytes);
         let path = Target::Path(format!("blobs/{digest}"));
-        match self.ask(&metadata(image, Method::HEAD, path, None, Needs::Push)).await {
+        match self.ask(&metadata(&image.reference, Method::HEAD, path, None, Needs::Push)).await {
             Ok(_) => return Ok(()),
             Err(error) if error.is_not_found() => {}
             Err(error) => return Err(error),
         }
         let path = Target::Path("blobs/uploads/".to_owned());
-        let start = metadata(image, Method::POST, path, Some(Bytes::new()), Needs::Push);
+        let start = metadata(&image.reference, Method::POST, path, Some(Bytes::new()), Needs::Push);
         let answer = self.ask(&start).await?;
         let wrong = |reason: &str| RegistryError::Protocol {
             host: answer.host.clone(),
@@ -118,7 +149,7 @@ impl Client {
         let target = Target::Named(answer.endpoint, Secret(url.into()));
         // Its slot is free again for what follows.
         drop((answer.response, answer.slots));
-        let mut put = metadata(image, Method::PUT, target, Some(bytes), Needs::Push);
+        let mut put = metadata(&image.reference, Method::PUT, target, Some(bytes), Needs::Push);
         put.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
         self.ask(&put).await.map(|_| ())
     }
@@ -136,7 +167,7 @@ impl Client {
             "annotations": described.get("annotations").cloned().unwrap_or_else(|| json!({})),
         });
         let path = Target::Path(format!("manifests/{digest}"));
-        let mut put = metadata(image, Method::PUT, path, Some(manifest), Needs::Push);
+        let mut put = metadata(&image.reference, Method::PUT, path, Some(manifest), Needs::Push);
         put.headers.insert(CONTENT_TYPE, HeaderValue::from_static(MANIFEST_TYPE));
         let answer = self.ask(&put).await?;
         if answer.response.headers().contains_key("oci-subject") {
@@ -151,15 +182,15 @@ impl Client {
         document.insert("manifests".to_owned(), Value::Array(entries));
         let body = Some(Bytes::from(Value::Object(document).to_string()));
         let path = Target::Path(format!("manifests/{tag}"));
-        let mut put = metadata(image, Method::PUT, path, body, Needs::Push);
+        let mut put = metadata(&image.reference, Method::PUT, path, body, Needs::Push);
         put.headers.insert(CONTENT_TYPE, HeaderValue::from_static(INDEX_TYPE));
         self.ask(&put).await.map(|_| ())
     }
 
     /// The list under the fall-back tag as the registry itself has it. What cannot be read must not be overwritten.
-    async fn fallback_list(&self, image: &ResolvedImage, tag: &str) -> Result<List, RegistryError> {
+    async fn fallback_list(&self, image: &ResolvedImage, tag: &str) -> Result<Entries, RegistryError> {
         let path = Target::Path(format!("manifests/{tag}"));
-        let mut ask = metadata(image, Method::GET, path, None, Needs::Push);
+        let mut ask = metadata(&image.reference, Method::GET, path, None, Needs::Push);
         ask.headers.insert(ACCEPT, HeaderValue::from_static(INDEX_TYPE));
         match self.document(&ask, MAX_DOCUMENT).await {
             Ok(found) => list(&found.bytes).ok_or_else(|| RegistryError::Protocol {
@@ -178,20 +209,44 @@ impl Client {
 }
 
 fn metadata(
-    image: &ResolvedImage,
+    reference: &Reference,
     method: Method,
     target: Target,
     body: Option<Bytes>,
     needs: Needs,
 ) -> Ask<'_> {
-    let reference = &image.reference;
     Ask { method, reference, target, headers: HeaderMap::new(), body, needs, background: false }
 }
 
-/// An index without its entries, and those.
-pub(crate) type List = (serde_json::Map<String, Value>, Vec<Value>);
+/// Lists of artifacts that were asked for before anybody wanted them, by the image's manifest and the kind.
+#[derive(Debug, Default)]
+pub(crate) struct Listing(Mutex<Lists>);
 
-pub(crate) fn list(bytes: &[u8]) -> Option<List> {
+/// With the time when each was asked for.
+type Lists = HashMap<(String, &'static str), (Instant, List)>;
+type List = JoinHandle<Result<Vec<String>, RegistryError>>;
+
+impl Listing {
+    fn put(&self, manifest_digest: &str, kind: Kind, list: List) {
+        let mut lists = self.lists();
+        lists.retain(|_, (began, _)| began.elapsed() < LIST_LIFE);
+        lists.insert((manifest_digest.to_owned(), kind.artifact_type), (Instant::now(), list));
+    }
+
+    fn take(&self, manifest_digest: &str, kind: Kind) -> Option<(Instant, List)> {
+        let list = self.lists().remove(&(manifest_digest.to_owned(), kind.artifact_type))?;
+        Some(list).filter(|(began, _)| began.elapsed() < LIST_LIFE)
+    }
+
+    fn lists(&self) -> MutexGuard<'_, Lists> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An index without its entries, and those.
+pub(crate) type Entries = (serde_json::Map<String, Value>, Vec<Value>);
+
+pub(crate) fn list(bytes: &[u8]) -> Option<Entries> {
     let Ok(Value::Object(mut document)) = serde_json::from_slice(bytes) else { return None };
     let kind = document.get("mediaType");
     if kind.is_some_and(|kind| kind.as_str() != Some(INDEX_TYPE)) {

@@ -4,6 +4,7 @@
 mod support;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -79,6 +80,32 @@ async fn all_pages_are_read_and_the_newest_wins() {
     assert_eq!(found(&fake).await.expect("found").as_deref(), Some("c"));
     assert_eq!(fake.seen("/referrers/").len(), 3);
     assert!(fake.seen("/referrers/")[0].is("artifactType=application%2Fvnd.test.v1"));
+}
+
+#[tokio::test]
+async fn a_list_that_is_asked_for_with_the_image_is_used_once() {
+    let fake = registry(|_| Reply::new(200, list(&[entry("a", "2022-01-01T00:00:00Z")]))).await;
+    let client = client(RegistryConfig::default());
+    let artifacts = ArtifactStore::Referrers(client.clone());
+    let image = client.resolve_with(&fake.reference(), &[KIND]).await.expect("resolved");
+    for asked in [1, 2] {
+        assert!(artifacts.find(&image, KIND).await.expect("found").is_some());
+        assert_eq!(fake.seen("/referrers/").len(), asked);
+    }
+}
+
+#[tokio::test]
+async fn a_list_that_does_not_come_with_the_image_is_asked_for_again() {
+    let first = AtomicBool::new(true);
+    let fake = registry(move |_| match first.swap(false, Ordering::SeqCst) {
+        true => Reply::new(200, "<html>"),
+        false => Reply::new(200, list(&[entry("a", "2022-01-01T00:00:00Z")])),
+    });
+    let fake = fake.await;
+    let client = client(RegistryConfig::default());
+    let image = client.resolve_with(&fake.reference(), &[KIND]).await.expect("resolved");
+    assert!(ArtifactStore::Referrers(client).find(&image, KIND).await.expect("found").is_some());
+    assert_eq!(fake.seen("/referrers/").len(), 2);
 }
 
 #[tokio::test]
