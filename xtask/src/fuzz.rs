@@ -122,8 +122,9 @@ impl Run {
             std::fs::create_dir_all(dir)?;
         }
         let log = room.join(format!("{name}.log"));
-        let child = Command::new("nice")
-            .args(["-n", "15"])
+        // As in the product, whose runtime sees to it: a pipe that nobody reads is an error, and no signal.
+        let child = Command::new("sh")
+            .args(["-c", "trap '' PIPE; exec nice -n 15 \"$@\"", "sh"])
             .arg(binary)
             .env("SLUICE_FUZZ_TARGET", name)
             .args([corpus, top().join("agent/fuzz/seeds").join(name)].iter().filter(|dir| dir.exists()))
@@ -145,7 +146,8 @@ impl Run {
         let executions = said.lines().find_map(|line| line.strip_prefix("stat::number_of_executed_units:"));
         let finding = (!status.success()).then(|| {
             let last = said.lines().find(|line| line.contains("panicked at") || line.contains("ERROR:"));
-            let (last, log, kept) = (last.unwrap_or_default(), self.log.display(), self.artifacts.display());
+            let (log, kept) = (self.log.display(), self.artifacts.display());
+            let last = last.map_or_else(|| status.to_string(), str::to_owned);
             format!("FOUND {last} (input in {kept}, log in {log})")
         });
         let executions = executions.unwrap_or("?").trim().to_owned();

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -29,8 +30,10 @@ pub(crate) struct Args {
     binary: Option<PathBuf>,
 }
 
-/// Both processes together, in bytes.
-const TARGET: f64 = 40e6;
+/// Bytes of the daemon, and of both processes together.
+const TARGET: u64 = 40_000_000;
+/// Longer than probes stay attached for starts to come, and than freed memory stays.
+const SETTLED: Duration = Duration::from_secs(12);
 
 /// Runs it.
 pub(crate) fn memory(args: &Args) -> Result<()> {
@@ -93,16 +96,27 @@ fn name(number: usize) -> String {
 }
 
 fn say(node: &Sluice, when: &str) -> Result<()> {
+    // After a start its probes stay attached for a while.
+    std::thread::sleep(SETTLED);
     let status = node.status()?;
-    let bytes = |pointer: &str| {
-        status.pointer(pointer).and_then(Value::as_f64).with_context(|| format!("no {pointer} is told"))
+    let number = |pointer: &str| {
+        status.pointer(pointer).and_then(Value::as_u64).with_context(|| format!("no {pointer} is told"))
     };
-    let (daemon, server) = (bytes("/resident_bytes")?, bytes("/blocks/resident_bytes")?);
+    let (daemon, server) = (number("/resident_bytes")?, number("/blocks/resident_bytes")?);
+    let together = proportional(number("/pid")?)? + proportional(number("/blocks/pid")?)?;
     println!(
-        "{when}: daemon {:.1} MB, server of block files {:.1} MB; {} 40 MB together",
-        daemon / 1e6,
-        server / 1e6,
-        if daemon + server <= TARGET { "met: <=" } else { "NOT MET: <=" }
+        "{when}: daemon {:.1} MB, server of block files {:.1} MB, together {:.1} MB (shared pages once); {} 40 MB",
+        daemon as f64 / 1e6,
+        server as f64 / 1e6,
+        together as f64 / 1e6,
+        if daemon.max(together) <= TARGET { "met: <=" } else { "NOT MET: <=" }
     );
     Ok(())
+}
+
+/// Bytes of a process, of shared pages its share: both processes run one program (smaps_rollup, proc_pid_smaps(5)).
+fn proportional(pid: u64) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss is told")?;
+    Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
 }

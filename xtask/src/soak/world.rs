@@ -152,7 +152,8 @@ impl World {
     /// Puts a new program in the place of the one that runs, as a package does.
     pub(crate) fn replace_binary(&self) -> Result<()> {
         let new = self.path("sluice.new");
-        fs::copy(&self.build, &new).context("cannot copy sluice")?;
+        // By another process: what the other threads start meanwhile must not have it open for writing, or it cannot be run.
+        output(Command::new("cp").arg(&self.build).arg(&new))?;
         fs::rename(&new, &self.binary).context("cannot replace sluice")
     }
 

@@ -303,7 +303,8 @@ fn take_sample(input: &mut Input<'_>, all: &[FileFacts]) -> Result<Sample, Profi
     let recorded_at = input.number()?;
     let inherited = input.byte()? != 0;
     let (mut file, mut page, mut ms) = (0_i64, 0_i64, 0_i64);
-    let mut numbers: HashMap<usize, u32> = HashMap::new();
+    // A file that is there twice is one.
+    let mut numbers: HashMap<&FileFacts, u32> = HashMap::new();
     let mut files = Vec::new();
     let mut ranges = Vec::new();
     for _ in 0..input.at_most(MAX_RANGES as u64)? {
@@ -319,7 +320,7 @@ fn take_sample(input: &mut Input<'_>, all: &[FileFacts]) -> Result<Sample, Profi
         if pages == 0 || (u64::from(first_page) + u64::from(pages) - 1) * PAGE >= facts.size {
             return Err(ProfileError::Damaged("a range is outside its file"));
         }
-        let number = *numbers.entry(index).or_insert_with(|| {
+        let number = *numbers.entry(facts).or_insert_with(|| {
             files.push(facts.clone());
             files.len() as u32 - 1
         });
