@@ -16,25 +16,26 @@ use crate::{Layer, Store, StoreError};
 /// Records read at a time when two layers are compared.
 const RECORDS_AT_ONCE: usize = 4096;
 
-/// Where else a layer's chunks are.
+/// Where else a layer's chunks are. Four bytes per chunk: where in the other layer is looked up in its file when it is copied.
 #[derive(Debug)]
 pub struct LocalCopies {
     store: Store,
-    /// Digests of layers that have any.
+    /// Digests of layers that have any, complete ones first.
     layers: Vec<String>,
-    /// Sorted.
-    found: Vec<Found>,
+    /// Of each chunk the layers that have it, as far as they are remembered, by number in `layers`; [`NOWHERE`].
+    found: Vec<[u16; REMEMBERED]>,
     /// The source last used: neighbours mostly have the same one.
-    last: Mutex<Option<Arc<Layer>>>,
+    last: Mutex<Option<Arc<Source>>>,
 }
 
-/// A chunk of the layer that another layer has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Found {
-    store_offset: u64,
-    /// In `layers`.
-    layer: u32,
-    source_offset: u64,
+/// Other layers that are remembered of a chunk.
+const REMEMBERED: usize = 2;
+const NOWHERE: u16 = u16::MAX;
+
+#[derive(Debug)]
+struct Source {
+    layer: Arc<Layer>,
+    digests: Records<DigestRecord>,
 }
 
 impl Store {
@@ -49,23 +50,23 @@ impl Store {
         if layer.is_complete() {
             return Ok(copies);
         }
-        for digest in self.layers()? {
-            if digest == layer.digest() {
-                continue;
+        let mut others = Vec::new();
+        for digest in self.layers()?.into_iter().filter(|digest| digest != layer.digest()) {
+            others.extend(self.layer(&digest)?);
+        }
+        others.sort_by_key(|other| !other.is_complete());
+        for other in others {
+            if copies.layers.len() >= usize::from(NOWHERE) {
+                break;
             }
-            let Some(other) = self.layer(&digest)? else { continue };
-            match compare(layer, &other, copies.layers.len() as u32) {
-                Ok(found) if found.is_empty() => {}
-                Ok(found) => {
-                    copies.found.extend(found);
-                    copies.layers.push(digest);
-                }
+            match copies.look_into(layer, &other) {
+                Ok(0) => {}
+                Ok(_) => copies.layers.push(other.digest().to_owned()),
                 Err(error) => {
-                    tracing::warn!(layer = digest, %error, "its contents are not looked through for copies");
+                    tracing::warn!(layer = other.digest(), %error, "its contents are not looked through for copies");
                 }
             }
         }
-        copies.found.sort_unstable();
         Ok(copies)
     }
 }
@@ -73,18 +74,31 @@ impl Store {
 impl LocalCopies {
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.found.len()
+        self.found.iter().filter(|found| is_somewhere(found)).count()
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.found.is_empty()
+        self.layers.is_empty()
     }
 
-    /// Store offset of the first chunk at or after `offset` that may be copied.
-    pub fn next(&self, offset: u64) -> Option<u64> {
-        let at = self.found.partition_point(|found| found.store_offset < offset);
-        self.found.get(at).map(|found| found.store_offset)
+    /// Store offset of the first chunk of `layer` at or after `offset` that may be copied.
+    pub fn next(&self, layer: &Layer, offset: u64) -> io::Result<Option<u64>> {
+        if self.is_empty() {
+            return Ok(None);
+        }
+        let mut number = layer.first_chunk(offset)?;
+        while let Some(ahead) =
+            self.found.get(number as usize..).and_then(|rest| rest.iter().position(is_somewhere))
+        {
+            number += ahead as u64;
+            let start = layer.chunk(number)?.map(|chunk| chunk.store_offset.get());
+            if start.is_none_or(|start| start >= offset) {
+                return Ok(start);
+            }
+            number += 1;
+        }
+        Ok(None)
     }
 
     /// Copies a chunk of `layer` from another one, if one has it now and its bytes are what they should be. Blocks the thread.
@@ -94,31 +108,82 @@ impl LocalCopies {
         chunk: &ChunkRecord,
         algorithm: DigestAlgorithm,
     ) -> Result<bool, StoreError> {
-        let start = chunk.store_offset.get();
-        let first = self.found.partition_point(|found| found.store_offset < start);
-        let candidates = self.found.get(first..).unwrap_or(&[]);
-        for found in candidates.iter().take_while(|found| found.store_offset == start) {
-            let Some(source) = self.source(found.layer)? else { continue };
-            match layer.copy_from(&source, found.source_offset, chunk, algorithm) {
+        if self.is_empty() {
+            return Ok(false);
+        }
+        let failed = |source| StoreError::File { what: "read", path: layer.dir().to_path_buf(), source };
+        let number = layer.first_chunk(chunk.store_offset.get()).map_err(failed)?;
+        for other in self.found.get(number as usize).into_iter().flatten() {
+            let Some(source) = self.source(*other)? else { continue };
+            let copied = source.find(chunk).and_then(|found| match found {
+                Some(offset) => layer.copy_from(&source.layer, offset, chunk, algorithm),
+                None => Ok(false),
+            });
+            match copied {
                 Ok(true) => return Ok(true),
                 Ok(false) => {}
                 Err(error) => {
-                    tracing::warn!(from = source.digest(), offset = found.source_offset, size = chunk.len.get(), %error, "cannot copy; it is fetched instead");
+                    tracing::warn!(from = source.layer.digest(), size = chunk.len.get(), %error, "cannot copy; it is fetched instead");
                 }
             }
         }
         Ok(false)
     }
 
-    fn source(&self, layer: u32) -> Result<Option<Arc<Layer>>, StoreError> {
-        let Some(digest) = self.layers.get(layer as usize) else { return Ok(None) };
+    fn source(&self, number: u16) -> Result<Option<Arc<Source>>, StoreError> {
+        let Some(digest) = self.layers.get(usize::from(number)) else { return Ok(None) };
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(layer) = last.as_ref().filter(|layer| layer.digest() == digest) {
-            return Ok(Some(Arc::clone(layer)));
+        if let Some(source) = last.as_ref().filter(|source| source.layer.digest() == digest) {
+            return Ok(Some(Arc::clone(source)));
         }
         // It may be gone by now.
-        *last = self.store.layer(digest)?;
+        *last = self.store.layer(digest)?.map(Source::open).transpose()?.map(Arc::new);
         Ok(last.clone())
+    }
+
+    /// Remembers chunks of `layer` that `other` has, by their whole digests; how many it has.
+    fn look_into(&mut self, layer: &Layer, other: &Layer) -> Result<u64, StoreError> {
+        let (Some(mine), Some(theirs)) = (Sorted::open(layer)?, Sorted::open(other)?) else { return Ok(0) };
+        let (this, mut count) = (self.layers.len() as u16, 0);
+        self.found.resize(mine.records.count() as usize, [NOWHERE; REMEMBERED]);
+        join(mine, theirs, |one, same| {
+            let (Some(mine), Some(theirs)) = (layer.chunk(one)?, other.chunk(same)?) else { return Ok(()) };
+            if mine.digest == theirs.digest && mine.len == theirs.len {
+                count += 1;
+                let places = self.found.get_mut(one as usize).into_iter().flatten();
+                places.filter(|place| **place == NOWHERE).take(1).for_each(|place| *place = this);
+            }
+            Ok(())
+        })
+        .map_err(|source| StoreError::File {
+            what: "read",
+            path: other.dir().to_path_buf(),
+            source,
+        })?;
+        Ok(count)
+    }
+}
+
+fn is_somewhere(found: &[u16; REMEMBERED]) -> bool {
+    found.iter().any(|place| *place != NOWHERE)
+}
+
+impl Source {
+    fn open(layer: Arc<Layer>) -> Result<Self, StoreError> {
+        let digests = Records::open(&layer.dir().join("digests"))?;
+        Ok(Self { layer, digests })
+    }
+
+    /// Where it has a chunk, the first place if there are several.
+    fn find(&self, chunk: &ChunkRecord) -> io::Result<Option<u64>> {
+        let prefix = *chunk.digest.first_chunk().unwrap_or(&[0; 8]);
+        let at = self.digests.partition_point(|record| record.prefix < prefix)?;
+        let Some(record) = self.digests.get(at)?.filter(|record| record.prefix == prefix) else {
+            return Ok(None);
+        };
+        let found = self.layer.chunk(record.number())?;
+        let same = found.filter(|found| found.digest == chunk.digest && found.len == chunk.len);
+        Ok(same.map(|found| found.store_offset.get()))
     }
 }
 
@@ -173,43 +238,24 @@ impl Layer {
     }
 }
 
-/// Chunks of `layer` that `other` has, by their whole digests.
-fn compare(layer: &Layer, other: &Layer, number: u32) -> Result<Vec<Found>, StoreError> {
-    let (Some(mine), Some(theirs)) = (Sorted::open(layer)?, Sorted::open(other)?) else {
-        return Ok(Vec::new());
-    };
-    let failed = |source| StoreError::File { what: "read", path: other.dir().to_path_buf(), source };
-    join(mine, theirs, |mine, theirs| {
-        let (Some(mine), Some(theirs)) = (layer.chunk(mine)?, other.chunk(theirs)?) else { return Ok(None) };
-        let same = mine.digest == theirs.digest && mine.len == theirs.len;
-        Ok(same.then(|| Found {
-            store_offset: mine.store_offset.get(),
-            layer: number,
-            source_offset: theirs.store_offset.get(),
-        }))
-    })
-    .map_err(failed)
-}
-
 /// Pairs of records with equal prefixes; of several in `theirs` the first is taken.
 fn join(
     mut mine: Sorted,
     mut theirs: Sorted,
-    pair: impl Fn(u64, u64) -> io::Result<Option<Found>>,
-) -> io::Result<Vec<Found>> {
-    let mut found = Vec::new();
+    mut pair: impl FnMut(u64, u64) -> io::Result<()>,
+) -> io::Result<()> {
     let (mut left, mut right) = (mine.next()?, theirs.next()?);
     while let (Some(one), Some(other)) = (left, right) {
         match one.prefix.cmp(&other.prefix) {
             std::cmp::Ordering::Less => left = mine.next()?,
             std::cmp::Ordering::Greater => right = theirs.next()?,
             std::cmp::Ordering::Equal => {
-                found.extend(pair(one.number(), other.number())?);
+                pair(one.number(), other.number())?;
                 left = mine.next()?;
             }
         }
     }
-    Ok(found)
+    Ok(())
 }
 
 /// A layer's `digests`, read in order.

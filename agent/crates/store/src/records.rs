@@ -27,6 +27,10 @@ impl<R: FromBytes + IntoBytes + FromZeros> Records<R> {
         Ok(Self { file, count: len / size_of::<R>() as u64, record: PhantomData })
     }
 
+    pub(crate) fn count(&self) -> u64 {
+        self.count
+    }
+
     pub(crate) fn get(&self, number: u64) -> io::Result<Option<R>> {
         if number >= self.count {
             return Ok(None);

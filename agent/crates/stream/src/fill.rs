@@ -163,7 +163,7 @@ impl StreamedLayer {
     /// Copies what other layers of the store have.
     async fn copy_all(self: &Arc<Self>) -> Result<(), StreamError> {
         let copies = self.copies().await?;
-        let mut offset = copies.next(0);
+        let mut offset = copies.next(&self.parts.layer, 0).map_err(|error| self.io(&error))?;
         while let Some(start) = offset {
             let _turn = self.parts.scheduler.background_turn().await;
             if !self.parts.layer.has_space() {
@@ -187,7 +187,7 @@ impl StreamedLayer {
             if !self.parts.layer.has(bytes_of(&chunk)) {
                 self.copy(&chunk)?;
             }
-            next = self.copies_after(bytes_of(&chunk).end);
+            next = self.copies_after(bytes_of(&chunk).end)?;
         }
         Ok(next)
     }

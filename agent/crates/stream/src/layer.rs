@@ -352,7 +352,7 @@ impl StreamedLayer {
             });
             return Ok(false);
         };
-        if copies.next(chunk.store_offset.get()) != Some(chunk.store_offset.get()) {
+        if copies.is_empty() {
             return Ok(false);
         }
         let (this, chunk) = (Arc::clone(self), *chunk);
@@ -376,8 +376,9 @@ impl StreamedLayer {
     }
 
     /// Store offset of the first chunk at or after `offset` that another layer may have.
-    pub(crate) fn copies_after(&self, offset: u64) -> Option<u64> {
-        self.copies.get().and_then(|copies| copies.next(offset))
+    pub(crate) fn copies_after(&self, offset: u64) -> Result<Option<u64>, StreamError> {
+        let Some(copies) = self.copies.get() else { return Ok(None) };
+        copies.next(&self.parts.layer, offset).map_err(|error| self.io(&error))
     }
 
     /// Adds the file to an error about damaged bytes.
