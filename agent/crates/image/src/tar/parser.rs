@@ -161,7 +161,11 @@ impl TarParser {
             if self.extension_bytes > MAX_EXTENSION {
                 return Err(self.too_large("extended header", MAX_EXTENSION));
             }
-            self.state = State::Extension { type_flag, data: Vec::new(), left, padding: padding(left) };
+            if left == 0 {
+                self.extension_bytes(&[], type_flag, Vec::new(), 0, 0)?;
+            } else {
+                self.state = State::Extension { type_flag, data: Vec::new(), left, padding: padding(left) };
+            }
             return Ok(Step::Skeleton);
         }
         let extensions = std::mem::take(&mut self.extensions);
