@@ -50,6 +50,55 @@ fn readers_do_not_notice_that_daemons_die() {
     assert!(node.ok(&["fsck"]).ends_with(" 0 problems\n"));
 }
 
+/// In the kernel it waits for the reads under way, and cannot end before they are answered.
+#[test]
+fn readers_do_not_notice_that_a_daemon_dies_while_it_hands_over() {
+    let node = Node::indexed("[stream]\nfill = false\n");
+    let dir = node.room("mount");
+    let mut caught = 0;
+    for _ in 0..5 {
+        node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let _ends = Ends(&over);
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    let file = std::fs::File::open(dir.join("data/large")).unwrap();
+                    let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+                    nix::fcntl::posix_fadvise(file, 0, 0, advice).unwrap();
+                    assert_content(&dir.join("data/large"), &large());
+                }
+            });
+            let pid = node.daemon_pid();
+            let mut pull = node.command(&["pull", &node.image()]).spawn().unwrap();
+            while pull.try_wait().unwrap().is_none() && !is_handing_over(pid) {}
+            if is_handing_over(pid) {
+                let daemon = nix::unistd::Pid::from_raw(pid);
+                nix::sys::signal::kill(daemon, nix::sys::signal::Signal::SIGKILL).unwrap();
+                caught += 1;
+            }
+            ended("the pull", pull);
+            node.ok(&["pull", &node.image()]);
+        });
+        assert_content(&dir.join("data/large"), &large());
+        node.ok(&["umount", &dir.to_string_lossy()]);
+        node.ok(&["rm", &node.image()]);
+        if caught == 2 {
+            return;
+        }
+    }
+    panic!("killed {caught} times during a hand-over");
+}
+
+/// Whether one of its threads is in `LOOP_CHANGE_FD` (proc_pid_syscall(5), linux/loop.h).
+fn is_handing_over(pid: i32) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    tasks.filter_map(|task| std::fs::read_to_string(task.path().join("syscall")).ok()).any(|call| {
+        let mut words = call.split(' ');
+        words.next() == Some(&nix::libc::SYS_ioctl.to_string()) && words.nth(1) == Some("0x4c06")
+    })
+}
+
 /// Another version takes over, at a place of its own and then in the same place; who reads notices nothing.
 #[test]
 fn an_upgrade_fails_no_read() {
