@@ -74,7 +74,11 @@ impl BlockFs {
         }
         let text = String::from_utf8_lossy(&hello.bytes).into_owned();
         let mut lines = text.lines();
-        let way = if lines.next() == Some("io_uring") { Way::IoUring } else { Way::Classic };
+        let way = match lines.next() {
+            Some("zero_copy") => Way::ZeroCopy,
+            Some("io_uring") => Way::IoUring,
+            _ => Way::Classic,
+        };
         let reason = lines.next().unwrap_or_default().to_owned();
         let left = lines.filter_map(FileRecord::parse).collect();
         let (lost, _) = watch::channel(false);

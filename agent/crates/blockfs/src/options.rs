@@ -6,6 +6,8 @@ use std::time::Duration;
 /// A way in which the kernel's requests reach us and its replies go back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
+    /// As io_uring, but the bytes are read straight into the pages of whoever reads (Linux 7.3).
+    ZeroCopy,
     /// FUSE over io_uring (Linux 6.14): a queue per CPU, bytes read from the layer's file straight into the reply.
     IoUring,
     /// Reading and writing `/dev/fuse`, by fuser.
@@ -15,6 +17,7 @@ pub enum Way {
 impl fmt::Display for Way {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::ZeroCopy => "zero_copy",
             Self::IoUring => "io_uring",
             Self::Classic => "classic",
         })
@@ -24,7 +27,7 @@ impl fmt::Display for Way {
 /// Which way is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Choice {
-    /// io_uring where it can be had, else classic, with the reason in the log and in [`crate::BlockFs::way`].
+    /// The first in the order of [`Way`] that can be had, with the reason in the log and in [`crate::BlockFs::way`].
     #[default]
     Auto,
     /// This one or none.

@@ -150,17 +150,31 @@ impl Shared {
     }
 
     fn mount(self: &Arc<Self>) -> io::Result<(Way, String)> {
-        let reason = match self.options.choice {
-            Choice::Only(Way::Classic) => "as configured".to_owned(),
-            choice => match rings::start(self, &self.dir) {
-                Ok(()) => return Ok((Way::IoUring, "the kernel offers it".to_owned())),
-                Err(error) if choice == Choice::Auto => format!("no io_uring: {error}"),
-                Err(error) => return Err(error),
-            },
+        let wanted = match &self.options.choice {
+            Choice::Auto => &[Way::ZeroCopy, Way::IoUring, Way::Classic][..],
+            Choice::Only(way) => std::slice::from_ref(way),
         };
+        let mut failed = None;
+        for way in wanted {
+            match self.mount_by(*way) {
+                Ok(()) => {
+                    let chosen = if *way == Way::Classic { "as configured" } else { "the kernel offers it" };
+                    let fallen = |(way, error)| format!("no {way}: {error}");
+                    return Ok((*way, failed.map_or(chosen.to_owned(), fallen)));
+                }
+                Err(error) => failed = Some((way, error)),
+            }
+        }
+        Err(failed.map_or(io::ErrorKind::InvalidInput.into(), |(_, error)| error))
+    }
+
+    fn mount_by(self: &Arc<Self>, way: Way) -> io::Result<()> {
+        if way != Way::Classic {
+            return rings::start(self, &self.dir, way);
+        }
         let session = classic::start(self, &self.dir)?;
         *self.classic.lock().unwrap_or_else(PoisonError::into_inner) = Some(session);
-        Ok((Way::Classic, reason))
+        Ok(())
     }
 
     /// The file system is no more, say the threads that served it in this way.

@@ -36,13 +36,14 @@ const MAX_ENTRIES: usize = 4096;
 /// All requests are as small as this at least.
 const MIN_PAYLOAD: usize = 8192;
 
-/// Mounts on `dir` and serves. On an error nothing is mounted.
-pub(super) fn start(shared: &Arc<Shared>, dir: &Path) -> io::Result<()> {
+/// Mounts on `dir` and serves in this way, which is not the classic one. On an error nothing is mounted.
+pub(super) fn start(shared: &Arc<Shared>, dir: &Path, way: Way) -> io::Result<()> {
     sluice_kernel::fuse::enable_uring()?;
     sluice_kernel::fuse_ring::probe()?;
     let restrictions = Restrictions { read_only: true, no_suid: true, no_dev: true, no_exec: true };
     let device = sluice_kernel::fuse::mount_fuse("sluice", restrictions, dir).map_err(io::Error::other)?;
-    let started = handshake(&device, &shared.options).and_then(|()| serve(shared, Arc::new(device)));
+    let started =
+        handshake(&device, &shared.options, way).and_then(|()| serve(shared, Arc::new(device), way));
     if started.is_err() {
         let options = UnmountOptions { lazy: true, force: false };
         sluice_kernel::unmount(dir, options).map_err(io::Error::other)?;
@@ -50,32 +51,35 @@ pub(super) fn start(shared: &Arc<Shared>, dir: &Path) -> io::Result<()> {
     started
 }
 
-fn handshake(mut device: &File, options: &Options) -> io::Result<()> {
+fn handshake(mut device: &File, options: &Options, way: Way) -> io::Result<()> {
     let mut buffer = vec![0; DEVICE_BUFFER];
     let length = device.read(&mut buffer)?;
     let request = buffer.get(..length).and_then(Request::from_device);
     let request = request.filter(|request| request.header.opcode == wire::INIT);
     let request = request.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no INIT came first"))?;
-    let reply = wire::init(&request, options.request_bytes, MAX_BACKGROUND).ok_or_else(|| {
-        io::Error::new(io::ErrorKind::Unsupported, "the kernel does not offer FUSE over io_uring")
+    let zero_copy = way == Way::ZeroCopy;
+    let reply = wire::init(&request, options.request_bytes, MAX_BACKGROUND, zero_copy).ok_or_else(|| {
+        let without = if zero_copy { ", or not with zero copy" } else { "" };
+        let text = format!("the kernel does not offer FUSE over io_uring{without}");
+        io::Error::new(io::ErrorKind::Unsupported, text)
     })?;
     device.write_all(&reply)
 }
 
 /// Starts the threads, and waits until all rings are registered.
-fn serve(shared: &Arc<Shared>, device: Arc<File>) -> io::Result<()> {
+fn serve(shared: &Arc<Shared>, device: Arc<File>, way: Way) -> io::Result<()> {
     let (started, results) = channel();
     let threads = assign(&usable_cpus()?, possible_cpus()?);
     let count = threads.len();
     for (cpu, queues) in threads {
         let (shared, device, started) = (Arc::clone(shared), Arc::clone(&device), started.clone());
-        let run = move || ring_thread(&shared, device, cpu, &queues, &started);
+        let run = move || ring_thread(&shared, device, way, cpu, &queues, &started);
         std::thread::Builder::new().name(format!("fuse-ring-{cpu}")).spawn(run)?;
     }
     let shared = Arc::clone(shared);
     std::thread::Builder::new()
         .name("fuse-device".to_owned())
-        .spawn(move || device_thread(&shared, &device))?;
+        .spawn(move || device_thread(&shared, &device, way))?;
     drop(started);
     let results: Vec<_> = results.iter().take(count).collect();
     if results.len() < count {
@@ -147,11 +151,12 @@ impl Inbox {
 fn ring_thread(
     shared: &Arc<Shared>,
     device: Arc<File>,
+    way: Way,
     cpu: u16,
     queues: &[u16],
     started: &Sender<io::Result<()>>,
 ) {
-    let ring = pin(cpu).and_then(|()| RingThread::new(shared, device, queues));
+    let ring = pin(cpu).and_then(|()| RingThread::new(shared, device, way, queues));
     let (result, ring) = match ring {
         Ok(ring) => (Ok(()), Some(ring)),
         Err(error) => (Err(error), None),
@@ -164,7 +169,7 @@ fn ring_thread(
     {
         tracing::error!(cpu, %error, "a ring ends");
     }
-    shared.ended(Way::IoUring);
+    shared.ended(way);
 }
 
 fn pin(cpu: u16) -> io::Result<()> {
@@ -200,12 +205,13 @@ struct RingThread {
 }
 
 impl RingThread {
-    fn new(shared: &Arc<Shared>, device: Arc<File>, queues: &[u16]) -> io::Result<Self> {
+    fn new(shared: &Arc<Shared>, device: Arc<File>, way: Way, queues: &[u16]) -> io::Result<Self> {
         let options = &shared.options;
         let size = RingSize {
             entries: options.queue_depth.max(1),
             registered: options.registered.min(options.queue_depth.max(1)),
             payload_bytes: (options.request_bytes as usize).max(MIN_PAYLOAD),
+            zero_copy: way == Way::ZeroCopy,
         };
         let waker = Waker::new()?;
         let inbox = Arc::new(Inbox { answers: Mutex::default(), waker: waker.clone() });
@@ -232,7 +238,7 @@ impl RingThread {
         }
     }
 
-    fn request(&mut self, mut held: Held) -> io::Result<()> {
+    fn request(&mut self, held: Held) -> io::Result<()> {
         let (headers, payload) = self.ring.request(&held);
         let Some(request) = Request::from_ring(headers, payload) else {
             return self.ring.reply(held, Err(libc_eio()));
@@ -250,9 +256,7 @@ impl RingThread {
                 self.grow(queue)
             }
             Answer::Bytes(bytes) => {
-                let place = self.ring.payload_mut(&mut held).get_mut(..bytes.len());
-                let answer = place.map(|place| place.copy_from_slice(&bytes));
-                self.ring.reply(held, answer.map(|()| bytes.len() as u32).ok_or(libc_eio()))?;
+                self.reply_bytes(held, &bytes)?;
                 if poked && self.ring.next_came(number)? {
                     // The kernel had a request queued, and maybe more behind it.
                     poke(self.shared.dir.clone(), queue);
@@ -260,7 +264,7 @@ impl RingThread {
                 Ok(())
             }
             Answer::Failed(errno) => self.ring.reply(held, Err(errno)),
-            Answer::Read { read: Read::Nothing, .. } | Answer::Nothing => self.ring.reply(held, Ok(0)),
+            Answer::Read { read: Read::Nothing, .. } | Answer::Nothing => self.ring.reply(held, Ok(())),
         }
     }
 
@@ -289,21 +293,19 @@ impl RingThread {
     }
 
     fn answers(&mut self) -> io::Result<()> {
-        for (mut held, asked, supply) in self.inbox.take() {
-            let Asked { offset, len, .. } = asked;
+        for (held, asked, supply) in self.inbox.take() {
             self.waiting = self.waiting.saturating_sub(1);
             match supply {
                 // It failed before: there is nobody else to be asked.
-                Supply::InFile(file) if asked.unreadable => {
-                    self.ring.reply_by_hand(held, &file, offset, len)?;
-                }
+                Supply::InFile(file) if asked.unreadable => match read(&file, asked) {
+                    Ok(bytes) => self.reply_bytes(held, &bytes)?,
+                    Err(error) => {
+                        self.ring.reply(held, Err(error.raw_os_error().unwrap_or(libc_eio())))?;
+                    }
+                },
                 Supply::InFile(file) => self.reply_from_file(held, &file, asked)?,
                 Supply::Failed(errno) => self.ring.reply(held, Err(errno))?,
-                Supply::Bytes(bytes) => {
-                    let place = self.ring.payload_mut(&mut held).get_mut(..bytes.len());
-                    let answer = place.map(|place| place.copy_from_slice(&bytes));
-                    self.ring.reply(held, answer.map(|()| len).ok_or(libc_eio()))?;
-                }
+                Supply::Bytes(bytes) => self.reply_bytes(held, &bytes)?,
             }
         }
         Ok(())
@@ -314,19 +316,25 @@ impl RingThread {
         self.ring.reply_from_file(held, file, asked.offset, asked.len)
     }
 
+    fn reply_bytes(&mut self, held: Held, bytes: &[u8]) -> io::Result<()> {
+        // Should they have to be read from memory, and that fail, nothing is tried again.
+        self.reading.remove(&held.number());
+        self.ring.reply_bytes(held, bytes)
+    }
+
     /// The read in front of a commit failed or came short. It is read again, and the agent is asked for what the file does not give.
-    fn unread(&mut self, mut held: Held) -> io::Result<()> {
-        let Some(asked) = self.reading.get(&held.number()).copied() else {
+    fn unread(&mut self, held: Held) -> io::Result<()> {
+        let asked = self.reading.remove(&held.number());
+        // Without a file it was removed meanwhile.
+        let Some((asked, file)) = asked.and_then(|asked| Some((asked, self.shared.files.disk(asked.inode)?)))
+        else {
             return self.ring.reply(held, Err(libc_eio()));
         };
         let Asked { inode, offset, len, .. } = asked;
-        let place = self.ring.payload_mut(&mut held).get_mut(..len as usize);
-        let read = match (self.shared.files.disk(inode), place) {
-            (Some(file), Some(place)) => file.read_exact_at(place, offset),
-            // The file was removed meanwhile.
-            _ => return self.ring.reply(held, Err(libc_eio())),
+        let error = match read(&file, asked) {
+            Ok(bytes) => return self.reply_bytes(held, &bytes),
+            Err(error) => error,
         };
-        let Err(error) = read else { return self.ring.reply(held, Ok(len)) };
         tracing::error!(offset, size = len, %error, "cannot read the layer store");
         self.shared.files.not_local(inode, offset, offset + u64::from(len));
         self.ask(held, Asked { unreadable: true, ..asked });
@@ -334,12 +342,19 @@ impl RingThread {
     }
 }
 
+/// All that a read asks for, by this thread.
+fn read(file: &File, asked: Asked) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; asked.len as usize];
+    file.read_exact_at(&mut bytes, asked.offset)?;
+    Ok(bytes)
+}
+
 fn libc_eio() -> i32 {
     Errno::EIO as i32
 }
 
 /// What comes by `/dev/fuse` all the same: forgets, interrupts, and requests of before the rings were ready.
-fn device_thread(shared: &Arc<Shared>, device: &Arc<File>) {
+fn device_thread(shared: &Arc<Shared>, device: &Arc<File>, way: Way) {
     let mut buffer = vec![0; DEVICE_BUFFER];
     loop {
         let length = match (&**device).read(&mut buffer) {
@@ -359,7 +374,7 @@ fn device_thread(shared: &Arc<Shared>, device: &Arc<File>) {
             from_device(shared, device, &request);
         }
     }
-    shared.ended(Way::IoUring);
+    shared.ended(way);
 }
 
 fn from_device(shared: &Arc<Shared>, device: &Arc<File>, request: &Request<'_>) {
@@ -399,17 +414,14 @@ fn write_supply(shared: &Arc<Shared>, device: &Arc<File>, asked: Asked, supply: 
     let answer = match supply {
         Supply::Bytes(bytes) => Ok(bytes),
         Supply::Failed(errno) => Err(errno),
-        Supply::InFile(file) => {
-            let mut bytes = vec![0; len as usize];
-            match file.read_exact_at(&mut bytes, offset) {
-                Ok(()) => Ok(bytes),
-                Err(_) if !unreadable => {
-                    shared.files.not_local(inode, offset, offset + u64::from(len));
-                    return ask(shared, device, Asked { unreadable: true, ..asked });
-                }
-                Err(error) => Err(error.raw_os_error().unwrap_or(libc_eio())),
+        Supply::InFile(file) => match read(&file, asked) {
+            Ok(bytes) => Ok(bytes),
+            Err(_) if !unreadable => {
+                shared.files.not_local(inode, offset, offset + u64::from(len));
+                return ask(shared, device, Asked { unreadable: true, ..asked });
             }
-        }
+            Err(error) => Err(error.raw_os_error().unwrap_or(libc_eio())),
+        },
     };
     write_reply(device, unique, answer.as_deref().map_err(|errno| *errno));
 }

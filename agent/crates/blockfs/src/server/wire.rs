@@ -1,5 +1,5 @@
 //! The kernel's FUSE requests and their replies as bytes, for the way over io_uring: the few operations that a directory of
-//! read-only files needs. Layouts are those of `linux/fuse.h` 7.42; integers are the machine's own.
+//! read-only files needs. Layouts are those of `linux/fuse.h` 7.46; integers are the machine's own.
 //!
 //! Requests come from the kernel, yet nothing here trusts their lengths.
 
@@ -35,6 +35,8 @@ const DT_REG: u32 = 8;
 
 const OPEN_KEEP_CACHE: u32 = 1 << 1;
 const OPEN_NOFLUSH: u32 = 1 << 5;
+/// Has a meaning for queues with zero copy only.
+const OPEN_ZERO_COPY: u32 = 1 << 8;
 
 const ASYNC_READ: u64 = 1 << 0;
 const ASYNC_DIO: u64 = 1 << 15;
@@ -42,6 +44,7 @@ const PARALLEL_DIROPS: u64 = 1 << 18;
 const MAX_PAGES: u64 = 1 << 22;
 const INIT_EXT: u64 = 1 << 30;
 const OVER_IO_URING: u64 = 1 << 41;
+const IO_URING_BUFPOOL: u64 = 1 << 43;
 
 /// `struct fuse_in_header`.
 #[derive(Debug, Clone, Copy, FromBytes, Immutable, KnownLayout)]
@@ -238,7 +241,8 @@ impl<'a> Request<'a> {
             OPEN => {
                 // ESTALE: the kernel looks the name up again and finds nothing.
                 files.get(inode)?;
-                bytes(&OpenOut { flags: OPEN_KEEP_CACHE | OPEN_NOFLUSH, ..OpenOut::default() })
+                let flags = OPEN_KEEP_CACHE | OPEN_NOFLUSH | OPEN_ZERO_COPY;
+                bytes(&OpenOut { flags, ..OpenOut::default() })
             }
             OPENDIR => bytes(&OpenOut::default()),
             READDIR => {
@@ -301,19 +305,25 @@ pub(super) fn reply(unique: u64, answer: Result<&[u8], i32>) -> Vec<u8> {
     message
 }
 
-/// The answer to INIT that turns FUSE over io_uring on; `None` if this kernel does not offer it.
-pub(super) fn init(request: &Request<'_>, request_bytes: u32, max_background: u16) -> Option<Vec<u8>> {
+/// The answer to INIT that turns FUSE over io_uring on, with pools of buffers if `zero_copy` is wanted; `None` if this kernel does not
+/// offer it.
+pub(super) fn init(
+    request: &Request<'_>,
+    request_bytes: u32,
+    max_background: u16,
+    zero_copy: bool,
+) -> Option<Vec<u8>> {
     let (asked, more) = InitIn::read_from_prefix(request.own).ok()?;
     let more_flags = u32::read_from_prefix(more).map_or(0, |(flags, _)| flags);
     let offered = u64::from(asked.flags) | u64::from(more_flags) << 32;
-    if offered & INIT_EXT == 0 || offered & OVER_IO_URING == 0 {
+    let needed = INIT_EXT | OVER_IO_URING | if zero_copy { IO_URING_BUFPOOL } else { 0 };
+    if offered & needed != needed {
         return None;
     }
-    let wanted = ASYNC_READ | ASYNC_DIO | PARALLEL_DIROPS | MAX_PAGES | INIT_EXT | OVER_IO_URING;
-    let flags = offered & wanted;
+    let flags = needed | offered & (ASYNC_READ | ASYNC_DIO | PARALLEL_DIROPS | MAX_PAGES);
     let out = InitOut {
         major: 7,
-        minor: asked.minor.min(42),
+        minor: asked.minor.min(if zero_copy { 46 } else { 42 }),
         max_readahead: asked.max_readahead.min(request_bytes),
         flags: flags as u32,
         flags2: (flags >> 32) as u32,
@@ -398,13 +408,19 @@ mod tests {
 
     #[test]
     fn init_without_the_flag_is_not_answered() {
-        let mut own = [7_u32, 41, 1 << 20, INIT_EXT as u32].map(u32::to_ne_bytes).concat();
-        let old = message(INIT, &own);
-        assert!(init(&Request::from_device(&old).expect("parses"), 1 << 20, 100).is_none());
-        own.extend(((OVER_IO_URING >> 32) as u32).to_ne_bytes());
-        let new = message(INIT, &own);
-        let answer = init(&Request::from_device(&new).expect("parses"), 1 << 20, 100).expect("offered");
-        assert_eq!(answer.len(), 16 + 64);
-        assert_eq!(answer[8..16], 77_u64.to_ne_bytes());
+        let own = [7_u32, 41, 1 << 20, INIT_EXT as u32].map(u32::to_ne_bytes).concat();
+        let answer = |flags: Option<u64>, zero_copy| {
+            let more = flags.map_or(Vec::new(), |flags| ((flags >> 32) as u32).to_ne_bytes().to_vec());
+            let request = message(INIT, &[&own[..], &more].concat());
+            init(&Request::from_device(&request).expect("parses"), 1 << 20, 100, zero_copy)
+        };
+        assert!(answer(None, false).is_none());
+        assert!(answer(Some(OVER_IO_URING), true).is_none());
+        for (offered, zero_copy) in [(OVER_IO_URING, false), (OVER_IO_URING | IO_URING_BUFPOOL, true)] {
+            let answer = answer(Some(offered), zero_copy).expect("offered");
+            assert_eq!(answer.len(), 16 + 64);
+            assert_eq!(answer[8..16], 77_u64.to_ne_bytes());
+            assert_eq!(answer[16 + 32..16 + 36], ((offered >> 32) as u32).to_ne_bytes());
+        }
     }
 }

@@ -29,12 +29,12 @@ use sluice_kernel::{loop_device, mounts, unmount};
 use tokio::sync::watch;
 
 pub(crate) const BLOCK: u64 = 4096;
-/// What the tests run over: both ways, or those that `BLOCKFS_WAYS` names, for kernels that have but one.
+/// What the tests run over: both ways that most kernels have, or those that `BLOCKFS_WAYS` names.
 pub(crate) fn ways() -> Vec<Way> {
     let named = std::env::var("BLOCKFS_WAYS").unwrap_or_default();
-    let both = [Way::IoUring, Way::Classic];
-    let ways: Vec<Way> =
-        both.into_iter().filter(|way| named.is_empty() || named.contains(&way.to_string())).collect();
+    let wanted = if named.is_empty() { "io_uring classic" } else { &named };
+    let all = [Way::ZeroCopy, Way::IoUring, Way::Classic];
+    let ways: Vec<Way> = all.into_iter().filter(|way| wanted.contains(&way.to_string())).collect();
     assert!(!ways.is_empty(), "BLOCKFS_WAYS is {named}");
     ways
 }

@@ -10,10 +10,16 @@ const IOVECS: usize = 320;
 /// One entry's headers and iovecs; a multiple of the alignment of all of them.
 const META_BYTES: usize = 512;
 
-/// `commit_id` of `struct fuse_uring_ent_in_out`, which is at 256.
+/// `flags` of `struct fuse_uring_ent_in_out`, which is at 256.
+const FLAGS: usize = 256;
+/// `commit_id` of the same.
 const COMMIT_ID: usize = 256 + 8;
 /// `payload_sz` of the same.
 const PAYLOAD_SIZE: usize = 256 + 16;
+/// `offset` of the same (7.46): where in the queue's pool the kernel put the payload.
+const POOL_OFFSET: usize = 256 + 20;
+/// The request's pages are a buffer of the ring, and it has no payload (`FUSE_URING_ENT_ZERO_COPY`, 7.46).
+const ENTRY_ZERO_COPY: u64 = 1 << 0;
 
 /// Memory of a number of entries, all zero at first. Pages are taken when they are first touched.
 #[derive(Debug)]
@@ -45,8 +51,9 @@ impl Region {
         };
         let memory = |entry: usize| Memory {
             meta: at(entry * META_BYTES),
-            payload: at(meta + entry * payload_bytes),
+            payload: if payload_bytes == 0 { start } else { at(meta + entry * payload_bytes) },
             payload_bytes,
+            pool_bytes: 0,
         };
         Ok((region, (0..entries).map(memory).collect()))
     }
@@ -68,15 +75,37 @@ pub(super) struct Memory {
     meta: NonNull<u8>,
     payload: NonNull<u8>,
     payload_bytes: usize,
+    /// Payloads of the queue's pool, which begins at `payload`, in bytes; 0: this entry has a payload of its own.
+    pool_bytes: usize,
 }
 
 impl Memory {
-    pub(super) fn payload_pointer(&self) -> *mut u8 {
-        self.payload.as_ptr()
+    /// With payloads from a pool: all of `pool`, and `payload_bytes` at a time.
+    pub(super) fn with_pool(self, pool: libc::iovec, payload_bytes: usize) -> Self {
+        let payload = NonNull::new(pool.iov_base.cast()).unwrap_or(self.payload);
+        Self { payload, payload_bytes, pool_bytes: pool.iov_len, ..self }
     }
 
+    /// Whether the pages of the request in this entry are a buffer of the ring.
+    pub(super) fn is_zero_copied(&self) -> bool {
+        self.pool_bytes > 0 && u64::from_ne_bytes(self.read(FLAGS)) & ENTRY_ZERO_COPY != 0
+    }
+
+    /// Where the payload is, and how long; none for a request that is zero-copied.
+    fn place(&self) -> (NonNull<u8>, usize) {
+        let offset = u32::from_ne_bytes(self.read(POOL_OFFSET)) as usize;
+        let offset = if self.pool_bytes == 0 { 0 } else { offset };
+        if self.is_zero_copied() || offset + self.payload_bytes > self.pool_bytes.max(self.payload_bytes) {
+            return (self.payload, 0);
+        }
+        // SAFETY: within the entry's payload or its queue's pool, as was just checked.
+        (unsafe { self.payload.add(offset) }, self.payload_bytes)
+    }
+
+    /// Of the request in this entry, or of a new entry.
     pub(super) fn payload_iovec(&self) -> libc::iovec {
-        libc::iovec { iov_base: self.payload.as_ptr().cast(), iov_len: self.payload_bytes }
+        let (start, length) = self.place();
+        libc::iovec { iov_base: start.as_ptr().cast(), iov_len: length }
     }
 
     /// Writes the two iovecs that a registration points to; gives their address.
@@ -84,8 +113,12 @@ impl Memory {
         let headers = libc::iovec { iov_base: self.meta.as_ptr().cast(), iov_len: HEADER_BYTES };
         // SAFETY: within the entry's meta bytes, see `IOVECS`.
         let place = unsafe { self.meta.add(IOVECS) };
+        let payload = match self.pool_bytes {
+            0 => self.payload_iovec(),
+            _ => libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 },
+        };
         // SAFETY: `place` is aligned (512 + 320) and has room for two iovecs; the kernel only reads it.
-        unsafe { place.cast::<[libc::iovec; 2]>().write([headers, self.payload_iovec()]) };
+        unsafe { place.cast::<[libc::iovec; 2]>().write([headers, payload]) };
         place.as_ptr() as u64
     }
 
@@ -96,14 +129,15 @@ impl Memory {
     }
 
     pub(super) fn payload(&self, length: usize) -> &[u8] {
-        let length = length.min(self.payload_bytes);
+        let (start, all) = self.place();
         // SAFETY: as for `headers`; no more than the payload's length.
-        unsafe { std::slice::from_raw_parts(self.payload.as_ptr(), length) }
+        unsafe { std::slice::from_raw_parts(start.as_ptr(), length.min(all)) }
     }
 
     pub(super) fn payload_mut(&mut self) -> &mut [u8] {
+        let (start, length) = self.place();
         // SAFETY: as for `headers`; borrowed mutably from the one owner of the entry.
-        unsafe { std::slice::from_raw_parts_mut(self.payload.as_ptr(), self.payload_bytes) }
+        unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), length) }
     }
 
     /// What the kernel calls this request, and how many bytes it put into the payload.
@@ -156,6 +190,23 @@ mod tests {
             assert_eq!(headers[4..8], (-5_i32).to_ne_bytes());
             assert_eq!(headers[8..16], (7 + number as u64).to_ne_bytes());
             assert_eq!(memory.entry_header(), (0, 4096));
+        }
+    }
+
+    #[test]
+    fn a_payload_is_where_in_the_pool_the_kernel_says_and_nowhere_else() {
+        let (_pool, pool) = Region::new(1, 3 * 8192).expect("mapped");
+        let pool = pool[0].payload_iovec();
+        let (_region, entries) = Region::new(1, 0).expect("mapped");
+        let mut memory = entries[0].with_pool(pool, 8192);
+        for (offset, flags, bytes) in [(8192_u32, 0_u64, 8192), (16_384, 0, 8192), (16_385, 0, 0), (0, 1, 0)]
+        {
+            memory.write(POOL_OFFSET, offset.to_ne_bytes());
+            memory.write(FLAGS, flags.to_ne_bytes());
+            let place = memory.payload_iovec();
+            assert_eq!((place.iov_len, memory.payload_mut().len()), (bytes, bytes), "{offset}");
+            assert!(bytes == 0 || place.iov_base == pool.iov_base.wrapping_byte_add(offset as usize));
+            assert_eq!(memory.is_zero_copied(), flags == 1);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! FUSE over io_uring (Linux 6.14): queues of requests that one thread serves, as owned entries behind a safe interface.
 //!
-//! Numbers and layouts are those of `linux/fuse.h` 7.42. What a request says is not known here: its bytes are given as they
+//! Numbers and layouts are those of `linux/fuse.h` 7.46. What a request says is not known here: its bytes are given as they
 //! came. Rules that the kernel makes, and that were tried:
 //!
 //! * Each possible CPU has a queue, and each queue needs an entry before any request comes this way.
@@ -8,14 +8,16 @@
 //!   and waits for the next one in it. There is no other way to give it back: a request that waits for the network keeps
 //!   its entry. Therefore queues can get more entries; their memory is not there until it is used.
 //! * Everything of a ring must be submitted by the thread that made it: the kernel copies requests in that thread's context.
+//! * Zero copy (7.3) is a queue's, asked for before its first entry. The pages of a read, of a file opened for it, are then a buffer of
+//!   the ring while the request is in an entry, by the entry's number. Only the ring's own reads can write there. All other
+//!   requests have their payload in the queue's pool, at a place that the kernel chooses anew for each.
 
 mod memory;
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use io_uring::{IoUring, opcode, squeue, types};
@@ -25,6 +27,14 @@ use memory::{Memory, Region};
 
 const CMD_REGISTER: u32 = 1;
 const CMD_COMMIT_AND_FETCH: u32 = 2;
+const CMD_ADD_QUEUE: u32 = 3;
+const CMD_ADD_BUFPOOL: u32 = 4;
+/// `FUSE_URING_ZERO_COPY`.
+const QUEUE_ZERO_COPY: u64 = 1 << 0;
+/// Entries of a ring with zero copy, over all its queues: as many buffers as a ring can have.
+const MAX_BUFFERS: usize = 1 << 14;
+/// Payloads of a queue with zero copy: for requests that are answered at once.
+const POOL_PAYLOADS: usize = 4;
 /// Where an SQE's `len` is, which the io-uring crate does not let us set for commands.
 const SQE_LEN: usize = 24;
 const SQ_ENTRIES: u32 = 256;
@@ -43,8 +53,10 @@ pub struct RingSize {
     pub entries: u16,
     /// Of those, entries whose payload is registered with io_uring (and pinned in memory).
     pub registered: u16,
-    /// Bytes of a payload: at least what the kernel may read at once, and 8192.
+    /// Bytes of a payload: at least what the kernel may read at once, and 8192. With zero copy exactly that.
     pub payload_bytes: usize,
+    /// Whether bytes go into the pages of whoever reads, and not into payloads (Linux 7.3, `CAP_SYS_ADMIN`).
+    pub zero_copy: bool,
 }
 
 /// Wakes a ring's thread from any other one.
@@ -63,7 +75,6 @@ impl Waker {
 
     /// Makes the ring's next (or present) wait end with [`Event::Woken`].
     pub fn wake(&self) -> io::Result<()> {
-        use std::io::Write;
         (&*self.0).write_all(&1_u64.to_ne_bytes())
     }
 }
@@ -111,6 +122,8 @@ struct Slot {
     state: State,
     /// Keeps the descriptor open while a read of it is under way.
     file: Option<Arc<File>>,
+    /// Bytes of that read.
+    length: u32,
 }
 
 /// The queues that one thread serves.
@@ -123,6 +136,8 @@ pub struct FuseRing {
     waker: Waker,
     wakes: Box<u64>,
     size: RingSize,
+    /// With zero copy the payloads of each queue.
+    pools: HashMap<u16, libc::iovec>,
     _regions: Vec<Region>,
 }
 
@@ -157,24 +172,68 @@ impl FuseRing {
             waker,
             wakes: Box::new(0),
             size,
+            pools: HashMap::new(),
             _regions: Vec::new(),
         };
+        if size.zero_copy {
+            ring.ring.submitter().register_buffers_sparse(MAX_BUFFERS as u32)?;
+            queues.iter().try_for_each(|queue| ring.add_zero_copy(*queue))?;
+            ring.size.registered = 0;
+        }
+        let registered = ring.size.registered;
         for queue in queues {
-            ring.grow(*queue, size.entries.saturating_sub(size.registered))?;
+            ring.grow(*queue, size.entries.saturating_sub(registered))?;
         }
         ring.add_registered(queues)?;
         ring.arm_waker()?;
         Ok(ring)
     }
 
-    /// Adds entries to a queue.
+    /// Adds entries to a queue; with zero copy as many as its ring can have.
     pub fn grow(&mut self, queue: u16, entries: u16) -> io::Result<()> {
+        let pool = self.pools.get(&queue).copied();
+        let (most, payload_bytes) = match pool {
+            Some(_) => (MAX_BUFFERS.saturating_sub(self.slots.len()), 0),
+            None => (usize::MAX, self.size.payload_bytes),
+        };
+        let entries = most.min(entries.into());
         if entries == 0 {
             return Ok(());
         }
-        let (region, memory) = Region::new(entries.into(), self.size.payload_bytes)?;
+        let (region, memory) = Region::new(entries, payload_bytes)?;
         self._regions.push(region);
+        let pooled =
+            |memory: Memory| pool.map_or(memory, |pool| memory.with_pool(pool, self.size.payload_bytes));
+        let memory: Vec<_> = memory.into_iter().map(pooled).collect();
         memory.into_iter().try_for_each(|memory| self.register(queue, memory, None))
+    }
+
+    /// Makes a queue that has no entry yet one with zero copy, and gives it its payloads.
+    fn add_zero_copy(&mut self, queue: u16) -> io::Result<()> {
+        let (region, memory) = Region::new(1, POOL_PAYLOADS * self.size.payload_bytes)?;
+        self._regions.push(region);
+        let pool = memory.first().ok_or(io::ErrorKind::InvalidInput)?.payload_iovec();
+        let mut add = command_bytes(0, queue);
+        add[..8].copy_from_slice(&QUEUE_ZERO_COPY.to_ne_bytes());
+        self.command(CMD_ADD_QUEUE, add)?;
+        let mut add = command_bytes(0, queue);
+        add[24..32].copy_from_slice(&(pool.iov_base as u64).to_ne_bytes());
+        add[32..36].copy_from_slice(&(pool.iov_len as u32).to_ne_bytes());
+        self.command(CMD_ADD_BUFPOOL, add)?;
+        self.pools.insert(queue, pool);
+        Ok(())
+    }
+
+    /// A command that ends at once, while nothing else is under way.
+    fn command(&mut self, number: u32, bytes: [u8; 80]) -> io::Result<()> {
+        let device = types::Fd(self.device.as_raw_fd());
+        self.push(&[opcode::UringCmd80::new(device, number).cmd(bytes).build()])?;
+        self.ring.submit_and_wait(1)?;
+        match self.ring.completion().next().map(|ended| ended.result()) {
+            Some(0) => Ok(()),
+            Some(error) => Err(io::Error::from_raw_os_error(-error)),
+            None => Err(io::ErrorKind::Interrupted.into()),
+        }
     }
 
     fn add_registered(&mut self, queues: &[u16]) -> io::Result<()> {
@@ -201,9 +260,13 @@ impl FuseRing {
 
     fn register(&mut self, queue: u16, memory: Memory, registered: Option<u16>) -> io::Result<()> {
         let slot = self.slots.len() as u64;
-        self.slots.push(Slot { queue, memory, registered, state: State::Kernel, file: None });
+        self.slots.push(Slot { queue, memory, registered, state: State::Kernel, file: None, length: 0 });
+        let mut bytes = command_bytes(0, queue);
+        if self.size.zero_copy {
+            bytes[24..26].copy_from_slice(&(slot as u16).to_ne_bytes());
+        }
         let command = opcode::UringCmd80::new(types::Fd(self.device.as_raw_fd()), CMD_REGISTER)
-            .cmd(command_bytes(0, queue))
+            .cmd(bytes)
             .addr(Some(memory.write_iovecs()));
         let entry = with_length(command.build(), 2).user_data(slot << KIND_BITS | KIND_COMMAND);
         self.push(&[entry])
@@ -259,8 +322,11 @@ impl FuseRing {
             };
             let held = Held(number as u32);
             if data & ((1 << KIND_BITS) - 1) == KIND_READ {
-                // Successful reads are silent, so this one failed; the commit linked to it is cancelled, silently too.
                 slot.file = None;
+                if u32::try_from(result) == Ok(slot.length) {
+                    continue;
+                }
+                // Successful reads of files are silent, so this one failed; the commit linked to it is cancelled, silently too.
                 slot.state = State::Held;
                 self.events.push_back(Event::Unread(held));
                 continue;
@@ -304,18 +370,30 @@ impl FuseRing {
         (memory.headers(), memory.payload(memory.entry_header().1))
     }
 
-    /// Where a reply's bytes go.
-    pub fn payload_mut(&mut self, held: &mut Held) -> &mut [u8] {
-        self.slot_mut(held).memory.payload_mut()
-    }
-
-    /// Answers with the first `length` bytes of the payload, or with an errno (as a positive number) and none.
-    pub fn reply(&mut self, held: Held, answer: Result<u32, i32>) -> io::Result<()> {
-        let commit = self.commit(&held, answer, State::Kernel);
+    /// Answers without bytes, or with an errno (as a positive number).
+    pub fn reply(&mut self, held: Held, answer: Result<(), i32>) -> io::Result<()> {
+        let commit = self.commit(&held, answer.map(|()| 0), State::Kernel);
         self.push(&[commit])
     }
 
-    /// Reads `length` bytes of `file` into the payload and answers with them: one submission, no copy in this process.
+    /// Answers with these bytes: a copy. What is zero-copied takes them from a file of memory, which goes when it was read.
+    pub fn reply_bytes(&mut self, held: Held, bytes: &[u8]) -> io::Result<()> {
+        let memory = &mut self.slot_mut(&held).memory;
+        if memory.is_zero_copied() && !bytes.is_empty() {
+            return match memory_file(bytes) {
+                Ok(file) => self.read_and_commit(held, &Arc::new(file), 0, bytes.len() as u32, false),
+                Err(error) => self.reply(held, Err(error.raw_os_error().unwrap_or(libc::EIO))),
+            };
+        }
+        let Some(place) = memory.payload_mut().get_mut(..bytes.len()) else {
+            return self.reply(held, Err(libc::EIO));
+        };
+        place.copy_from_slice(bytes);
+        let commit = self.commit(&held, Ok(bytes.len() as u32), State::Kernel);
+        self.push(&[commit])
+    }
+
+    /// Reads `length` bytes of `file` into the reply and answers with them: one submission, no copy in this process.
     pub fn reply_from_file(
         &mut self,
         held: Held,
@@ -323,29 +401,36 @@ impl FuseRing {
         offset: u64,
         length: u32,
     ) -> io::Result<()> {
-        let commit = self.commit(&held, Ok(length), State::Reading);
-        let slot = self.slot_mut(&held);
-        assert!(length as usize <= slot.memory.payload_iovec().iov_len, "no more than the payload holds");
-        slot.file = Some(Arc::clone(file));
-        let (fd, place) = (types::Fd(file.as_raw_fd()), slot.memory.payload_pointer());
-        let read = match slot.registered {
-            Some(buffer) => opcode::ReadFixed::new(fd, place, length, buffer).offset(offset).build(),
-            None => opcode::Read::new(fd, place, length).offset(offset).build(),
-        };
-        let flags = squeue::Flags::IO_LINK | squeue::Flags::SKIP_SUCCESS;
-        let read = read.flags(flags).user_data(u64::from(held.0) << KIND_BITS | KIND_READ);
-        self.push(&[read.into(), commit])
+        self.read_and_commit(held, file, offset, length, true)
     }
 
-    /// Finishes by hand what [`Event::Unread`] told of: reads in this thread.
-    pub fn reply_by_hand(&mut self, mut held: Held, file: &File, offset: u64, length: u32) -> io::Result<()> {
-        let place = self.payload_mut(&mut held);
-        let read = match place.get_mut(..length as usize) {
-            Some(place) => file.read_exact_at(place, offset),
-            None => Err(io::ErrorKind::InvalidInput.into()),
+    fn read_and_commit(
+        &mut self,
+        held: Held,
+        file: &Arc<File>,
+        offset: u64,
+        length: u32,
+        silent: bool,
+    ) -> io::Result<()> {
+        let commit = self.commit(&held, Ok(length), State::Reading);
+        let slot = self.slot_mut(&held);
+        let (fd, payload) = (types::Fd(file.as_raw_fd()), slot.memory.payload_iovec());
+        (slot.file, slot.length) = (Some(Arc::clone(file)), length);
+        let read = if slot.memory.is_zero_copied() {
+            // Addresses in a buffer of the kernel's begin at 0. Where it ends the kernel sees to.
+            opcode::ReadFixed::new(fd, std::ptr::null_mut(), length, held.0 as u16).offset(offset).build()
+        } else {
+            assert!(length as usize <= payload.iov_len, "no more than the payload holds");
+            let place = payload.iov_base.cast();
+            match slot.registered {
+                Some(buffer) => opcode::ReadFixed::new(fd, place, length, buffer).offset(offset).build(),
+                None => opcode::Read::new(fd, place, length).offset(offset).build(),
+            }
         };
-        let errno = |error: io::Error| error.raw_os_error().unwrap_or(libc::EIO);
-        self.reply(held, read.map(|()| length).map_err(errno))
+        let flags = if silent { squeue::Flags::SKIP_SUCCESS } else { squeue::Flags::empty() };
+        let read = read.flags(flags | squeue::Flags::IO_LINK);
+        let read = read.user_data(u64::from(held.0) << KIND_BITS | KIND_READ);
+        self.push(&[read.into(), commit])
     }
 
     fn commit(&mut self, held: &Held, answer: Result<u32, i32>, next: State) -> squeue::Entry128 {
@@ -394,7 +479,18 @@ impl FuseRing {
     }
 }
 
-/// `struct fuse_uring_cmd_req`: flags, commit id, queue.
+/// A file of no file system with these bytes.
+fn memory_file(bytes: &[u8]) -> io::Result<File> {
+    // SAFETY: the name is a string that ends with a zero.
+    let fd = unsafe { libc::memfd_create(c"sluice-reply".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = Errno::result(fd)?;
+    // SAFETY: the kernel just returned this descriptor to us and nobody else owns it.
+    let mut file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    file.write_all(bytes)?;
+    Ok(file)
+}
+
+/// `struct fuse_uring_cmd_req`: flags, commit id, queue, and from 24 on what some commands have besides.
 fn command_bytes(commit_id: u64, queue: u16) -> [u8; 80] {
     let mut bytes = [0; 80];
     bytes[8..16].copy_from_slice(&commit_id.to_ne_bytes());
@@ -433,7 +529,7 @@ mod tests {
     #[test]
     fn a_ring_is_woken_and_says_when_the_device_is_no_connection() {
         let device = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse").expect("opens");
-        let size = RingSize { entries: 2, registered: 1, payload_bytes: 8192 };
+        let size = RingSize { entries: 2, registered: 1, payload_bytes: 8192, zero_copy: false };
         let waker = Waker::new().expect("eventfd");
         let mut ring = FuseRing::new(Arc::new(device), &[0], size, waker.clone()).expect("made");
         waker.wake().expect("woken");
