@@ -192,7 +192,7 @@ pub(crate) struct Status {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct BlockServerStatus {
     pub(crate) pid: u32,
-    /// How the kernel's reads reach it, `io_uring` or `classic`, and why so.
+    /// How the kernel's reads reach it, `zero_copy`, `io_uring` or `classic`, and why so.
     pub(crate) way: String,
     pub(crate) reason: String,
     pub(crate) resident_bytes: u64,

@@ -145,8 +145,9 @@ struct RawBlocks {
 #[derive(Debug, Default, Clone, Copy, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum RawWay {
-    /// io_uring where the kernel has it.
+    /// The first of the following that the kernel has.
     Auto,
+    ZeroCopy,
     IoUring,
     /// The default until io_uring is ahead for many readers, and never short of ring entries (see ARCHITECTURE.md).
     #[default]
@@ -159,6 +160,7 @@ impl RawBlocks {
         Options {
             choice: match self.way {
                 RawWay::Auto => Choice::Auto,
+                RawWay::ZeroCopy => Choice::Only(Way::ZeroCopy),
                 RawWay::IoUring => Choice::Only(Way::IoUring),
                 RawWay::Classic => Choice::Only(Way::Classic),
             },

@@ -10,6 +10,8 @@ pub(super) enum Needs {
     ErofsDevices,
     /// FUSE over io_uring.
     FuseUring,
+    /// The same with zero copy.
+    FuseZeroCopy,
 }
 
 impl Needs {
@@ -19,6 +21,7 @@ impl Needs {
             Self::Nothing => return None,
             Self::ErofsDevices => (5, 16, "no EROFS with several devices before 5.16"),
             Self::FuseUring => (6, 14, "no FUSE over io_uring before 6.14"),
+            Self::FuseZeroCopy => (7, 3, "no FUSE over io_uring with zero copy before 7.3"),
         };
         (!kernel.at_least(major, minor)).then_some(what)
     }
@@ -80,7 +83,7 @@ const fn guest(name: &'static str, about: &'static str) -> Case {
 }
 
 /// All cases, in the order in which a guest runs them.
-pub(super) const CASES: [Case; 20] = [
+pub(super) const CASES: [Case; 21] = [
     Case { quick: true, ..guest("start", "a container starts from a streamed image, time to ready") },
     Case {
         quick: true,
@@ -134,6 +137,17 @@ pub(super) const CASES: [Case; 20] = [
             broken: ("BLOCKFS_BROKEN=hole", "files_are_right"),
         },
         ..guest("fuse-io_uring", "the same, FUSE over io_uring")
+    },
+    Case {
+        needs: Needs::FuseZeroCopy,
+        seconds: 600,
+        command: Run::Suite {
+            program: "stack",
+            variables: &["BLOCKFS_WAYS=zero_copy"],
+            arguments: &["--test-threads=1"],
+            broken: ("BLOCKFS_BROKEN=hole", "files_are_right"),
+        },
+        ..guest("fuse-zero_copy", "the same, FUSE over io_uring with zero copy")
     },
     guest("one-device", "metadata and layers in one EROFS device"),
     Case {

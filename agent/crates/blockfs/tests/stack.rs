@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rig::{BLOCK, Mood, Room, attach_all, check, forget, mount_image, runtime, wait_until, ways};
-use sluice_blockfs::{BlockSource, Device, ImageMount, Way};
+use sluice_blockfs::{BlockFs, BlockSource, Choice, Device, ImageMount, Options, Way};
 
 const MIB: u64 = 1 << 20;
 
@@ -366,6 +366,23 @@ fn a_mount_that_fails_leaves_nothing() {
     ImageMount::mount(&room.metadata, two, &room.path("image")).expect_err("mounted with a layer too many");
     assert!(!room.path("image").exists(), "the mount point stays");
     drop(device);
+    room.assert_released();
+}
+
+#[test]
+fn the_automatic_choice_is_the_first_way_that_can_be_had() {
+    let (runtime, room) = (runtime(), two_layers());
+    let mount = |name: &str, choice| {
+        let dir = room.path(name);
+        fs::create_dir(&dir).expect("creates");
+        BlockFs::mount(&dir, Options { choice, ..Options::default() }, runtime.handle().clone())
+    };
+    let by = |way: &Way| mount(&way.to_string(), Choice::Only(*way)).map(BlockFs::unmount).is_ok();
+    let first = [Way::ZeroCopy, Way::IoUring, Way::Classic].into_iter().find(by).expect("none can be had");
+    let blockfs = mount("auto", Choice::Auto).expect("mounts");
+    let (way, reason) = blockfs.way();
+    assert_eq!(way, first, "{reason}");
+    blockfs.unmount().expect("unmounts");
     room.assert_released();
 }
 

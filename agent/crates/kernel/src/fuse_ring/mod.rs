@@ -470,7 +470,8 @@ impl FuseRing {
     fn push(&mut self, entries: &[squeue::Entry128]) -> io::Result<()> {
         loop {
             // SAFETY: each operation's buffers live in regions (dropped after the ring) or in `wakes` (a box that is dropped
-            // after the ring too); the kernel has them until the completion is taken in, which `State` keeps track of.
+            // after the ring too), or are the kernel's own; the kernel has them until the completion is taken in, which
+            // `State` keeps track of.
             if unsafe { self.ring.submission().push_multiple(entries) }.is_ok() {
                 return Ok(());
             }
