@@ -80,10 +80,9 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// With payloads from a pool: all of `pool`, and `payload_bytes` at a time.
-    pub(super) fn with_pool(self, pool: libc::iovec, payload_bytes: usize) -> Self {
-        let payload = NonNull::new(pool.iov_base.cast()).unwrap_or(self.payload);
-        Self { payload, payload_bytes, pool_bytes: pool.iov_len, ..self }
+    /// With payloads of `payload_bytes` each from a pool: all of `pool`'s payload.
+    pub(super) fn with_pool(self, pool: &Self, payload_bytes: usize) -> Self {
+        Self { payload: pool.payload, payload_bytes, pool_bytes: pool.payload_bytes, ..self }
     }
 
     /// Whether the pages of the request in this entry are a buffer of the ring.
@@ -93,12 +92,14 @@ impl Memory {
 
     /// Where the payload is, and how long; none for a request that is zero-copied.
     fn place(&self) -> (NonNull<u8>, usize) {
+        if self.pool_bytes == 0 {
+            return (self.payload, self.payload_bytes);
+        }
         let offset = u32::from_ne_bytes(self.read(POOL_OFFSET)) as usize;
-        let offset = if self.pool_bytes == 0 { 0 } else { offset };
-        if self.is_zero_copied() || offset + self.payload_bytes > self.pool_bytes.max(self.payload_bytes) {
+        if self.is_zero_copied() || offset + self.payload_bytes > self.pool_bytes {
             return (self.payload, 0);
         }
-        // SAFETY: within the entry's payload or its queue's pool, as was just checked.
+        // SAFETY: within the queue's pool, as was just checked.
         (unsafe { self.payload.add(offset) }, self.payload_bytes)
     }
 
@@ -196,9 +197,9 @@ mod tests {
     #[test]
     fn a_payload_is_where_in_the_pool_the_kernel_says_and_nowhere_else() {
         let (_pool, pool) = Region::new(1, 3 * 8192).expect("mapped");
-        let pool = pool[0].payload_iovec();
         let (_region, entries) = Region::new(1, 0).expect("mapped");
-        let mut memory = entries[0].with_pool(pool, 8192);
+        let mut memory = entries[0].with_pool(&pool[0], 8192);
+        let pool = pool[0].payload_iovec();
         for (offset, flags, bytes) in [(8192_u32, 0_u64, 8192), (16_384, 0, 8192), (16_385, 0, 0), (0, 1, 0)]
         {
             memory.write(POOL_OFFSET, offset.to_ne_bytes());

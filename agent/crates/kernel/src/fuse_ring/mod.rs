@@ -137,7 +137,7 @@ pub struct FuseRing {
     wakes: Box<u64>,
     size: RingSize,
     /// With zero copy the payloads of each queue.
-    pools: HashMap<u16, libc::iovec>,
+    pools: HashMap<u16, Memory>,
     _regions: Vec<Region>,
 }
 
@@ -203,7 +203,7 @@ impl FuseRing {
         let (region, memory) = Region::new(entries, payload_bytes)?;
         self._regions.push(region);
         let pooled =
-            |memory: Memory| pool.map_or(memory, |pool| memory.with_pool(pool, self.size.payload_bytes));
+            |memory: Memory| pool.map_or(memory, |pool| memory.with_pool(&pool, self.size.payload_bytes));
         let memory: Vec<_> = memory.into_iter().map(pooled).collect();
         memory.into_iter().try_for_each(|memory| self.register(queue, memory, None))
     }
@@ -212,15 +212,17 @@ impl FuseRing {
     fn add_zero_copy(&mut self, queue: u16) -> io::Result<()> {
         let (region, memory) = Region::new(1, POOL_PAYLOADS * self.size.payload_bytes)?;
         self._regions.push(region);
-        let pool = memory.first().ok_or(io::ErrorKind::InvalidInput)?.payload_iovec();
         let mut add = command_bytes(0, queue);
         add[..8].copy_from_slice(&QUEUE_ZERO_COPY.to_ne_bytes());
         self.command(CMD_ADD_QUEUE, add)?;
-        let mut add = command_bytes(0, queue);
-        add[24..32].copy_from_slice(&(pool.iov_base as u64).to_ne_bytes());
-        add[32..36].copy_from_slice(&(pool.iov_len as u32).to_ne_bytes());
-        self.command(CMD_ADD_BUFPOOL, add)?;
-        self.pools.insert(queue, pool);
+        for pool in memory {
+            let place = pool.payload_iovec();
+            let mut add = command_bytes(0, queue);
+            add[24..32].copy_from_slice(&(place.iov_base as u64).to_ne_bytes());
+            add[32..36].copy_from_slice(&(place.iov_len as u32).to_ne_bytes());
+            self.command(CMD_ADD_BUFPOOL, add)?;
+            self.pools.insert(queue, pool);
+        }
         Ok(())
     }
 
