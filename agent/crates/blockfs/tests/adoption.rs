@@ -152,7 +152,7 @@ fn agent(room: &Path) {
     }
     println!("serving");
     std::thread::scope(|scope| {
-        scope.spawn(|| fill(room, &sources, &paths));
+        scope.spawn(|| fill(room, &blockfs, &sources, &paths));
         let mut line = String::new();
         std::io::stdin().read_line(&mut line).expect("reads");
     });
@@ -161,12 +161,13 @@ fn agent(room: &Path) {
     println!("unmounted");
 }
 
-fn fill(room: &Path, sources: &[Arc<FillingSource>], paths: &[PathBuf]) {
+fn fill(room: &Path, blockfs: &BlockFs, sources: &[Arc<FillingSource>], paths: &[PathBuf]) {
     for (layer, source) in sources.iter().enumerate() {
         while !source.complete() {
             source.fill_one();
             std::thread::sleep(FILL_PAUSE);
         }
+        blockfs.all_is_local(&paths[layer]).expect("said");
         for device in loop_device::list().expect("listed") {
             if device.backing_file == paths[layer] {
                 let local = local_path(room, layer);
