@@ -1,4 +1,4 @@
-//! First touch of files: from ext4, by EROFS on a local file, and by EROFS on FUSE files in both ways, taking turns in one run.
+//! First touch of files: from ext4, by EROFS on a local file, and by EROFS on FUSE files in each way (`BLOCKFS_WAYS`), taking turns in one run.
 //!
 //! `cargo run --release -p sluice-blockfs --example read_speed [MIB] [ROUNDS] [NAME...]`, as root. Prints medians, and the best
 //! of all rounds (on a busy machine the better guide): MB/s in sequence, by one
