@@ -145,8 +145,9 @@ struct RawBlocks {
 #[derive(Debug, Default, Clone, Copy, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum RawWay {
-    /// The first of the following that the kernel has.
+    /// io_uring where the kernel has it.
     Auto,
+    /// io_uring with zero copy where the kernel has it, else as `Auto`.
     ZeroCopy,
     IoUring,
     /// The default until io_uring is ahead for many readers, and never short of ring entries (see ARCHITECTURE.md).
@@ -160,7 +161,7 @@ impl RawBlocks {
         Options {
             choice: match self.way {
                 RawWay::Auto => Choice::Auto,
-                RawWay::ZeroCopy => Choice::Only(Way::ZeroCopy),
+                RawWay::ZeroCopy => Choice::ZeroCopy,
                 RawWay::IoUring => Choice::Only(Way::IoUring),
                 RawWay::Classic => Choice::Only(Way::Classic),
             },

@@ -105,8 +105,7 @@ pub(super) fn uring_off(broken: bool) -> Result<()> {
     ensure!(off == "classic", "switched off, and served so: {off}");
     umount(parameter)?;
     let on = way(Path::new("/var/tmp/on-node"), config)?;
-    // Which of the two is a matter of the kernel's version.
-    ensure!(on == "io_uring" || on == "zero_copy", "switched on, and served so: {on}");
+    ensure!(on == "io_uring", "switched on, and served so: {on}");
     Ok(())
 }
 

@@ -27,9 +27,11 @@ impl fmt::Display for Way {
 /// Which way is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Choice {
-    /// The first in the order of [`Way`] that can be had, with the reason in the log and in [`crate::BlockFs::way`].
+    /// io_uring where it can be had, else classic, with the reason in the log and in [`crate::BlockFs::way`].
     #[default]
     Auto,
+    /// Zero copy where it can be had, else as [`Self::Auto`].
+    ZeroCopy,
     /// This one or none.
     Only(Way),
 }

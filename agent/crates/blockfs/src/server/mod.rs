@@ -151,7 +151,8 @@ impl Shared {
 
     fn mount(self: &Arc<Self>) -> io::Result<(Way, String)> {
         let wanted = match &self.options.choice {
-            Choice::Auto => &[Way::ZeroCopy, Way::IoUring, Way::Classic][..],
+            Choice::Auto => &[Way::IoUring, Way::Classic][..],
+            Choice::ZeroCopy => &[Way::ZeroCopy, Way::IoUring, Way::Classic],
             Choice::Only(way) => std::slice::from_ref(way),
         };
         let mut failed = None;
