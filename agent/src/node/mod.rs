@@ -241,6 +241,7 @@ impl Node {
         node.scheduler.watch(Arc::clone(&node.reads) as Arc<dyn sluice_stream::Watcher>);
         node.resume_adopted()?;
         node.keep_room();
+        node.keep_flushing();
         Ok(node)
     }
 

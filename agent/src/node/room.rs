@@ -171,6 +171,31 @@ impl Node {
         });
     }
 
+    /// Bytes that only memory has go to the disk as soon as it takes them. Who works on their layer does that too, but may be waiting just
+    /// for somebody who waits for the memory that they take.
+    pub(super) fn keep_flushing(self: &Arc<Self>) {
+        let node: Weak<Self> = Arc::downgrade(self);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(INTERVAL).await;
+                let Some(node) = node.upgrade() else { return };
+                let held = |layer: &&Arc<NodeLayer>| layer.layer().memory_bytes() > 0;
+                let layers = node.lock(&node.layers).values().filter(held).cloned().collect::<Vec<_>>();
+                for layer in layers {
+                    let (node, digest) = (Arc::clone(&node), layer.layer().digest().to_owned());
+                    let flushed = tokio::task::spawn_blocking(move || node.store.flush(layer.layer())).await;
+                    if let Err(error) = flushed.map_err(anyhow::Error::from).and_then(|done| Ok(done?)) {
+                        tracing::debug!(
+                            digest,
+                            error = format!("{error:#}"),
+                            "only memory has bytes of a layer"
+                        );
+                    }
+                }
+            }
+        });
+    }
+
     /// The kernel reads complete layers by itself. Who else reads one, to copy from it, may find that the disk does not give it any more.
     async fn take_back_lost(self: &Arc<Self>) {
         let lost = |layer: &&Arc<NodeLayer>| layer.is_read_by_kernel() && !layer.layer().is_complete();

@@ -88,6 +88,11 @@ impl Tally {
         *lock(&self.operations).entry(name).or_default() += 1;
     }
 
+    /// All operations until now.
+    pub(crate) fn done(&self) -> u64 {
+        lock(&self.operations).values().sum()
+    }
+
     pub(crate) fn fault(&self, name: &'static str) {
         *lock(&self.faults).entry(name).or_default() += 1;
     }

@@ -15,7 +15,6 @@ use crate::run::output;
 
 /// What a daemon without memory may have more than it has, page cache of what it writes included.
 const LEFT_BYTES: u64 = 16 << 20;
-const GROUP: &str = "sluice-soak";
 
 /// `kill -9` of the daemon; its keeper starts the next one.
 pub(super) fn kill(world: &World) -> Result<bool> {
@@ -59,7 +58,10 @@ impl Group {
             Some(path) => (top.join("memory"), "memory.limit_in_bytes", path),
             None => (top.to_path_buf(), "memory.max", of("0::").unwrap_or_default()),
         };
-        let this = Self { dir: top.join(GROUP), before: top.join(path.trim_start_matches('/')) };
+        let this = Self {
+            dir: top.join(format!("sluice-soak-{}", std::process::id())),
+            before: top.join(path.trim_start_matches('/')),
+        };
         fs::create_dir_all(&this.dir).context("cannot make a control group")?;
         // What was charged before stays where it was charged.
         fs::write(this.dir.join(limit), LEFT_BYTES.to_string()).context("cannot limit memory")?;

@@ -26,6 +26,7 @@ pub(crate) fn watch(world: &World, tally: &Tally, latest: Instant) -> Peaks {
     let mut peaks = Peaks::default();
     let mut blocked: HashMap<String, (Instant, bool)> = HashMap::new();
     let (mut fat, mut leaking, mut hung) = (false, false, false);
+    let mut progress = (0, Instant::now(), false);
     while !tally.is_over() {
         let root = world.path("state").to_string_lossy().into_owned();
         let (mut resident, mut descriptors) = (0, 0);
@@ -49,6 +50,11 @@ pub(crate) fn watch(world: &World, tally: &Tally, latest: Instant) -> Peaks {
                 *told = true;
                 tally.violated(&format!("thread {thread} has been blocked for {} s", STUCK.as_secs()));
             }
+        }
+        if progress.0 != tally.done() {
+            progress = (tally.done(), Instant::now(), false);
+        } else if progress.1.elapsed() > STUCK && !std::mem::replace(&mut progress.2, true) {
+            tally.violated(&format!("nothing was begun or done for {} s", STUCK.as_secs()));
         }
         if Instant::now() > latest && !std::mem::replace(&mut hung, true) {
             tally.violated("it does not come to an end: the disk is taken away");
