@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::json;
 
-use crate::rig::{Node, noise};
+use crate::rig::{LARGE, Node, assert_content, large, noise, wait_until};
 
 const PIECE: usize = 256 << 10;
 const READERS: usize = 48;
@@ -47,5 +47,28 @@ fn many_readers_and_a_full_store_leave_the_memory_limit_alone() {
     let peak = status["resident_peak_bytes"].as_u64().unwrap();
     eprintln!("peak: {} MiB", peak >> 20);
     assert!(peak < LIMIT_MIB << 20, "the daemon took {} MiB", peak >> 20);
+    node.ok(&["umount", &dir.to_string_lossy()]);
+}
+
+/// Nobody works on the layer any more when there is room again.
+#[test]
+fn what_only_memory_has_goes_to_the_disk_when_there_is_room() {
+    let node = Node::indexed("[stream]\nfill = false\n[store]\nquota_mib = 16\nmemory_budget_mib = 16\n");
+    let big = node.big(&noise(9, 10 << 20));
+    node.ok(&["pull", &big]);
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    assert_content(&dir.join("data/large"), &large());
+    // The other image, which nobody uses, is evicted.
+    wait_until("it is on the disk", || {
+        let status = node.status();
+        let here = status["images"].as_array().unwrap().len();
+        here == 1 && status["disk_bytes"].as_u64().unwrap() > LARGE as u64
+    });
+    node.kill_daemon();
+    node.ok(&["gc"]);
+    node.bytes_sent();
+    assert_content(&dir.join("data/large"), &large());
+    assert_eq!(node.bytes_sent(), 0);
     node.ok(&["umount", &dir.to_string_lossy()]);
 }
