@@ -12,6 +12,8 @@ pub(crate) const RESIDENT_LIMIT: u64 = 256 << 20;
 pub(crate) const DESCRIPTOR_LIMIT: u64 = 1024;
 /// A thread that is blocked longer than any fault lasts is never woken again.
 const STUCK: Duration = Duration::from_secs(120);
+/// All may wait for one layer that comes as slowly as a fault has it: 10 MB at 20 kB/s.
+const STALLED: Duration = Duration::from_secs(600);
 const INTERVAL: Duration = Duration::from_millis(500);
 
 /// The most that was seen.
@@ -53,8 +55,8 @@ pub(crate) fn watch(world: &World, tally: &Tally, latest: Instant) -> Peaks {
         }
         if progress.0 != tally.done() {
             progress = (tally.done(), Instant::now(), false);
-        } else if progress.1.elapsed() > STUCK && !std::mem::replace(&mut progress.2, true) {
-            tally.violated(&format!("nothing was begun or done for {} s", STUCK.as_secs()));
+        } else if progress.1.elapsed() > STALLED && !std::mem::replace(&mut progress.2, true) {
+            tally.violated(&format!("nothing was begun or done for {} s", STALLED.as_secs()));
         }
         if Instant::now() > latest && !std::mem::replace(&mut hung, true) {
             tally.violated("it does not come to an end: the disk is taken away");
