@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 use super::pack::{IN_FLIGHT, PIECE};
 
 /// Bytes fetched before anybody can take them: held in memory.
-const MOST_EARLY: u64 = 16 << 20;
+const MOST_EARLY: u64 = 12 << 20;
 
 /// See the module text.
 #[derive(Debug)]
