@@ -31,11 +31,11 @@ impl Client {
         image: &ResolvedImage,
         kind: Kind,
     ) -> Result<Vec<String>, RegistryError> {
-        if let Some((began, list)) = self.inner.listing.take(&image.manifest_digest, kind)
-            && let Ok(Ok(found)) = list.await
+        if let Some((began, list)) = self.inner.listing.take(&image.reference, &image.manifest_digest, kind)
+            && let Ok(listed) = list.await
         {
             observe::answered(began);
-            return Ok(found);
+            return listed;
         }
         self.list(&image.reference, &image.manifest_digest, kind).await
     }
@@ -53,9 +53,9 @@ impl Client {
 
     /// Begins to ask for the artifacts of a kind, for who will ask soon.
     pub(crate) fn list_ahead(&self, reference: &Reference, manifest_digest: &str, kind: Kind) {
-        let (client, reference, digest) = (self.clone(), reference.clone(), manifest_digest.to_owned());
-        let list = tokio::spawn(async move { client.list(&reference, &digest, kind).await });
-        self.inner.listing.put(manifest_digest, kind, list);
+        let (client, asked, digest) = (self.clone(), reference.clone(), manifest_digest.to_owned());
+        let list = tokio::spawn(async move { client.list(&asked, &digest, kind).await });
+        self.inner.listing.put(reference, manifest_digest, kind, list);
     }
 
     /// The blobs of an artifact.
@@ -218,29 +218,34 @@ fn metadata(
     Ask { method, reference, target, headers: HeaderMap::new(), body, needs, background: false }
 }
 
-/// Lists of artifacts that were asked for before anybody wanted them, by the image's manifest and the kind.
+/// Lists of artifacts that were asked for before anybody wanted them.
 #[derive(Debug, Default)]
 pub(crate) struct Listing(Mutex<Lists>);
 
-/// With the time when each was asked for.
-type Lists = HashMap<(String, &'static str), (Instant, List)>;
+/// By repository (with its registry), manifest and kind, with the time when each was asked for.
+type Lists = HashMap<(String, String, &'static str), (Instant, List)>;
 type List = JoinHandle<Result<Vec<String>, RegistryError>>;
 
 impl Listing {
-    fn put(&self, manifest_digest: &str, kind: Kind, list: List) {
+    fn put(&self, reference: &Reference, manifest_digest: &str, kind: Kind, list: List) {
         let mut lists = self.lists();
         lists.retain(|_, (began, _)| began.elapsed() < LIST_LIFE);
-        lists.insert((manifest_digest.to_owned(), kind.artifact_type), (Instant::now(), list));
+        lists.insert(key(reference, manifest_digest, kind), (Instant::now(), list));
     }
 
-    fn take(&self, manifest_digest: &str, kind: Kind) -> Option<(Instant, List)> {
-        let list = self.lists().remove(&(manifest_digest.to_owned(), kind.artifact_type))?;
+    fn take(&self, reference: &Reference, manifest_digest: &str, kind: Kind) -> Option<(Instant, List)> {
+        let list = self.lists().remove(&key(reference, manifest_digest, kind))?;
         Some(list).filter(|(began, _)| began.elapsed() < LIST_LIFE)
     }
 
     fn lists(&self) -> MutexGuard<'_, Lists> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn key(reference: &Reference, manifest_digest: &str, kind: Kind) -> (String, String, &'static str) {
+    let repository = format!("{}/{}", reference.registry(), reference.repository());
+    (repository, manifest_digest.to_owned(), kind.artifact_type)
 }
 
 /// An index without its entries, and those.

@@ -4,7 +4,6 @@
 mod support;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -95,17 +94,19 @@ async fn a_list_that_is_asked_for_with_the_image_is_used_once() {
 }
 
 #[tokio::test]
-async fn a_list_that_does_not_come_with_the_image_is_asked_for_again() {
-    let first = AtomicBool::new(true);
-    let fake = registry(move |_| match first.swap(false, Ordering::SeqCst) {
-        true => Reply::new(200, "<html>"),
-        false => Reply::new(200, list(&[entry("a", "2022-01-01T00:00:00Z")])),
-    });
-    let fake = fake.await;
+async fn a_list_that_was_asked_for_with_an_image_is_of_its_repository_alone() {
+    let right = registry(|_| Reply::new(200, list(&[entry("a", "2022-01-01T00:00:00Z")]))).await;
+    let wrong = registry(|_| Reply::new(200, "<html>")).await;
     let client = client(RegistryConfig::default());
-    let image = client.resolve_with(&fake.reference(), &[KIND]).await.expect("resolved");
-    assert!(ArtifactStore::Referrers(client).find(&image, KIND).await.expect("found").is_some());
-    assert_eq!(fake.seen("/referrers/").len(), 2);
+    let artifacts = ArtifactStore::Referrers(client.clone());
+    // The same image.
+    let image = client.resolve(&right.reference()).await.expect("resolved");
+    let same = client.resolve_with(&wrong.reference(), &[KIND]).await.expect("resolved");
+    assert_eq!(image.manifest_digest, same.manifest_digest);
+    assert!(artifacts.find(&image, KIND).await.expect("found").is_some());
+    // And what failed is told, and not asked for once more.
+    artifacts.find(&same, KIND).await.expect_err("refused");
+    assert_eq!((right.seen("/referrers/").len(), wrong.seen("/referrers/").len()), (1, 1));
 }
 
 #[tokio::test]

@@ -137,7 +137,14 @@ impl LocalCopies {
             return Ok(Some(Arc::clone(source)));
         }
         // It may be gone by now.
-        *last = self.store.layer(digest)?.map(Source::open).transpose()?.map(Arc::new);
+        let open = |layer| match Source::open(layer) {
+            Ok(source) => Some(Arc::new(source)),
+            Err(error) => {
+                tracing::warn!(layer = digest, %error, "nothing is copied from it");
+                None
+            }
+        };
+        *last = self.store.layer(digest)?.and_then(open);
         Ok(last.clone())
     }
 
