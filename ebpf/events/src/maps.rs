@@ -67,6 +67,8 @@ pub struct Waiting {
     pub since_ns: u64,
     /// Its control group.
     pub cgroup: u64,
+    /// Where the kernel keeps its namespaces.
+    pub nsproxy: u64,
     /// Device number of the watched file system.
     pub dev: u32,
     /// Its mount namespace.
@@ -111,8 +113,8 @@ mod tests {
         assert_eq!(size_of::<FillValue>(), 72);
         assert_eq!(offset_of!(FillValue, pages), 40);
         assert_eq!(size_of::<OpenKey>(), 16);
-        assert_eq!(size_of::<Waiting>(), 80);
-        assert_eq!(offset_of!(Waiting, comm), 64);
+        assert_eq!(size_of::<Waiting>(), 88);
+        assert_eq!(offset_of!(Waiting, comm), 72);
         assert_eq!(Drop::TooManyFailures as u32 + 1, DROP_COUNTERS);
     }
 }

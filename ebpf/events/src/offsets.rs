@@ -55,6 +55,10 @@ pub struct Offsets {
     pub inode_size: u32,
     /// `struct inode`: `i_mode`.
     pub inode_mode: u32,
+    /// `struct inode`: `i_mapping`.
+    pub inode_mapping: u32,
+    /// `struct inode`: `i_data`.
+    pub inode_data: u32,
     /// `struct super_block`: `s_dev`.
     pub sb_dev: u32,
     /// `struct super_block`: `s_magic`.
@@ -81,6 +85,8 @@ pub struct Offsets {
     pub task_iowait_mask: u32,
     /// `struct files_struct`: `fdt`.
     pub files_fdt: u32,
+    /// `struct files_struct`: `fdtab`, the table that `fdt` points to until a process has many descriptors.
+    pub files_fdtab: u32,
     /// `struct fdtable`: `fd`.
     pub fdtable_fd: u32,
     /// `struct linux_binprm`: `file`.
@@ -144,6 +150,8 @@ impl Offsets {
         inode_ino: ABSENT,
         inode_size: ABSENT,
         inode_mode: ABSENT,
+        inode_mapping: ABSENT,
+        inode_data: ABSENT,
         sb_dev: ABSENT,
         sb_magic: ABSENT,
         file_inode: ABSENT,
@@ -157,6 +165,7 @@ impl Offsets {
         task_iowait: ABSENT,
         task_iowait_mask: ABSENT,
         files_fdt: ABSENT,
+        files_fdtab: ABSENT,
         fdtable_fd: ABSENT,
         bprm_file: ABSENT,
         bprm_filename: ABSENT,
@@ -192,6 +201,6 @@ mod tests {
 
     #[test]
     fn it_is_an_array_of_words() {
-        assert_eq!(size_of::<Offsets>(), 47 * 4);
+        assert_eq!(size_of::<Offsets>(), 50 * 4);
     }
 }

@@ -5,9 +5,12 @@ use aya_ebpf::macros::{fentry, kprobe, raw_tracepoint, tracepoint};
 use aya_ebpf::programs::{FEntryContext, ProbeContext, RawTracePointContext, TracePointContext};
 use sluice_events::{ExecEvent, Kind, OpenEvent, OpenKey, PATH_LEN, level};
 
-use crate::kernel::{Pointer, Watched, mount_namespace, open_file, read, watched_file, watched_inode};
+use crate::kernel::{
+    Inode, Pointer, Task, Watched, mount_namespace, nsproxy, open_file, read, under_overlay, watched_file,
+};
 use crate::maps::{OPENED, offset};
-use crate::record::{head, reserve, submit};
+use crate::record::{head, head_in, reserve, submit};
+use crate::seen::{Seen, super_block};
 
 /// Offset of the result in the record of `syscalls:sys_exit_*`, the same in all kernels since 2.6.
 const EXIT_RESULT: usize = 16;
@@ -23,8 +26,18 @@ fn opened_descriptor(ctx: &TracePointContext) -> Option<()> {
     // SAFETY: the record of the tracepoint has a long there.
     let descriptor: i64 = unsafe { ctx.read_at(EXIT_RESULT) }.ok()?;
     let number = u32::try_from(descriptor).ok()?;
-    let file = open_file(number)?;
-    opened(watched_file(file)?, level::TRACEPOINT);
+    let task = Task::current()?;
+    let file = open_file(task, number)?;
+    let inode = Inode::of_file(file)?;
+    if !super_block(inode.sb)?.overlay {
+        opened(inode.watched()?, task.nsproxy, level::TRACEPOINT);
+        return Some(());
+    }
+    let seen = Seen::open_above(&inode, task.nsproxy);
+    if !seen.is_known() {
+        opened(under_overlay(file)?, task.nsproxy, level::TRACEPOINT);
+        seen.remember();
+    }
     Some(())
 }
 
@@ -45,22 +58,27 @@ pub fn kprobe_open(ctx: ProbeContext) -> u32 {
 
 #[inline(always)]
 fn opened_file(file: Pointer, level: u8) {
-    if let Some(watched) = read(file, offset!(file_inode)).and_then(|inode: Pointer| watched_inode(inode)) {
-        opened(watched, level);
+    if let Some(watched) = Inode::of_file(file).and_then(|inode| inode.watched()) {
+        opened(watched, nsproxy(), level);
     }
 }
 
 #[inline(always)]
-fn opened(watched: Watched, level: u8) {
-    let key = OpenKey { inode: watched.inode, watch: watched.watch, mnt_ns: mount_namespace() };
-    if OPENED.get_ptr(&key).is_some() {
+fn opened(watched: Watched, nsproxy: u64, level: u8) {
+    let seen = Seen::open(watched, nsproxy);
+    if seen.is_known() {
         return;
+    }
+    let mnt_ns = mount_namespace(nsproxy);
+    let key = OpenKey { inode: watched.inode, watch: watched.watch, mnt_ns };
+    if OPENED.get_ptr(&key).is_some() {
+        return seen.remember();
     }
     // That there is no memory only means a second record.
     OPENED.insert(&key, &1, 0).ok();
     let Some(mut entry) = reserve::<OpenEvent>() else { return };
     entry.write(OpenEvent {
-        head: head(Kind::Open, level),
+        head: head_in(Kind::Open, level, mnt_ns),
         inode: watched.inode,
         dev: watched.dev,
         reserved: 0,

@@ -1,9 +1,10 @@
 //! Reading the kernel's structures, by offsets that the agent found in its type information.
 
 use aya_ebpf::helpers::{bpf_get_current_task, bpf_probe_read_kernel};
-use sluice_events::{EROFS_MAGIC, OVERLAY_MAGIC, OverlayFile};
+use sluice_events::{ABSENT, EROFS_MAGIC, OverlayFile};
 
-use crate::maps::{WATCHED, offset};
+use crate::maps::offset;
+use crate::seen::super_block;
 
 /// Some structure of the kernel. It may be null or garbage: every read is checked by the kernel.
 pub type Pointer = *const u8;
@@ -31,55 +32,150 @@ pub fn current() -> Pointer {
     unsafe { bpf_get_current_task() as Pointer }
 }
 
+/// Some words of a structure, read in one go: a read costs far more than what it copies.
+pub struct Words<const N: usize> {
+    at: Pointer,
+    first: u32,
+    words: [u64; N],
+}
+
+impl<const N: usize> Words<N> {
+    /// Those from offset `first` on.
+    #[inline(always)]
+    pub fn read(at: Pointer, first: u32) -> Option<Self> {
+        Some(Self { at, first, words: read(at, first)? })
+    }
+
+    /// The word at an offset of the structure. One that is elsewhere on this kernel is read by itself.
+    #[inline(always)]
+    pub fn get(&self, offset: u32) -> Option<u64> {
+        // The verifier knows both numbers, so that one way remains.
+        let distance = offset.wrapping_sub(self.first) as usize;
+        if distance % 8 == 0 && distance / 8 < N {
+            self.words.get(distance / 8).copied()
+        } else {
+            read(self.at, offset)
+        }
+    }
+}
+
+/// The running thread.
+#[derive(Clone, Copy)]
+pub struct Task {
+    files: Pointer,
+    pub nsproxy: u64,
+}
+
+impl Task {
+    #[inline(always)]
+    pub fn current() -> Option<Self> {
+        // One or two words before `nsproxy`.
+        let words = Words::<3>::read(current(), offset!(task_files))?;
+        Some(Self { files: words.get(offset!(task_files))? as Pointer, nsproxy: words.get(offset!(task_nsproxy))? })
+    }
+}
+
 /// The open file behind a descriptor of the running thread.
 #[inline(always)]
-pub fn open_file(descriptor: u32) -> Option<Pointer> {
-    let files: Pointer = read(current(), offset!(task_files))?;
-    let table: Pointer = read(files, offset!(files_fdt))?;
-    let array: Pointer = read(table, offset!(fdtable_fd))?;
+pub fn open_file(task: Task, descriptor: u32) -> Option<Pointer> {
+    let files = task.files;
+    let words = Words::<3>::read(files, offset!(files_fdt))?;
+    let table = words.get(offset!(files_fdt))? as Pointer;
+    let own = offset!(files_fdtab);
+    let array = if own != ABSENT && table == files.wrapping_add(own as usize) {
+        words.get(own + offset!(fdtable_fd))? as Pointer
+    } else {
+        read(table, offset!(fdtable_fd))?
+    };
     read(array.wrapping_add(descriptor as usize * size_of::<Pointer>()), 0)
 }
 
-/// Inode number of the running thread's mount namespace; 0 for a thread that is going away.
+/// Where the kernel keeps the running thread's namespaces; 0 for a thread that is going away. Threads that share all of them
+/// share it; a namespace has several, and the place is given out again.
 #[inline(always)]
-pub fn mount_namespace() -> u32 {
+pub fn nsproxy() -> u64 {
+    read(current(), offset!(task_nsproxy)).unwrap_or(0)
+}
+
+/// Inode number of a mount namespace; 0 if there is none.
+#[inline(always)]
+pub fn mount_namespace(nsproxy: u64) -> u32 {
     let number = || {
-        let proxy: Pointer = read(current(), offset!(task_nsproxy))?;
-        let namespace: Pointer = read(proxy, offset!(nsproxy_mnt_ns))?;
+        let namespace: Pointer = read(nsproxy as Pointer, offset!(nsproxy_mnt_ns))?;
         read::<u32>(namespace, offset!(mnt_ns_inum))
     };
     number().unwrap_or(0)
 }
 
-/// The inode's numbers, if its file system is watched.
-#[inline(always)]
-pub fn watched_inode(inode: Pointer) -> Option<Watched> {
-    let sb: Pointer = read(inode, offset!(inode_sb))?;
-    let dev: u32 = read(sb, offset!(sb_dev))?;
-    // SAFETY: a number that is exchanged meanwhile is one of two right ones.
-    let watch = *unsafe { WATCHED.get(&dev) }?;
-    Some(Watched { dev, watch, inode: read(inode, offset!(inode_ino))? })
+/// An inode.
+#[derive(Clone, Copy)]
+pub struct Inode {
+    pub at: Pointer,
+    pub number: u64,
+    /// Bytes.
+    pub size: u64,
+    pub sb: Pointer,
+    mapping: u64,
 }
 
-/// The inode behind a mapping's pages, and its numbers if its file system is watched.
-#[inline(always)]
-pub fn watched_mapping(mapping: Pointer) -> Option<(Pointer, Watched)> {
-    let host: Pointer = read(mapping, offset!(mapping_host))?;
-    Some((host, watched_inode(host)?))
+impl Inode {
+    #[inline(always)]
+    pub fn read(at: Pointer) -> Option<Self> {
+        // From `i_sb` to `i_size` since 3.2.
+        let words = Words::<6>::read(at, offset!(inode_sb))?;
+        Some(Self {
+            at,
+            number: words.get(offset!(inode_ino))?,
+            size: words.get(offset!(inode_size))?,
+            sb: words.get(offset!(inode_sb))? as Pointer,
+            mapping: words.get(offset!(inode_mapping))?,
+        })
+    }
+
+    /// The one behind a mapping's pages: nearly always that which the mapping is a part of.
+    #[inline(always)]
+    pub fn of_mapping(mapping: Pointer) -> Option<Self> {
+        if let Some(inode) = Self::read(mapping.wrapping_sub(offset!(inode_data) as usize))
+            && inode.mapping == mapping as u64
+        {
+            return Some(inode);
+        }
+        Self::read(read(mapping, offset!(mapping_host))?)
+    }
+
+    /// The one behind an open file.
+    #[inline(always)]
+    pub fn of_file(file: Pointer) -> Option<Self> {
+        Self::read(read(file, offset!(file_inode))?)
+    }
+
+    /// Its numbers, if its file system is watched.
+    #[inline(always)]
+    pub fn watched(&self) -> Option<Watched> {
+        let found = super_block(self.sb)?;
+        if found.watch == 0 {
+            return None;
+        }
+        Some(Watched { dev: found.dev, watch: found.watch, inode: self.number })
+    }
 }
 
 /// The watched file that an open file stands for, also through an overlay.
-///
-/// What an overlay's file keeps in `private_data` is the real file (until 6.12) or a structure that begins with it (6.13).
-/// Where that is not known both are tried: the inode found must be of EROFS and of a watched device.
 #[inline(always)]
 pub fn watched_file(file: Pointer) -> Option<Watched> {
-    let inode: Pointer = read(file, offset!(file_inode))?;
-    let sb: Pointer = read(inode, offset!(inode_sb))?;
-    let magic: u64 = read(sb, offset!(sb_magic))?;
-    if magic != OVERLAY_MAGIC {
-        return watched_inode(inode);
+    let inode = Inode::of_file(file)?;
+    if super_block(inode.sb)?.overlay {
+        return under_overlay(file);
     }
+    inode.watched()
+}
+
+/// The watched file that an overlay's open file stands for.
+///
+/// What that keeps in `private_data` is the real file (until 6.12) or a structure that begins with it (6.13).
+/// Where that is not known both are tried: the inode found must be of EROFS and of a watched device.
+#[inline(always)]
+pub fn under_overlay(file: Pointer) -> Option<Watched> {
     let private: Pointer = read(file, offset!(file_private))?;
     let known = offset!(overlay_file);
     if known != OverlayFile::Structure as u32 {
@@ -93,11 +189,10 @@ pub fn watched_file(file: Pointer) -> Option<Watched> {
 
 #[inline(always)]
 fn real_file(file: Pointer) -> Option<Watched> {
-    let inode: Pointer = read(file, offset!(file_inode))?;
-    let sb: Pointer = read(inode, offset!(inode_sb))?;
-    let magic: u64 = read(sb, offset!(sb_magic))?;
+    let inode = Inode::of_file(file)?;
+    let magic: u64 = read(inode.sb, offset!(sb_magic))?;
     if magic != EROFS_MAGIC {
         return None;
     }
-    watched_inode(inode)
+    inode.watched()
 }

@@ -13,6 +13,7 @@ mod kernel;
 mod maps;
 mod pages;
 mod record;
+mod seen;
 
 /// Reading kernel memory is reserved to programs under a licence that the kernel knows as compatible.
 #[unsafe(no_mangle)]

@@ -1,10 +1,11 @@
 //! Maps that the programs share with the agent, and what the agent writes before loading.
 
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{HashMap, LruHashMap, PerCpuArray, RingBuf};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
 use sluice_events::{DROP_COUNTERS, Drop, FillKey, FillValue, Offsets, OpenKey, Waiting};
 
 use crate::failed::{Budget, Pending};
+use crate::seen::{Place, SEEN_SLOTS, SUPER_SLOTS, Super};
 
 /// Where the running kernel keeps things. Written over before loading.
 #[unsafe(no_mangle)]
@@ -13,6 +14,18 @@ static OFFSETS: Offsets = Offsets::UNKNOWN;
 /// Device numbers of the watched file systems, and numbers of the watches.
 #[map]
 pub static WATCHED: HashMap<u32, u32> = HashMap::with_max_entries(4096, 0);
+
+/// A number that changes, afterwards, whenever [`WATCHED`] does.
+#[map]
+pub static ROUND: Array<u32> = Array::with_max_entries(1, 0);
+
+/// What super blocks were found to be, for each processor.
+#[map]
+pub static SUPERS: PerCpuArray<Super> = PerCpuArray::with_max_entries(SUPER_SLOTS, 0);
+
+/// What is recorded already.
+#[map]
+pub static SEEN: Array<Place> = Array::with_max_entries(SEEN_SLOTS, 0);
 
 /// Records for the agent. The size is set when loading.
 #[map]

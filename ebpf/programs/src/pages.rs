@@ -9,9 +9,10 @@ use sluice_events::{
     ABSENT, AccessEvent, CHUNK_PAGES, CHUNK_SHIFT, Drop, FillKey, FillValue, Kind, Waiting, level,
 };
 
-use crate::kernel::{Pointer, Watched, mount_namespace, read, watched_mapping};
+use crate::kernel::{Inode, Pointer, Watched, Words, mount_namespace, nsproxy, read};
 use crate::maps::{ACCESSED, FILLED, WAITING, lost, offset};
 use crate::record::{cgroup, head_in, now_ns, pid, reserve, submit};
+use crate::seen::Seen;
 
 const PAGE_SHIFT: u32 = 12;
 /// Most chunks of one access that are looked up: 1 MiB. Larger ones are recorded as they are, maybe again.
@@ -79,15 +80,15 @@ pub fn raw_fill(ctx: RawTracePointContext) -> i32 {
 fn read_call(iocb: Pointer, iter: Pointer, level: u8) -> i32 {
     let arguments = || {
         let file: Pointer = read(iocb, offset!(kiocb_file))?;
-        let inode: Pointer = read(file, offset!(file_inode))?;
-        let watched = crate::kernel::watched_inode(inode)?;
+        let inode = Inode::of_file(file)?;
+        let watched = inode.watched()?;
         let position: u64 = read(iocb, offset!(kiocb_pos))?;
         let count: u64 = read(iter, offset!(iter_count))?;
         if count == 0 {
             return None;
         }
         let last = position.saturating_add(count - 1) >> PAGE_SHIFT;
-        touched(inode, watched, position >> PAGE_SHIFT, last, Kind::Read, level);
+        touched(inode.size, watched, position >> PAGE_SHIFT, last, Kind::Read, level);
         Some(())
     };
     arguments().map_or(0, |()| 0)
@@ -99,10 +100,10 @@ fn fault_call(fault: Pointer, kind: Kind, level: u8) -> i32 {
     let arguments = || {
         let vma: Pointer = read(fault, offset!(fault_vma))?;
         let file: Pointer = read(vma, offset!(vma_file))?;
-        let inode: Pointer = read(file, offset!(file_inode))?;
-        let watched = crate::kernel::watched_inode(inode)?;
+        let inode = Inode::of_file(file)?;
+        let watched = inode.watched()?;
         let page: u64 = read(fault, offset!(fault_pgoff))?;
-        touched(inode, watched, page, page, kind, level);
+        touched(inode.size, watched, page, page, kind, level);
         Some(())
     };
     arguments().map_or(0, |()| 0)
@@ -110,32 +111,45 @@ fn fault_call(fault: Pointer, kind: Kind, level: u8) -> i32 {
 
 #[inline(always)]
 fn access(mapping: Pointer, first: u64, last: u64, kind: Kind, level: u8) -> i32 {
-    if let Some((inode, watched)) = watched_mapping(mapping) {
-        touched(inode, watched, first, last, kind, level);
+    let inode = Inode::of_mapping(mapping);
+    if let Some((size, watched)) = inode.and_then(|inode| Some((inode.size, inode.watched()?))) {
+        touched(size, watched, first, last, kind, level);
     }
     0
 }
 
-/// Records pages `first..=last` if one of them was not accessed before from this mount namespace.
+/// Records pages `first..=last` of a file of that size if one of them was not accessed before from this mount namespace.
 #[inline(always)]
-fn touched(inode: Pointer, watched: Watched, first: u64, last: u64, kind: Kind, level: u8) {
-    let mnt_ns = mount_namespace();
-    let fault = kind as u16 == Kind::Fault as u16;
-    // The tracepoint of reads comes after the waiting, and what is mapped around a fault is not waited for.
-    if fault || level > level::TRACEPOINT {
-        asked(watched, first, 0, u32::from(fault), mnt_ns);
-    }
-    if is_known(watched, first, last, mnt_ns) {
-        return;
-    }
+fn touched(size: u64, watched: Watched, first: u64, last: u64, kind: Kind, level: u8) {
     // Programs read with large buffers: what is behind the end was not read.
-    let size: u64 = read(inode, offset!(inode_size)).unwrap_or(u64::MAX);
     let Some(end) = size.checked_sub(1) else { return };
     let last = last.min(end >> PAGE_SHIFT);
     if last < first {
         return;
     }
-    let Some((first, last)) = first_touch(watched, first, last, mnt_ns) else { return };
+    let nsproxy = nsproxy();
+    let fault = kind as u16 == Kind::Fault as u16;
+    // The tracepoint of reads comes after the waiting, and what is mapped around a fault is not waited for.
+    if fault || level > level::TRACEPOINT {
+        asked(watched, first, 0, u32::from(fault), nsproxy);
+    }
+    // What is mapped around a fault is often in two chunks: it is aligned in memory, not in the file.
+    let (first_chunk, last_chunk) = (first >> CHUNK_SHIFT, last >> CHUNK_SHIFT);
+    let in_first = part_in(first_chunk, first, last);
+    let in_first = Seen::pages(watched, first_chunk, in_first, nsproxy);
+    let in_last = part_in(last_chunk, first, last);
+    let in_last = Seen::pages(watched, last_chunk, in_last, nsproxy);
+    let few = last_chunk - first_chunk <= 1;
+    if few && in_first.is_known() && in_last.is_known() {
+        return;
+    }
+    let mnt_ns = mount_namespace(nsproxy);
+    let new = first_touch(watched, first, last, mnt_ns);
+    if few {
+        in_first.remember();
+        in_last.remember();
+    }
+    let Some((first, last)) = new else { return };
     let Some(mut entry) = reserve::<AccessEvent>() else { return };
     entry.write(AccessEvent {
         head: head_in(kind, level, mnt_ns),
@@ -147,23 +161,13 @@ fn touched(inode: Pointer, watched: Watched, first: u64, last: u64, kind: Kind, 
     submit(entry);
 }
 
-/// Whether all pages are marked already, as far as one look-up tells: the common case.
+/// Those of pages `first..=last` that are in a chunk, a bit each.
 #[inline(always)]
-fn is_known(watched: Watched, first: u64, last: u64, mnt_ns: u32) -> bool {
-    let chunk = first >> CHUNK_SHIFT;
-    if chunk != last >> CHUNK_SHIFT {
-        return false;
-    }
-    let key = FillKey { inode: watched.inode, chunk, watch: watched.watch, mnt_ns };
-    // SAFETY: bits are only ever set; to see one too few means to look closer.
-    let bits = unsafe { ACCESSED.get(&key) };
-    bits.is_some_and(|bits| chunk_mask(first, last) & !*bits == 0)
-}
-
-/// The bits of pages of one chunk.
-#[inline(always)]
-fn chunk_mask(first: u64, last: u64) -> u32 {
-    (u32::MAX << (first & 31)) & (u32::MAX >> (31 - (last & 31)))
+fn part_in(chunk: u64, first: u64, last: u64) -> u32 {
+    let begin = chunk << CHUNK_SHIFT;
+    let from = first.max(begin) - begin;
+    let to = last.min(begin + CHUNK_PAGES as u64 - 1) - begin;
+    (u32::MAX << (from & 31)) & (u32::MAX >> (31 - (to & 31)))
 }
 
 /// The part of `first..=last` that holds all pages not yet marked in [`ACCESSED`]; marks them.
@@ -182,7 +186,7 @@ fn first_touch(watched: Watched, first: u64, last: u64, mnt_ns: u32) -> Option<(
         let from = first.max(chunk << CHUNK_SHIFT);
         let to = last.min((chunk << CHUNK_SHIFT) + CHUNK_PAGES as u64 - 1);
         let key = FillKey { inode: watched.inode, chunk, watch: watched.watch, mnt_ns };
-        if mark(&key, chunk_mask(from, to)) {
+        if mark(&key, part_in(chunk, first, last)) {
             new = Some((new.map_or(from, |(first, _)| first), to));
         }
     }
@@ -210,13 +214,13 @@ fn mark(key: &FillKey, mask: u32) -> bool {
 
 /// Notes what the running thread asks for, in case it has to sleep for it: `pages` of them are being brought into memory.
 #[inline(always)]
-fn asked(watched: Watched, page: u64, pages: u64, exact: u32, mnt_ns: u32) {
+fn asked(watched: Watched, page: u64, pages: u64, exact: u32, nsproxy: u64) {
     let pid = pid();
     if let Some(waiting) = WAITING.get_ptr_mut(&pid) {
         // SAFETY: the pointer is to the running thread's own entry.
         let waiting = unsafe { &mut *waiting };
-        // Another mount namespace or control group means that the number was given to a new thread.
-        if waiting.cgroup == cgroup() && waiting.mnt_ns == mnt_ns {
+        // Other namespaces or another control group mean that the number may have been given to a new thread.
+        if waiting.cgroup == cgroup() && waiting.nsproxy == nsproxy {
             let continues = pages > 0 && (waiting.run_end == page || waiting.exact != 0);
             if !continues || waiting.inode != watched.inode || waiting.dev != watched.dev {
                 (waiting.inode, waiting.page, waiting.dev) = (watched.inode, page, watched.dev);
@@ -226,15 +230,16 @@ fn asked(watched: Watched, page: u64, pages: u64, exact: u32, mnt_ns: u32) {
             return;
         }
     }
-    let head = head_in(Kind::Blocked, 0, mnt_ns);
+    let head = head_in(Kind::Blocked, 0, mount_namespace(nsproxy));
     let waiting = Waiting {
         inode: watched.inode,
         page,
         run_end: page + pages,
         since_ns: 0,
         cgroup: head.cgroup,
+        nsproxy,
         dev: watched.dev,
-        mnt_ns,
+        mnt_ns: head.mnt_ns,
         tgid: head.tgid,
         exact,
         watch: watched.watch,
@@ -250,16 +255,19 @@ fn asked(watched: Watched, page: u64, pages: u64, exact: u32, mnt_ns: u32) {
 /// Marks the pages of a folio that was put into the page cache.
 #[inline(always)]
 fn fill(folio: Pointer) -> Option<()> {
-    let mapping: Pointer = read(folio, offset!(folio_mapping))?;
-    let Some((_, watched)) = watched_mapping(mapping) else {
+    // From `flags` to `index`.
+    let words = Words::<5>::read(folio, 0)?;
+    let mapping = words.get(offset!(folio_mapping))? as Pointer;
+    let Some(watched) = Inode::of_mapping(mapping).and_then(|inode| inode.watched()) else {
         // The thread's next sleep is for another file system.
         WAITING.remove(&pid()).ok();
         return None;
     };
-    let index: u64 = read(folio, offset!(folio_index))?;
+    let index = words.get(offset!(folio_index))?;
     let order = order(folio);
-    let mnt_ns = mount_namespace();
-    asked(watched, index, 1 << order, 0, mnt_ns);
+    let nsproxy = nsproxy();
+    asked(watched, index, 1 << order, 0, nsproxy);
+    let mnt_ns = mount_namespace(nsproxy);
     if order <= CHUNK_SHIFT {
         let chunk = index >> CHUNK_SHIFT;
         // A folio's place is a multiple of its size.

@@ -49,6 +49,8 @@ impl Way {
             offsets.inode_sb,
             offsets.inode_ino,
             offsets.inode_size,
+            offsets.inode_mapping,
+            offsets.inode_data,
             offsets.sb_dev,
             offsets.sb_magic,
             offsets.task_nsproxy,

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use aya::maps::{HashMap as KernelMap, Map, MapData, MapError, PerCpuArray, RingBuf};
+use aya::maps::{Array, HashMap as KernelMap, Map, MapData, MapError, PerCpuArray, RingBuf};
 use aya::{Btf as KernelTypes, Ebpf, EbpfLoader};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use sluice_events::{Drop as Lost, FillKey, FillValue};
@@ -116,6 +116,8 @@ pub struct Probes {
     /// Attached all the time.
     _always: Vec<Link>,
     watched: KernelMap<MapData, u32, u32>,
+    /// Tells the programs that what is watched has changed.
+    round: Array<MapData, u32>,
     /// Device by the number of the watch, as long as its entries may be in the kernel's maps.
     watches: HashMap<u32, Device>,
     active: HashMap<Device, u32>,
@@ -157,6 +159,7 @@ impl Probes {
         let chosen = choose(&mut bpf, options, &offsets, no_trampolines);
         Ok(Self {
             watched: map(&mut bpf, "WATCHED")?,
+            round: map(&mut bpf, "ROUND")?,
             events: Events::new(bpf.take_map("EVENTS").ok_or(ProbeError::NoMap("EVENTS"))?)?,
             filled: map(&mut bpf, "FILLED")?,
             drops: map(&mut bpf, "DROPS")?,
@@ -189,6 +192,7 @@ impl Probes {
         self.last_watch = self.last_watch.wrapping_add(1);
         let Device(number) = device;
         self.watched.insert(number, self.last_watch, 0).map_err(used("WATCHED"))?;
+        self.begin_round()?;
         self.active.insert(device, self.last_watch);
         // What an earlier watch of the device left in the maps is stale now.
         self.watches.retain(|_, watched| *watched != device);
@@ -201,11 +205,18 @@ impl Probes {
         if self.active.remove(&device).is_some() {
             let Device(number) = device;
             self.watched.remove(&number).map_err(used("WATCHED"))?;
+            self.last_watch = self.last_watch.wrapping_add(1);
+            self.begin_round()?;
         }
         if self.active.is_empty() {
             self.idle_since = Some(Instant::now());
         }
         Ok(())
+    }
+
+    /// What programs remember of what is watched does not hold any more.
+    fn begin_round(&mut self) -> Result<(), ProbeError> {
+        self.round.set(0, self.last_watch, 0).map_err(used("ROUND"))
     }
 
     fn attach(&mut self) -> Result<(), ProbeError> {

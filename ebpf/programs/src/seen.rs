@@ -1,0 +1,162 @@
+//! What is remembered so that what is recorded already, or concerns nobody, costs little: most of what programs do. These maps are arrays
+//! with one place for each thing, whose look-up is no call, and what they hold may be overwritten at any time.
+
+use sluice_events::OVERLAY_MAGIC;
+
+use crate::kernel::{Inode, Pointer, Watched, read};
+use crate::maps::{ROUND, SEEN, SUPERS, WATCHED, offset};
+
+pub const SUPER_SLOTS: u32 = 64;
+/// Of 32 bytes.
+pub const SEEN_SLOTS: u32 = 16_384;
+/// Odd, and without a pattern: 2^64 by the golden ratio.
+const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
+const CHECK: u64 = 0xffff_ffff_0000_0000;
+/// A chunk that no file has.
+const OPEN: u64 = u64::MAX;
+
+/// What a super block is.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Super {
+    at: u64,
+    /// When that was found out: a place that is given out again is that of a file system which nobody watches, or the round is another.
+    round: u32,
+    pub dev: u32,
+    /// Number of the watch; 0: none.
+    pub watch: u32,
+    pub overlay: bool,
+}
+
+/// What the super block at a place is.
+#[inline(always)]
+pub fn super_block(at: Pointer) -> Option<Super> {
+    // Before what it stands for.
+    let round = round();
+    let place = at as u64;
+    let slot = SUPERS.get_ptr_mut((place.wrapping_mul(MIX) >> 40) as u32 & (SUPER_SLOTS - 1))?;
+    // SAFETY: the pointer is to this processor's entry, and programs are not preempted by others of their kind there.
+    let known = unsafe { *slot };
+    if known.at == place && known.round == round {
+        return Some(known);
+    }
+    let dev: u32 = read(at, offset!(sb_dev))?;
+    let magic: u64 = read(at, offset!(sb_magic))?;
+    // SAFETY: a number that is exchanged meanwhile is one of two right ones.
+    let watch = unsafe { WATCHED.get(&dev) }.copied().unwrap_or(0);
+    let found = Super { at: place, round, dev, watch, overlay: magic == OVERLAY_MAGIC };
+    // SAFETY: as above.
+    unsafe { *slot = found }
+    Some(found)
+}
+
+/// The number of the latest change of what is watched.
+#[inline(always)]
+pub fn round() -> u32 {
+    // SAFETY: a number that is replaced meanwhile belongs to what was so just before.
+    ROUND.get(0).copied().unwrap_or(0)
+}
+
+/// Pages of a file, or its being open, recorded for whoever has these namespaces: where that is remembered, and as what.
+pub struct Seen {
+    slot: u32,
+    tag: u64,
+    check: u64,
+    pages: u64,
+}
+
+/// A [`Seen`] in the map. Processors write here without asking each other: a half of one and a half of another fit nothing.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Remembered {
+    tag: u64,
+    /// In the upper half more of the tag, in the lower the pages, a bit each.
+    pages: u64,
+}
+
+/// Where something of a chunk of a file is remembered. Not at random: inodes of files that are used one after the other are often
+/// neighbours, and then so are these, and in the processor's cache.
+#[inline(always)]
+fn slot(inode: u64, chunk: u64) -> u32 {
+    // An inode takes two numbers or more.
+    ((inode >> 1) as u32).wrapping_add((chunk as u32).wrapping_mul(MIX as u32)) & (SEEN_SLOTS - 1)
+}
+
+/// The latest two that belong there, the latest first.
+pub type Place = [Remembered; 2];
+
+impl Seen {
+    /// Pages of one chunk.
+    #[inline(always)]
+    pub fn pages(watched: Watched, chunk: u64, pages: u32, nsproxy: u64) -> Self {
+        Self::new(slot(watched.inode, chunk), [watched.inode, chunk, nsproxy, u64::from(watched.watch)], pages)
+    }
+
+    /// That a file is open.
+    #[inline(always)]
+    pub fn open(watched: Watched, nsproxy: u64) -> Self {
+        Self::new(slot(watched.inode, 0), [watched.inode, OPEN, nsproxy, u64::from(watched.watch)], 1)
+    }
+
+    /// The same of an overlay's file, by where its inode is.
+    #[inline(always)]
+    pub fn open_above(inode: &Inode, nsproxy: u64) -> Self {
+        Self::new(slot(inode.number, 0), [inode.number, inode.at as u64, nsproxy, u64::from(round())], 1)
+    }
+
+    #[inline(always)]
+    fn new(slot: u32, of: [u64; 4], pages: u32) -> Self {
+        let (mut tag, mut check) = (0, 0);
+        for one in of {
+            tag = (tag ^ one).wrapping_mul(MIX);
+            tag ^= tag >> 32;
+            check = (check ^ tag).wrapping_mul(MIX);
+        }
+        Self { slot, tag, check: check & CHECK, pages: u64::from(pages) }
+    }
+
+    /// Whether it is known to be recorded.
+    #[inline(always)]
+    pub fn is_known(&self) -> bool {
+        self.known().is_some_and(|pages| self.pages & !pages == 0)
+    }
+
+    /// It is recorded.
+    #[inline(always)]
+    pub fn remember(&self) {
+        let Some(place) = self.place() else { return };
+        let pages = self.pages | self.in_place(place).unwrap_or(0);
+        // SAFETY: the pointer is to a place of the map.
+        unsafe {
+            let [first, second] = [&raw mut (*place)[0], &raw mut (*place)[1]];
+            let former = first.read_volatile();
+            if former.tag != self.tag {
+                second.write_volatile(former);
+            }
+            first.write_volatile(Remembered { tag: self.tag, pages: self.check | pages });
+        }
+    }
+
+    /// The pages that are.
+    #[inline(always)]
+    fn known(&self) -> Option<u64> {
+        self.in_place(self.place()?)
+    }
+
+    #[inline(always)]
+    fn place(&self) -> Option<*mut Place> {
+        SEEN.get_ptr_mut(self.slot)
+    }
+
+    #[inline(always)]
+    fn in_place(&self, place: *mut Place) -> Option<u64> {
+        for way in 0..2 {
+            // SAFETY: the pointer is to a place of the map. What another processor is writing may come in halves, which do not fit.
+            let found = unsafe { (&raw const (*place)[way]).read_volatile() };
+            if found.tag == self.tag && found.pages & CHECK == self.check {
+                return Some(found.pages & !CHECK);
+            }
+        }
+        None
+    }
+}
