@@ -1,7 +1,7 @@
 //! The probes of the running kernel: loaded, attached, read.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -329,21 +329,21 @@ impl Probes {
 impl AsFd for Probes {
     /// Readable when 64 KiB of records are there.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.events.map.as_fd()
+        self.events.map.fd().as_fd()
     }
 }
 
 /// The ring buffer of records. Mapped it counts as resident twice its size, since the kernel maps all of it, two times in a row: so it is
 /// only while something is recorded, and for a moment now and then.
 struct Events {
-    map: OwnedFd,
+    /// Kept: programs that are loaded anew name it by its descriptor.
+    map: MapData,
     ring: Option<RingBuf<MapData>>,
 }
 
 impl Events {
     fn new(map: Map) -> Result<Self, ProbeError> {
-        let Map::RingBuf(data) = map else { return Err(ProbeError::NoMap("EVENTS")) };
-        let map = data.fd().as_fd().try_clone_to_owned().map_err(MapError::from).map_err(used("EVENTS"))?;
+        let Map::RingBuf(map) = map else { return Err(ProbeError::NoMap("EVENTS")) };
         Ok(Self { map, ring: None })
     }
 
@@ -351,7 +351,7 @@ impl Events {
         let ring = match self.ring.take() {
             Some(ring) => ring,
             None => {
-                let map = self.map.try_clone().map_err(MapError::from);
+                let map = self.map.fd().as_fd().try_clone_to_owned().map_err(MapError::from);
                 let data = map.and_then(MapData::from_fd).map_err(used("EVENTS"))?;
                 RingBuf::try_from(Map::RingBuf(data)).map_err(used("EVENTS"))?
             }
