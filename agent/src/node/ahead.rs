@@ -11,12 +11,12 @@ use sluice_prefetch::{Limits, Pace, fetch, wanted};
 use sluice_registry::{Client, Layer, Observer, ResolvedImage, observed};
 use sluice_stream::StreamedLayer;
 use sluice_trace::{ContentKey, FileFacts, Phase, Profile, ProfileKey, entry_class};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use super::Node;
 use super::files::ImageFiles;
 use super::layers::NodeLayer;
-use super::pack_bytes::PackBytes;
+use super::pack_bytes::{PackBytes, TablesAwaited, TablesCome};
 use super::profiles::{self, now};
 use super::reads::{Recording, Step};
 use super::starts::UnderWay;
@@ -35,6 +35,8 @@ pub(super) struct Lookup {
     /// What is recorded of the start, from the question for its image on.
     pub(super) recording: Option<Arc<Recording>>,
     pub(super) under_way: UnderWay,
+    /// Held until the layers' tables are here, or will not come.
+    pub(super) tables: Option<TablesAwaited>,
     /// Tells which layers are streamed, once that is known.
     streamed: Option<oneshot::Sender<Streamed>>,
 }
@@ -124,6 +126,7 @@ impl Node {
         let layers: Vec<String> = layers.iter().map(|layer| layer.digest.clone()).collect();
         let recording = self.config.record.then(|| self.reads.begin(layers.clone(), began));
         let (streamed, layers_there) = oneshot::channel::<Streamed>();
+        let (tables, tables_come) = mpsc::channel(1);
         let (node, image, own, recorded) = (Arc::clone(self), image.clone(), key.clone(), recording.clone());
         let digests = layers.clone();
         let (guessing, over) = oneshot::channel();
@@ -133,7 +136,7 @@ impl Node {
         let before_fill = self.scheduler.prefetching();
         tokio::spawn(async move {
             let began = Instant::now();
-            let known = node.known(&image, &own);
+            let known = node.known(&image, &own, tables_come);
             let learned = observed(looks_of(recorded.clone()), known).await;
             if let Some(recording) = &recorded {
                 recording.step(Step::since(Phase::Profile, began));
@@ -157,11 +160,13 @@ impl Node {
                 tracing::warn!(entry = own.entry, error = format!("{error:#}"), "cannot prefetch");
             }
         });
-        Lookup { key, window, layers: digests, recording, under_way, streamed: Some(streamed) }
+        let (tables, streamed) = (Some(tables), Some(streamed));
+        Lookup { key, window, layers: digests, recording, under_way, tables, streamed }
     }
 
     /// What is known is fetched from now on, also while the image's metadata are still made.
     pub(super) fn layers_are_there(&self, lookup: &mut Lookup) {
+        lookup.tables = None;
         let Some(tell) = lookup.streamed.take() else { return };
         let layers = self.lock(&self.layers);
         let streamed = |digest: &String| layers.get(digest).and_then(|layer| layer.streamed());
@@ -174,7 +179,7 @@ impl Node {
         }
     }
 
-    async fn known(&self, image: &ResolvedImage, key: &ProfileKey) -> Option<Learned> {
+    async fn known(&self, image: &ResolvedImage, key: &ProfileKey, tables: TablesCome) -> Option<Learned> {
         if !self.config.prefetch {
             return None;
         }
@@ -188,18 +193,23 @@ impl Node {
         if image.layers.iter().all(|layer| local(&layer.digest)) {
             return None;
         }
-        self.published(image, key).await.unwrap_or_else(|error| {
+        self.published(image, key, tables).await.unwrap_or_else(|error| {
             let (image, error) = (image.reference.to_string(), format!("{error:#}"));
             tracing::warn!(image, error, "the published profile is not used; the start goes on without it");
             None
         })
     }
 
-    async fn published(&self, image: &ResolvedImage, key: &ProfileKey) -> Result<Option<Learned>> {
+    async fn published(
+        &self,
+        image: &ResolvedImage,
+        key: &ProfileKey,
+        tables: TablesCome,
+    ) -> Result<Option<Learned>> {
         let Some(published) = profiles::look(&self.artifacts, image, key).await? else { return Ok(None) };
         // Where the link is rationed nothing comes before its turn.
         let early = self.config.prefetch_bytes_per_second.is_none().then(|| self.scheduler.clone());
-        let pack = published.pack.clone().map(|pack| PackBytes::new(pack, early));
+        let pack = published.pack.clone().map(|pack| PackBytes::new(pack, early, tables));
         Ok(Some(Learned { profile: published.read(key).await?, pack, packed: published.packed }))
     }
 

@@ -1,5 +1,7 @@
-//! The bytes of a start pack: the first of them are fetched while the image is still made ready, since the link is idle meanwhile.
+//! The bytes of a start pack: the first of them are fetched while the image is still made ready, since the link is idle meanwhile, but
+//! not before the layers' tables are here, for which all else waits.
 
+use std::convert::Infallible;
 use std::ops::Range;
 use std::time::Instant;
 
@@ -8,13 +10,18 @@ use futures::{StreamExt, TryStreamExt};
 use sluice_registry::RegistryError;
 use sluice_registry::artifact::ArtifactReader;
 use sluice_stream::Scheduler;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::pack::{IN_FLIGHT, PIECE};
 
 /// Bytes fetched before anybody can take them: held in memory.
 const MOST_EARLY: u64 = 12 << 20;
+
+/// Held by whoever waits for tables of a layer.
+pub(super) type TablesAwaited = mpsc::Sender<Infallible>;
+/// Ends when nobody does any more.
+pub(super) type TablesCome = mpsc::Receiver<Infallible>;
 
 /// See the module text.
 #[derive(Debug)]
@@ -24,19 +31,19 @@ pub(super) struct PackBytes {
     pub(super) began: Instant,
 }
 
-/// The first bytes, without gaps. Nothing more comes when this is dropped.
+/// The first bytes, without gaps: pieces of [`PIECE`] bytes, the last of less. Nothing more comes when this is dropped.
 #[derive(Debug)]
 struct Early {
-    bytes: watch::Receiver<BytesMut>,
+    pieces: watch::Receiver<Vec<Bytes>>,
     fetching: JoinHandle<()>,
 }
 
 impl PackBytes {
-    /// With the node's `scheduler` it begins to fetch at once.
-    pub(super) fn new(pack: ArtifactReader, scheduler: Option<Scheduler>) -> Self {
+    /// With the node's `scheduler` it begins to fetch as soon as nobody holds `tables` any more.
+    pub(super) fn new(pack: ArtifactReader, scheduler: Option<Scheduler>, tables: TablesCome) -> Self {
         let early = scheduler.map(|scheduler| {
-            let (sender, bytes) = watch::channel(BytesMut::new());
-            Early { bytes, fetching: tokio::spawn(fetch_early(pack.clone(), scheduler, sender)) }
+            let (sender, pieces) = watch::channel(Vec::new());
+            Early { pieces, fetching: tokio::spawn(fetch_early(pack.clone(), scheduler, tables, sender)) }
         });
         Self { pack, early, began: Instant::now() }
     }
@@ -47,15 +54,29 @@ impl PackBytes {
 
     /// How many bytes came early until now.
     pub(super) fn came_early(&self) -> u64 {
-        self.early.as_ref().map_or(0, |early| early.bytes.borrow().len() as u64)
+        self.early.as_ref().map_or(0, |early| length(&early.pieces.borrow()))
     }
 
     /// A range that is fetched early, once it is here; none if it is not, or does not come.
     pub(super) async fn early(&self, range: &Range<u64>) -> Option<Bytes> {
-        let mut bytes = self.early.as_ref().filter(|_| range.end <= MOST_EARLY)?.bytes.clone();
-        let (start, end) = (usize::try_from(range.start).ok()?, usize::try_from(range.end).ok()?);
-        let came = bytes.wait_for(|bytes| bytes.len() >= end).await.ok()?;
-        came.get(start..end).map(Bytes::copy_from_slice)
+        let mut pieces = self.early.as_ref().filter(|_| range.end <= MOST_EARLY)?.pieces.clone();
+        let pieces = pieces.wait_for(|pieces| length(pieces) >= range.end).await.ok()?;
+        let mut parts =
+            pieces.iter().zip((0..).step_by(usize::try_from(PIECE).ok()?)).filter_map(|(piece, start)| {
+                let within = |at: u64| {
+                    usize::try_from(at.saturating_sub(start)).map_or(piece.len(), |at| at.min(piece.len()))
+                };
+                let part = within(range.start)..within(range.end);
+                (!part.is_empty()).then(|| piece.slice(part))
+            });
+        match (parts.next(), parts.next()) {
+            (first, None) => first,
+            (first, second) => {
+                let mut joined = BytesMut::with_capacity(usize::try_from(range.end - range.start).ok()?);
+                first.into_iter().chain(second).chain(parts).for_each(|part| joined.extend_from_slice(&part));
+                Some(joined.freeze())
+            }
+        }
     }
 
     pub(super) async fn read(&self, range: Range<u64>) -> Result<Bytes, RegistryError> {
@@ -69,7 +90,17 @@ impl Drop for Early {
     }
 }
 
-async fn fetch_early(pack: ArtifactReader, scheduler: Scheduler, sender: watch::Sender<BytesMut>) {
+fn length(pieces: &[Bytes]) -> u64 {
+    pieces.iter().map(|piece| piece.len() as u64).sum()
+}
+
+async fn fetch_early(
+    pack: ArtifactReader,
+    scheduler: Scheduler,
+    mut tables: TablesCome,
+    sender: watch::Sender<Vec<Bytes>>,
+) {
+    let _none: Option<Infallible> = tables.recv().await;
     let end = pack.size().min(MOST_EARLY);
     let starts = (0..end).step_by(usize::try_from(PIECE).unwrap_or(usize::MAX));
     let pieces = futures::stream::iter(starts).map(|start| {
@@ -80,7 +111,7 @@ async fn fetch_early(pack: ArtifactReader, scheduler: Scheduler, sender: watch::
         }
     });
     let keep = async |bytes: Bytes| {
-        sender.send_modify(|early| early.extend_from_slice(&bytes));
+        sender.send_modify(|early| early.push(bytes));
         Ok(())
     };
     if let Err(error) = pieces.buffered(IN_FLIGHT).try_for_each(keep).await {

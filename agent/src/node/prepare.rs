@@ -16,6 +16,7 @@ use super::ahead::Lookup;
 use super::embedded::embedded_index;
 use super::merging::Merging;
 use super::metadata::stored_header;
+use super::pack_bytes::TablesAwaited;
 use super::sources::RegistryBlob;
 use super::trust::Found;
 use super::{HEADER_ANNOTATION, INDEX_KIND, Node, SigningKey, TOC_ANNOTATION, header_digest, one_device};
@@ -31,7 +32,7 @@ impl Node {
         self: &Arc<Self>,
         image: &ResolvedImage,
         events: &EventSender,
-        ahead: Option<&mut Lookup>,
+        mut ahead: Option<&mut Lookup>,
     ) -> Result<ImageRecord> {
         let known = self.store.image(&image.manifest_digest)?;
         let metadata = self.store.erofs_path(&image.manifest_digest)?;
@@ -64,11 +65,15 @@ impl Node {
         }
         let at_once = if found.indexes.is_empty() { LAYERS_AT_ONCE } else { image.layers.len().max(1) };
         let merging = Merging::begin(&image.layers);
+        let awaited = ahead.as_mut().and_then(|lookup| lookup.tables.take());
         let mut preparations = Vec::new();
         for layer in distinct {
-            let merging = merging.as_ref();
-            preparations.push(self.prepare_layer(image, layer, &found, merging, events, &progress).boxed());
+            let (merging, awaited) = (merging.as_ref(), awaited.clone());
+            preparations.push(
+                self.prepare_layer(image, layer, &found, (merging, awaited), events, &progress).boxed(),
+            );
         }
+        drop(awaited);
         let mut work = futures::stream::iter(preparations).buffer_unordered(at_once);
         while let Some(done) = work.try_next().await? {
             pulled.extend(done);
@@ -96,7 +101,7 @@ impl Node {
         image: &ResolvedImage,
         layer: &Layer,
         found: &Found,
-        merging: Option<&Merging>,
+        (merging, awaited): (Option<&Merging>, Option<TablesAwaited>),
         events: &EventSender,
         progress: &(impl Fn(u64) + Sync),
     ) -> Result<Option<String>> {
@@ -108,7 +113,9 @@ impl Node {
         if let Some(reason) = unsupported(&layer.media_type) {
             bail!("layer {}: {reason}", layer.digest);
         }
-        if let Some(index) = self.find_index(image, layer, found, events).await {
+        let index = self.find_index(image, layer, found, events).await;
+        drop(awaited);
+        if let Some(index) = index {
             if !index.random_access() {
                 tracing::info!(layer = layer.digest, "no random access: the layer is streamed in order");
             }

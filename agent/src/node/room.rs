@@ -15,6 +15,8 @@ use super::{Node, recover, status};
 
 /// How often the store is asked whether it found no space, unless it tells of something else.
 const INTERVAL: Duration = Duration::from_secs(2);
+/// Memory is given back when so much more is resident than after the last time.
+const MUCH_BYTES: u64 = 4 << 20;
 /// What is made free at once, so that not every chunk needs an eviction.
 const ROOM_BYTES: u64 = 64 << 20;
 /// How long devices that nobody's image needs are waited for.
@@ -154,6 +156,7 @@ impl Node {
     pub(super) fn keep_room(self: &Arc<Self>) {
         let (node, lost): (Weak<Self>, _) = (Arc::downgrade(self), self.store.lost());
         tokio::spawn(async move {
+            let mut kept = 0;
             loop {
                 let told = tokio::time::timeout(INTERVAL, lost.notified()).await.is_ok();
                 let Some(node) = node.upgrade() else { return };
@@ -166,7 +169,7 @@ impl Node {
                 {
                     tracing::warn!(error = format!("{error:#}"), "no room can be made");
                 }
-                node.keep_below_memory_limit();
+                node.give_memory_back(&mut kept);
             }
         });
     }
@@ -209,17 +212,21 @@ impl Node {
         }
     }
 
-    /// The limit bounds what is under way; what the heap keeps of work that is done is given back here.
-    fn keep_below_memory_limit(&self) {
-        let limit = self.config.memory.limit_bytes;
+    /// Gives back what the heap keeps of work that is done, if much was done since only `kept` bytes were resident.
+    fn give_memory_back(&self, kept: &mut u64) {
         let resident = || status::resident_bytes_of(std::process::id()).0;
-        if resident() <= limit {
+        if resident() <= *kept + MUCH_BYTES {
             return;
         }
         sluice_kernel::process::trim_heap();
-        let resident = resident();
-        if resident > limit {
-            tracing::warn!(resident, limit, "the daemon takes more memory than memory_limit_mib says");
+        *kept = resident();
+        let limit = self.config.memory.limit_bytes;
+        if *kept > limit {
+            tracing::warn!(
+                resident = *kept,
+                limit,
+                "the daemon takes more memory than memory_limit_mib says"
+            );
         }
     }
 

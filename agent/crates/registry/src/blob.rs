@@ -58,7 +58,8 @@ impl Blob {
     /// A range, whole: at most 512 MiB, for whoever says how long it is may lie.
     pub async fn read_all(&self, range: Range<u64>, background: bool) -> Result<Bytes, RegistryError> {
         check_len(&range, &format!("blob {}", self.digest))?;
-        let mut out = Vec::new();
+        let mut out =
+            Vec::with_capacity(usize::try_from(range.end.saturating_sub(range.start)).unwrap_or_default());
         let mut body = self.read(range, background);
         while let Some(piece) = body.next().await {
             out.extend_from_slice(&piece?);
