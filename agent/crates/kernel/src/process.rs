@@ -90,13 +90,13 @@ pub fn monotonic_ns() -> u64 {
     seconds.unwrap_or(0).saturating_mul(1_000_000_000).saturating_add(nanoseconds.unwrap_or(0))
 }
 
-/// Keeps freed memory from staying with the process for long: few arenas, and blocks from 2 MiB on given back at once (mallopt(3)); the rest
+/// Keeps freed memory from staying with the process for long: few arenas, and blocks from 1 MiB on given back at once (mallopt(3)); the rest
 /// by [`trim_heap`] now and then. Buffers come and go by hundreds of KiB: given back each time, their pages cost a start some hundredths of
 /// its time; glibc would raise the limit by itself and keep tens of MiB of holes.
 pub fn return_freed_memory() {
     #[cfg(target_env = "gnu")]
     for (parameter, value) in
-        [(libc::M_ARENA_MAX, 4), (libc::M_MMAP_THRESHOLD, 2 << 20), (libc::M_TRIM_THRESHOLD, 32 << 20)]
+        [(libc::M_ARENA_MAX, 4), (libc::M_MMAP_THRESHOLD, 1 << 20), (libc::M_TRIM_THRESHOLD, 8 << 20)]
     {
         // SAFETY: mallopt takes two numbers and locks the heap's own state.
         unsafe { libc::mallopt(parameter, value) };
