@@ -61,22 +61,7 @@ impl PackBytes {
     pub(super) async fn early(&self, range: &Range<u64>) -> Option<Bytes> {
         let mut pieces = self.early.as_ref().filter(|_| range.end <= MOST_EARLY)?.pieces.clone();
         let pieces = pieces.wait_for(|pieces| length(pieces) >= range.end).await.ok()?;
-        let mut parts =
-            pieces.iter().zip((0..).step_by(usize::try_from(PIECE).ok()?)).filter_map(|(piece, start)| {
-                let within = |at: u64| {
-                    usize::try_from(at.saturating_sub(start)).map_or(piece.len(), |at| at.min(piece.len()))
-                };
-                let part = within(range.start)..within(range.end);
-                (!part.is_empty()).then(|| piece.slice(part))
-            });
-        match (parts.next(), parts.next()) {
-            (first, None) => first,
-            (first, second) => {
-                let mut joined = BytesMut::with_capacity(usize::try_from(range.end - range.start).ok()?);
-                first.into_iter().chain(second).chain(parts).for_each(|part| joined.extend_from_slice(&part));
-                Some(joined.freeze())
-            }
-        }
+        Some(joined(&pieces, range))
     }
 
     pub(super) async fn read(&self, range: Range<u64>) -> Result<Bytes, RegistryError> {
@@ -92,6 +77,20 @@ impl Drop for Early {
 
 fn length(pieces: &[Bytes]) -> u64 {
     pieces.iter().map(|piece| piece.len() as u64).sum()
+}
+
+/// A range of what pieces are together.
+fn joined(pieces: &[Bytes], range: &Range<u64>) -> Bytes {
+    let len = range.end.saturating_sub(range.start);
+    let mut wanted = BytesMut::with_capacity(usize::try_from(len).unwrap_or_default());
+    let mut start = 0;
+    for piece in pieces {
+        let end = start + piece.len() as u64;
+        let within = |at: u64| usize::try_from(at.clamp(start, end) - start).unwrap_or(usize::MAX);
+        wanted.extend_from_slice(piece.get(within(range.start)..within(range.end)).unwrap_or_default());
+        start = end;
+    }
+    wanted.freeze()
 }
 
 async fn fetch_early(
@@ -116,5 +115,19 @@ async fn fetch_early(
     };
     if let Err(error) = pieces.buffered(IN_FLIGHT).try_for_each(keep).await {
         tracing::debug!(%error, "the start pack does not come early");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_may_be_in_several_pieces() {
+        let pieces = [&b"0123"[..], b"4567", b"89"].map(Bytes::from_static);
+        let part = |range: Range<u64>| joined(&pieces, &range);
+        assert_eq!(part(0..10), &b"0123456789"[..]);
+        assert_eq!((part(1..3), part(3..5), part(2..9)), ("12".into(), "34".into(), "2345678".into()));
+        assert_eq!((part(4..8), part(5..5), part(9..12)), ("4567".into(), Bytes::new(), "9".into()));
     }
 }

@@ -495,3 +495,28 @@ fn mount_tracefs() {
         tracing::warn!(%error, "cannot mount tracefs at {TRACEFS}");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use aya::programs::Program;
+
+    use super::*;
+
+    /// As is done on 5.10, where a program at a function cannot be attached twice.
+    #[test]
+    fn programs_can_be_loaded_anew() {
+        let mut probes = Probes::load(&Options::default()).expect("loads");
+        for _ in 0..2 {
+            probes.drain(|_event| {}).expect("drained");
+            for hook in probes.recording.clone() {
+                match probes.bpf.program_mut(hook.program()) {
+                    Some(Program::RawTracePoint(one)) => one.unload().expect("unloaded"),
+                    Some(Program::TracePoint(one)) => one.unload().expect("unloaded"),
+                    // By functions: the kernel's own types are needed for that.
+                    _ => continue,
+                }
+                attach::load(&mut probes.bpf, None, hook).expect("loaded anew");
+            }
+        }
+    }
+}

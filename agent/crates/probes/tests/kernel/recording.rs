@@ -175,6 +175,46 @@ fn only_what_was_read_counts_as_read_and_only_once() {
     });
 }
 
+/// Reads `$1` twice, and then does the same in a mount namespace within, `$2` times.
+const NESTED: &str = r#"
+    cat "$1" "$1" > /dev/null
+    if [ "$2" -gt 0 ]; then unshare -m sh -c "$0" "$0" "$1" $(($2 - 1)); fi
+"#;
+
+#[test]
+fn what_one_mount_namespace_touched_is_new_to_the_next() {
+    let image = Image::new(fill);
+    with_every_engine(|probes| {
+        let stage = Stage::new(&image);
+        probes.watch(stage.device).expect("watched");
+        let mut reader = Command::new("unshare");
+        run(reader.args(["-m", "sh", "-c", NESTED, NESTED]).arg(stage.path("short")).arg("2"));
+        probes.unwatch(stage.device).expect("unwatched");
+        let short = stage.inode("short");
+        let events = recorded(probes, stage.device);
+        let namespaces = |is: &dyn Fn(&What) -> bool| {
+            let mut found: Vec<u32> = events
+                .iter()
+                .filter(|event| is(&event.record.what))
+                .map(|event| event.record.process.mnt_ns)
+                .collect();
+            found.sort_unstable();
+            found.dedup();
+            found.len()
+        };
+        let reads =
+            |what: &What| matches!(what, What::Access { kind: ReadCall, inode, .. } if *inode == short);
+        assert_eq!(namespaces(&reads), 3, "{events:#?}");
+        assert_eq!(
+            events.iter().filter(|event| reads(&event.record.what)).count(),
+            3,
+            "each once: {events:#?}"
+        );
+        let opens = |what: &What| matches!(what, What::Open { inode } if *inode == short);
+        assert_eq!(namespaces(&opens), 3, "{events:#?}");
+    });
+}
+
 #[test]
 fn waiting_for_the_device_is_measured() {
     let image = Image::new(fill);
