@@ -22,7 +22,7 @@ const TOOLS: [(&str, &str); 3] = [
     ("attr", "reads and writes extended attributes in guests"),
 ];
 /// Programs of this system that cases run.
-const PROGRAMS: [&str; 20] = [
+const PROGRAMS: [&str; 21] = [
     "busybox",
     "sh",
     "true",
@@ -32,6 +32,7 @@ const PROGRAMS: [&str; 20] = [
     "cat",
     "mount",
     "umount",
+    "unshare",
     "losetup",
     "fallocate",
     "getfattr",
