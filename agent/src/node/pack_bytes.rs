@@ -1,9 +1,9 @@
 //! The bytes of a start pack: the first of them are fetched while the image is still made ready, since the link is idle meanwhile, but
-//! not before the layers' tables are here, for which all else waits.
+//! for a moment not before the layers' tables are here, for which all else waits.
 
 use std::convert::Infallible;
 use std::ops::Range;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, TryStreamExt};
@@ -17,6 +17,9 @@ use super::pack::{IN_FLIGHT, PIECE};
 
 /// Bytes fetched before anybody can take them: held in memory.
 const MOST_EARLY: u64 = 12 << 20;
+
+/// So long the tables have the link for themselves: where round trips are long it would be idle.
+const TABLES_ALONE: Duration = Duration::from_millis(25);
 
 /// Held by whoever waits for tables of a layer.
 pub(super) type TablesAwaited = mpsc::Sender<Infallible>;
@@ -39,7 +42,7 @@ struct Early {
 }
 
 impl PackBytes {
-    /// With the node's `scheduler` it begins to fetch as soon as nobody holds `tables` any more.
+    /// With the node's `scheduler` it begins to fetch as soon as nobody holds `tables` any more, or soon.
     pub(super) fn new(pack: ArtifactReader, scheduler: Option<Scheduler>, tables: TablesCome) -> Self {
         let early = scheduler.map(|scheduler| {
             let (sender, pieces) = watch::channel(Vec::new());
@@ -99,7 +102,8 @@ async fn fetch_early(
     mut tables: TablesCome,
     sender: watch::Sender<Vec<Bytes>>,
 ) {
-    let _none: Option<Infallible> = tables.recv().await;
+    // Either way it begins.
+    let _late = tokio::time::timeout(TABLES_ALONE, tables.recv()).await;
     let end = pack.size().min(MOST_EARLY);
     let starts = (0..end).step_by(usize::try_from(PIECE).unwrap_or(usize::MAX));
     let pieces = futures::stream::iter(starts).map(|start| {
