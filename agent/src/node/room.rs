@@ -156,7 +156,7 @@ impl Node {
     pub(super) fn keep_room(self: &Arc<Self>) {
         let (node, lost): (Weak<Self>, _) = (Arc::downgrade(self), self.store.lost());
         tokio::spawn(async move {
-            let mut kept = 0;
+            let mut kept = u64::MAX;
             loop {
                 let told = tokio::time::timeout(INTERVAL, lost.notified()).await.is_ok();
                 let Some(node) = node.upgrade() else { return };
@@ -212,15 +212,17 @@ impl Node {
         }
     }
 
-    /// Gives back what the heap keeps of work that is done, if much was done since only `kept` bytes were resident.
+    /// Gives back what the heap keeps of work that is done: above the limit, or if much more is resident than the `kept` least.
     fn give_memory_back(&self, kept: &mut u64) {
         let resident = || status::resident_bytes_of(std::process::id()).0;
-        if resident() <= *kept + MUCH_BYTES {
+        let limit = self.config.memory.limit_bytes;
+        let before = resident();
+        *kept = before.min(*kept);
+        if before <= limit && before - *kept <= MUCH_BYTES {
             return;
         }
         sluice_kernel::process::trim_heap();
         *kept = resident();
-        let limit = self.config.memory.limit_bytes;
         if *kept > limit {
             tracing::warn!(
                 resident = *kept,

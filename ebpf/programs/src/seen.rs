@@ -53,11 +53,12 @@ pub fn super_block(at: Pointer) -> Option<Super> {
 /// The number of the latest change of what is watched.
 #[inline(always)]
 pub fn round() -> u32 {
-    // SAFETY: a number that is replaced meanwhile belongs to what was so just before.
+    // One that is replaced meanwhile belongs to what was so just before.
     ROUND.get(0).copied().unwrap_or(0)
 }
 
-/// Pages of a file, or its being open, recorded for whoever has these namespaces: where that is remembered, and as what.
+/// Pages of a file, or its being open, recorded for whoever has these namespaces: where that is remembered, and as what. 96 bits of a hash
+/// stand for which.
 pub struct Seen {
     slot: u32,
     tag: u64,
@@ -78,7 +79,7 @@ pub struct Remembered {
 /// neighbours, and then so are these, and in the processor's cache.
 #[inline(always)]
 fn slot(inode: u64, chunk: u64) -> u32 {
-    // An inode takes two numbers or more.
+    // Most inodes take two numbers or more.
     ((inode >> 1) as u32).wrapping_add((chunk as u32).wrapping_mul(MIX as u32)) & (SEEN_SLOTS - 1)
 }
 
