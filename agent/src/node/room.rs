@@ -15,7 +15,7 @@ use super::{Node, recover, status};
 
 /// How often the store is asked whether it found no space, unless it tells of something else.
 const INTERVAL: Duration = Duration::from_secs(2);
-/// Memory is given back when so much more is resident than after the last time.
+/// Memory is given back when so much more is resident than at the least since the last time.
 const MUCH_BYTES: u64 = 4 << 20;
 /// What is made free at once, so that not every chunk needs an eviction.
 const ROOM_BYTES: u64 = 64 << 20;
