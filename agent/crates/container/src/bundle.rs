@@ -12,6 +12,9 @@ use sluice_kernel::{OverlayMount, mount_overlay, unmount};
 use crate::spec::{self, SpecOptions};
 use crate::{ContainerError, OnFile};
 
+/// The runtime's directory, below that of all containers.
+const RUNTIME: &str = ".runtime";
+
 /// Where a container is made, and from what.
 #[derive(Debug, Clone)]
 pub struct BundleOptions {
@@ -97,7 +100,7 @@ impl Bundle {
 
     fn runtime(&self) -> Command {
         let mut command = Command::new(&self.options.runtime);
-        command.arg("--root").arg(self.options.dir.join(".runtime"));
+        command.arg("--root").arg(self.options.dir.join(RUNTIME));
         command
     }
 
@@ -164,10 +167,13 @@ impl Bundle {
 
     /// Ends the container if it still runs, and unmounts; `keep` leaves what it wrote ([`Self::upper`]). Can be repeated.
     pub fn remove(&self, keep: bool) -> Result<(), ContainerError> {
-        let mut delete = self.runtime();
-        delete.args(["delete", "--force", &self.options.id]).stdout(Stdio::null()).stderr(Stdio::null());
-        if let Err(error) = delete.status() {
-            tracing::debug!(%error, "the runtime deletes nothing");
+        // Where runtimes keep what they know of a container; one that ended in the foreground is forgotten already.
+        if self.options.dir.join(RUNTIME).join(&self.options.id).exists() {
+            let mut delete = self.runtime();
+            delete.args(["delete", "--force", &self.options.id]).stdout(Stdio::null()).stderr(Stdio::null());
+            if let Err(error) = delete.status() {
+                tracing::debug!(%error, "the runtime deletes nothing");
+            }
         }
         let root = self.dir.join("rootfs");
         // Never remove through a mount: an unknown state is an error here.

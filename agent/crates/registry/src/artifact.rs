@@ -18,6 +18,10 @@ use crate::{Blob, Client, RegistryError, ResolvedImage};
 
 /// When something was made; the newest referrer is the one that counts.
 pub(crate) const CREATED: &str = "org.opencontainers.image.created";
+/// The manifest's `layers`, as JSON. Lists of referrers repeat annotations: who has the list need not ask for the manifest.
+pub(crate) const LAYERS: &str = "dev.sluice.artifact.layers";
+/// Longer ones are not repeated: what the round trip costs, they would cost in every list.
+const MAX_LAYERS: usize = 32 << 10;
 pub(crate) const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 pub(crate) const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
 const EMPTY_TYPE: &str = "application/vnd.oci.empty.v1+json";
@@ -174,11 +178,11 @@ impl ArtifactStore {
             Self::Referrers(client) => {
                 let mut found = Vec::new();
                 let mut failed = None;
-                for digest in client.artifacts(image, kind).await?.iter().take(limit) {
-                    match client.artifact(image, digest).await {
+                for listed in client.artifacts(image, kind).await?.iter().take(limit) {
+                    match client.artifact(image, listed).await {
                         Ok(blobs) => found.push(blobs),
                         Err(error) => {
-                            tracing::debug!(%digest, %error, "an artifact cannot be read");
+                            tracing::debug!(digest = listed.digest, %error, "an artifact cannot be read");
                             failed.get_or_insert(error);
                         }
                     }
@@ -207,6 +211,11 @@ impl ArtifactStore {
                 json!({ "mediaType": kind.blob_type, "digest": sha256(bytes), "size": bytes.len(), "annotations": annotations })
             })
             .collect();
+        let mut annotations = HashMap::from([(CREATED, now())]);
+        let repeated = json!(layers).to_string();
+        if repeated.len() <= MAX_LAYERS {
+            annotations.insert(LAYERS, repeated);
+        }
         let manifest = json!({
             "schemaVersion": 2,
             "mediaType": MANIFEST_TYPE,
@@ -218,7 +227,7 @@ impl ArtifactStore {
                 "digest": image.manifest_digest,
                 "size": image.manifest.len(),
             },
-            "annotations": { CREATED: now() },
+            "annotations": annotations,
         });
         let manifest = Bytes::from(manifest.to_string());
         let digest = sha256(&manifest);
@@ -305,9 +314,15 @@ fn blob_key(prefix: &ObjectPath, kind: Kind, digest: &str) -> ObjectPath {
     prefix.clone().join("sluice").join("v1").join(kind.name).join("blobs").join(digest.replace(':', "-"))
 }
 
+/// The blobs of an artifact's manifest.
 pub(crate) fn blobs_of(manifest: &[u8]) -> Option<Vec<ArtifactBlob>> {
     let manifest: serde_json::Value = serde_json::from_slice(manifest).ok()?;
-    let blobs = manifest.get("layers")?.as_array()?.iter().map(|layer| {
+    blobs_among(manifest.get("layers")?)
+}
+
+/// The blobs of a manifest's `layers`.
+pub(crate) fn blobs_among(layers: &serde_json::Value) -> Option<Vec<ArtifactBlob>> {
+    let blobs = layers.as_array()?.iter().map(|layer| {
         let annotations = layer.get("annotations").and_then(serde_json::Value::as_object);
         Some(ArtifactBlob {
             digest: layer.get("digest")?.as_str()?.to_owned(),

@@ -92,6 +92,8 @@ pub(crate) struct Inner {
     pub(crate) renewing: Mutex<Renewing>,
     pub(crate) locations: Locations,
     pub(crate) listing: Listing,
+    /// When connections were opened before they were needed, by registry.
+    pub(crate) opened: Mutex<HashMap<String, Instant>>,
     hosts: Hosts,
     gates: Mutex<HashMap<String, Gate>>,
 }
@@ -188,8 +190,8 @@ pub(crate) struct Answer {
 }
 
 /// An endpoint that is asked, with what came of it.
-struct Try {
-    endpoint: Arc<Endpoint>,
+pub(crate) struct Try {
+    pub(crate) endpoint: Arc<Endpoint>,
     error: Option<RegistryError>,
 }
 
@@ -252,6 +254,7 @@ impl Client {
                 gates: Mutex::default(),
                 locations: Locations::default(),
                 listing: Listing::default(),
+                opened: Mutex::default(),
             }),
         })
     }
@@ -299,7 +302,8 @@ impl Client {
         }))
     }
 
-    fn tries(&self, ask: &Ask<'_>) -> Result<Vec<Try>, RegistryError> {
+    /// The endpoints that may be asked, in their order.
+    pub(crate) fn tries(&self, ask: &Ask<'_>) -> Result<Vec<Try>, RegistryError> {
         if let Target::Named(endpoint, _) = &ask.target {
             return Ok(vec![Try { endpoint: Arc::clone(endpoint), error: None }]);
         }

@@ -101,6 +101,7 @@ impl Client {
         artifacts: &[Kind],
     ) -> Result<ResolvedImage, RegistryError> {
         let name = reference.digest().or(reference.tag()).unwrap_or("latest").to_owned();
+        self.open_ahead(reference, artifacts.len());
         let (bytes, digest) = self.manifest(reference, &name).await?;
         if is_index(&media_type_of(&bytes, reference)?) {
             let found = self.choose(reference, bytes, artifacts, MAX_DEPTH).await?;

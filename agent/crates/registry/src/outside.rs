@@ -40,5 +40,5 @@ pub fn docker_login(file: &Path, registry: &str) -> Result<Option<Credentials>, 
 /// Digests of the referrers of a kind in a list, the newest first.
 pub fn referrers(list: &[u8], artifact_type: &str) -> Vec<String> {
     let Some((_, entries)) = referrers::list(list) else { return Vec::new() };
-    referrers::newest_first(&entries, artifact_type).into_iter().map(str::to_owned).collect()
+    referrers::newest_first(&entries, artifact_type).map(|listed| listed.digest).collect()
 }

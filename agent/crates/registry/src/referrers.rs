@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 use crate::artifact::{
-    ArtifactBlob, ArtifactReader, CREATED, INDEX_TYPE, Kind, MANIFEST_TYPE, MAX_DOCUMENT, blobs_of,
+    ArtifactBlob, ArtifactReader, Blobs, CREATED, INDEX_TYPE, Kind, LAYERS, MANIFEST_TYPE, MAX_DOCUMENT, blobs_among,
+    blobs_of,
 };
 use crate::client::{Ask, Client, Document, Needs, Target};
 use crate::image::sha256;
@@ -24,13 +25,21 @@ const MAX_PAGES: usize = 64;
 /// How long a list that was asked for ahead is an answer.
 const LIST_LIFE: Duration = Duration::from_secs(10);
 
+/// An artifact that a list names.
+#[derive(Debug, Clone)]
+pub(crate) struct Listed {
+    pub(crate) digest: String,
+    /// Its blobs, where the list tells them. They are believed as the digest is: both are the list's word alone.
+    blobs: Option<Vec<ArtifactBlob>>,
+}
+
 impl Client {
-    /// Digests of the artifacts of a kind, newest first.
+    /// The artifacts of a kind, newest first.
     pub(crate) async fn artifacts(
         &self,
         image: &ResolvedImage,
         kind: Kind,
-    ) -> Result<Vec<String>, RegistryError> {
+    ) -> Result<Vec<Listed>, RegistryError> {
         if let Some((began, list)) = self.inner.listing.take(&image.reference, &image.manifest_digest, kind)
             && let Ok(listed) = list.await
         {
@@ -45,10 +54,10 @@ impl Client {
         reference: &Reference,
         manifest_digest: &str,
         kind: Kind,
-    ) -> Result<Vec<String>, RegistryError> {
+    ) -> Result<Vec<Listed>, RegistryError> {
         let entries = self.referrers(reference, manifest_digest, kind.artifact_type).await?;
         let entries = entries.unwrap_or_default();
-        Ok(newest_first(&entries, kind.artifact_type).into_iter().map(str::to_owned).collect())
+        Ok(newest_first(&entries, kind.artifact_type).collect())
     }
 
     /// Begins to ask for the artifacts of a kind, for who will ask soon.
@@ -62,13 +71,18 @@ impl Client {
     pub(crate) async fn artifact(
         &self,
         image: &ResolvedImage,
-        digest: &str,
-    ) -> Result<Vec<(ArtifactBlob, ArtifactReader)>, RegistryError> {
-        let (manifest, _) = self.manifest(&image.reference, digest).await?;
-        let blobs = blobs_of(&manifest).ok_or_else(|| RegistryError::Image {
-            reference: image.reference.to_string(),
-            reason: format!("its referrer {digest} is not an artifact manifest"),
-        })?;
+        listed: &Listed,
+    ) -> Result<Blobs, RegistryError> {
+        let blobs = match &listed.blobs {
+            Some(blobs) => blobs.clone(),
+            None => {
+                let (manifest, _) = self.manifest(&image.reference, &listed.digest).await?;
+                blobs_of(&manifest).ok_or_else(|| RegistryError::Image {
+                    reference: image.reference.to_string(),
+                    reason: format!("its referrer {} is not an artifact manifest", listed.digest),
+                })?
+            }
+        };
         let with_reader = |blob: ArtifactBlob| {
             let reader = ArtifactReader::Registry(self.blob(&image.reference, &blob.digest, blob.size));
             (blob, reader)
@@ -224,7 +238,7 @@ pub(crate) struct Listing(Mutex<Lists>);
 
 /// By repository (with its registry), manifest and kind, with the time when each was asked for.
 type Lists = HashMap<(String, String, &'static str), (Instant, List)>;
-type List = JoinHandle<Result<Vec<String>, RegistryError>>;
+type List = JoinHandle<Result<Vec<Listed>, RegistryError>>;
 
 impl Listing {
     fn put(&self, reference: &Reference, manifest_digest: &str, kind: Kind, list: List) {
@@ -261,9 +275,17 @@ pub(crate) fn list(bytes: &[u8]) -> Option<Entries> {
     Some((document, entries))
 }
 
-/// Digests of the entries of a kind, the newest first: by the date their annotations give, then by their place. The last one
+/// What an entry of a list says.
+fn listed(entry: &Value) -> Option<Listed> {
+    let layers = entry.get("annotations").and_then(|annotations| annotations.get(LAYERS)?.as_str());
+    let layers: Option<Value> = layers.and_then(|text| serde_json::from_str(text).ok());
+    let blobs = layers.as_ref().and_then(blobs_among);
+    Some(Listed { digest: entry.get("digest")?.as_str()?.to_owned(), blobs })
+}
+
+/// The entries of a kind, the newest first: by the date their annotations give, then by their place. The last one
 /// pushed stands last in both schemes, but registries are free in the order.
-pub(crate) fn newest_first<'a>(entries: &'a [Value], artifact_type: &str) -> Vec<&'a str> {
+pub(crate) fn newest_first(entries: &[Value], artifact_type: &str) -> impl Iterator<Item = Listed> {
     let created = |entry: &Value| -> Option<DateTime<FixedOffset>> {
         let text = entry.get("annotations")?.get(CREATED)?.as_str()?;
         DateTime::parse_from_rfc3339(text).ok() // No date: older than any.
@@ -273,7 +295,7 @@ pub(crate) fn newest_first<'a>(entries: &'a [Value], artifact_type: &str) -> Vec
         .filter(|entry| entry.get("artifactType").and_then(Value::as_str) == Some(artifact_type))
         .collect();
     of_kind.sort_by_key(|entry| created(entry));
-    of_kind.iter().rev().filter_map(|entry| entry.get("digest")?.as_str()).collect()
+    of_kind.into_iter().rev().filter_map(listed)
 }
 
 /// Where a list goes on (RFC 8288); the reason if that is nowhere to go.
@@ -318,9 +340,12 @@ mod tests {
             entry("undated", "x", None),
             entry("wrong", "x", Some("yesterday")),
         ];
-        assert_eq!(newest_first(&dated, "x"), ["new", "middle", "old", "wrong", "undated"]);
-        assert_eq!(newest_first(&[entry("a", "x", None), entry("b", "x", None)], "x"), ["b", "a"]);
-        assert!(newest_first(&dated, "z").is_empty());
+        let digests = |entries: &[Value], kind| -> Vec<String> {
+            newest_first(entries, kind).map(|listed| listed.digest).collect()
+        };
+        assert_eq!(digests(&dated, "x"), ["new", "middle", "old", "wrong", "undated"]);
+        assert_eq!(digests(&[entry("a", "x", None), entry("b", "x", None)], "x"), ["b", "a"]);
+        assert!(digests(&dated, "z").is_empty());
     }
 
     #[test]

@@ -1,23 +1,56 @@
 //! One request to one endpoint: tokens, redirects, and what an answer that is no success means.
 
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use reqwest::header::{AUTHORIZATION, HeaderValue, LOCATION};
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LOCATION};
 use reqwest::{Method, Response, StatusCode};
 
 use crate::auth::{self, Authorization, BASIC_LIFE, Credentials, TokenRequest};
 use crate::challenge::Challenge;
-use crate::client::{Answer, Ask, Client, Needs, Target, lock};
+use crate::client::{Answer, Ask, Client, Needs, Target, Try, lock};
 use crate::health::retry_after;
 use crate::hosts::Endpoint;
 use crate::redact::{Secret, host_of, same_origin};
-use crate::{RegistryError, observe};
+use crate::{Reference, RegistryError, observe};
 
 const MAX_REDIRECTS: usize = 5;
+/// How long connections that were opened ahead count as there; reqwest keeps idle ones for 90 s.
+const OPEN_LIFE: Duration = Duration::from_secs(60);
 
 impl Client {
+    /// Opens connections for requests that will be made at once when the one that is made now is answered, so that they need not wait
+    /// for theirs. Once per [`OPEN_LIFE`] and registry.
+    pub(crate) fn open_ahead(&self, reference: &Reference, count: usize) {
+        let mut opened = lock(&self.inner.opened);
+        let before = opened.get(reference.registry());
+        if before.is_some_and(|before| before.elapsed() < OPEN_LIFE) {
+            return;
+        }
+        opened.insert(reference.registry().to_owned(), Instant::now());
+        for _ in 0..count {
+            let (client, reference) = (self.clone(), reference.clone());
+            tokio::spawn(async move {
+                if let Err(error) = client.open(&reference).await {
+                    tracing::debug!(%error, "no connection is opened ahead");
+                }
+            });
+        }
+    }
+
+    /// Asks the first endpoint for the API's version; what it answers is nobody's business.
+    async fn open(&self, reference: &Reference) -> Result<(), RegistryError> {
+        let (method, target, needs) = (Method::GET, Target::Path(String::new()), Needs::Resolve);
+        let headers = HeaderMap::new();
+        let ask = Ask { method, reference, target, headers, body: None, needs, background: false };
+        let Some(Try { endpoint, .. }) = self.tries(&ask)?.into_iter().next() else { return Ok(()) };
+        let host = host_of(&endpoint.base);
+        let _slots = self.slots(&host, false).await;
+        let answer = self.send(&ask, &endpoint, &endpoint.base, None).await?;
+        answer.bytes().await.map(drop).map_err(|error| transport_error(&host, &error))
+    }
+
     /// One attempt. A success, or an error.
     pub(crate) async fn ask_once(
         &self,

@@ -3,7 +3,8 @@
 #[allow(dead_code, reason = "shared by tests that do not all use all of it")]
 mod support;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -90,6 +91,41 @@ async fn a_list_that_is_asked_for_with_the_image_is_used_once() {
     for asked in [1, 2] {
         assert!(artifacts.find(&image, KIND).await.expect("found").is_some());
         assert_eq!(fake.seen("/referrers/").len(), asked);
+    }
+}
+
+/// What is asked for with the configuration finds connections that were made while the manifest was under way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn lists_need_not_wait_for_connections() {
+    let tiny = Tiny::new();
+    let fake = Fake::start(move |seen| {
+        if seen.is("/manifests/1") {
+            std::thread::sleep(Duration::from_millis(300));
+        }
+        tiny.answer(seen)
+    });
+    let fake = fake.await;
+    let client = client(RegistryConfig::default());
+    for _ in 0..2 {
+        client.resolve_with(&fake.reference(), &[KIND]).await.expect("resolved");
+        let opened = fake.seen("").iter().filter(|seen| seen.target == "/v2/").count();
+        assert_eq!(opened, 1, "once is enough for a while");
+    }
+    let peers = |part: &str| fake.seen(part).into_iter().map(|seen| seen.peer).collect::<HashSet<_>>();
+    let before = &peers("/manifests/1") | &peers("/v2/");
+    assert!(peers("/referrers/").is_subset(&before) && peers("/blobs/").is_subset(&before), "another connection");
+}
+
+/// A list that repeats an artifact's layers saves the question for its manifest; what makes no sense there is asked for as ever.
+#[tokio::test]
+async fn what_a_list_tells_of_an_artifact_is_not_asked_for() {
+    let layers = serde_json::from_str::<Value>(&artifact("a")).expect("JSON")["layers"].to_string();
+    for (told, asked) in [(layers.as_str(), 0), ("[{}]", 1), ("{", 1), ("", 1)] {
+        let mut entry = entry("a", "2022-01-01T00:00:00Z");
+        entry["annotations"]["dev.sluice.artifact.layers"] = json!(told);
+        let fake = registry(move |_| Reply::new(200, list(std::slice::from_ref(&entry)))).await;
+        assert_eq!(found(&fake).await.expect("found").as_deref(), Some("a"), "{told}");
+        assert_eq!(fake.seen("/manifests/sha256:").len(), asked, "{told}");
     }
 }
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use axum::body::{Body, Bytes, to_bytes};
-use axum::extract::Request;
+use axum::extract::{ConnectInfo, Request};
 use axum::response::Response;
 use serde_json::json;
 use sluice_registry::{Client, Reference};
@@ -18,6 +18,8 @@ pub(crate) struct Seen {
     /// Path and query.
     pub(crate) target: String,
     pub(crate) authorization: Option<String>,
+    /// The connection's other end.
+    pub(crate) peer: SocketAddr,
     pub(crate) headers: axum::http::HeaderMap,
     pub(crate) body: Bytes,
 }
@@ -59,7 +61,7 @@ impl Fake {
         let address = listener.local_addr().expect("an address");
         let seen: Arc<Mutex<Vec<Seen>>> = Arc::default();
         let (recorded, answer) = (Arc::clone(&seen), Arc::new(answer));
-        let handler = move |request: Request| {
+        let handler = move |ConnectInfo(peer): ConnectInfo<SocketAddr>, request: Request| {
             let (recorded, answer) = (Arc::clone(&recorded), Arc::clone(&answer));
             async move {
                 let (head, body) = request.into_parts();
@@ -68,6 +70,7 @@ impl Fake {
                     method: head.method.to_string(),
                     target: head.uri.to_string(),
                     authorization: header.map(|value| value.to_str().expect("text").to_owned()),
+                    peer,
                     headers: head.headers,
                     body: to_bytes(body, 64 << 20).await.expect("a body"),
                 };
@@ -76,6 +79,7 @@ impl Fake {
             }
         };
         let router = axum::Router::new().fallback(handler);
+        let router = router.into_make_service_with_connect_info::<SocketAddr>();
         tokio::spawn(async move { axum::serve(listener, router).await });
         Self { address, seen }
     }
