@@ -125,6 +125,10 @@ impl Node {
         let window = asked.window_ms.map_or(self.config.record_window, Duration::from_millis);
         let layers: Vec<String> = layers.iter().map(|layer| layer.digest.clone()).collect();
         let recording = self.config.record.then(|| self.reads.begin(layers.clone(), began));
+        if recording.is_some() {
+            let node = Arc::clone(self);
+            tokio::task::spawn_blocking(move || node.probing.prepare());
+        }
         let (streamed, layers_there) = oneshot::channel::<Streamed>();
         let (tables, tables_come) = mpsc::channel(1);
         let (node, image, own, recorded) = (Arc::clone(self), image.clone(), key.clone(), recording.clone());

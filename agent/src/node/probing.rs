@@ -95,6 +95,14 @@ impl Probing {
         self.loaded.get().map(|_| self.last_id.fetch_add(1, Ordering::Relaxed))
     }
 
+    /// Gets ready to record, so that [`Self::begin`] takes less. Blocks the thread for milliseconds.
+    pub(super) fn prepare(&self) {
+        let Some(loaded) = self.loaded.get() else { return };
+        if let Err(error) = loaded.lock().probes.prepare() {
+            tracing::debug!(%error, "probes are not ready"); // Beginning says what that means.
+        }
+    }
+
     /// Records what is done with the file system mounted at `dir` from now on. Blocks the thread for milliseconds.
     pub(super) fn begin(&self, id: u64, dir: &Path, holder: Option<u32>, window: Duration) -> Result<()> {
         let loaded = self.loaded.get().context("there are no probes")?;

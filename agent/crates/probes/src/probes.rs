@@ -182,12 +182,21 @@ impl Probes {
         &self.levels
     }
 
-    /// Begins to record what is done with a file system; anew if it is watched already, so that pages count as not
-    /// touched. The first watch attaches the programs, which takes less than a millisecond.
-    pub fn watch(&mut self, device: Device) -> Result<(), ProbeError> {
+    /// Does already what the first watch would take a few milliseconds for; kept as long as after the last watch.
+    pub fn prepare(&mut self) -> Result<(), ProbeError> {
         if self.links.is_empty() {
             self.attach()?;
         }
+        if self.active.is_empty() {
+            self.idle_since = Some(Instant::now());
+        }
+        self.events.mapped().map(|_ring| ())
+    }
+
+    /// Begins to record what is done with a file system; anew if it is watched already, so that pages count as not
+    /// touched. The first watch attaches the programs.
+    pub fn watch(&mut self, device: Device) -> Result<(), ProbeError> {
+        self.prepare()?;
         self.idle_since = None;
         self.last_watch = self.last_watch.wrapping_add(1);
         let Device(number) = device;

@@ -244,12 +244,16 @@ fn stage(index: &LayerIndex, dir: &Path, seen: impl FnMut(Entry)) -> Result<(), 
     crate::records::write_tables(index, dir, seen)
 }
 
-/// Makes a staged layer durable.
+/// Makes a staged layer durable: its files at the same time, since each waits for the disk.
 fn flush(staged: &Path) -> Result<(), StoreError> {
-    for name in ["data", "index", "chunks", "extents", "digests"] {
-        let path = staged.join(name);
-        File::open(&path).and_then(|file| file.sync_data()).on("flush", &path)?;
-    }
+    std::thread::scope(|scope| {
+        let flushing = ["data", "index", "chunks", "extents", "digests"].map(|name| {
+            let path = staged.join(name);
+            scope.spawn(move || File::open(&path).and_then(|file| file.sync_data()).on("flush", &path))
+        });
+        let panicked = |_panic| Err(std::io::Error::other("a thread panicked")).on("flush", staged);
+        flushing.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(panicked))
+    })?;
     sync_dir(staged)
 }
 
