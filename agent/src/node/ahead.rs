@@ -297,6 +297,7 @@ impl Node {
             let fetched = fetch(read.await??, &streamed, limits, &pace).await;
             tracing::info!(entry = key.entry, ?fetched, "what the profile says is here");
         }
+        self.make_durable(&streamed).await;
         let (node, key) = (Arc::clone(self), key.clone());
         tokio::task::spawn_blocking(move || {
             node.profiles.change(&key, |own| {
@@ -307,6 +308,28 @@ impl Node {
         })
         .await??;
         Ok(())
+    }
+
+    /// Makes durable what came of layers, so that the server of block files reads it by itself. Only where probes see what is read:
+    /// the agent's own log would not any more.
+    async fn make_durable(self: &Arc<Self>, layers: &Streamed) {
+        if !self.probing.sees_memory() {
+            return;
+        }
+        let (node, layers) = (Arc::clone(self), layers.clone());
+        let flush = move || -> Result<()> {
+            for (digest, layer) in &layers {
+                node.store.flush(layer.layer())?;
+                let Some(served) = node.lock(&node.layers).get(digest).cloned() else { continue };
+                let Some(blockfs) = &*node.lock(&node.blockfs) else { continue };
+                served.served().iter().try_for_each(|path| blockfs.is_local(path))?;
+            }
+            Ok(())
+        };
+        let flushed = tokio::task::spawn_blocking(flush).await;
+        if let Err(error) = flushed.map_err(anyhow::Error::from).flatten() {
+            tracing::debug!(error = format!("{error:#}"), "what came for the start is not durable yet");
+        }
     }
 }
 

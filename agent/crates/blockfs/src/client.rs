@@ -153,6 +153,15 @@ impl BlockFs {
         Ok(self.dir.join(file_name(inode, name)))
     }
 
+    /// Tells the server what of a file, by the path that `add` gave, is in its source's local file now: reads of that are not asked
+    /// for any more.
+    pub fn is_local(&self, path: &Path) -> Result<(), BlockFsError> {
+        let Some(inode) = inode_of(path) else { return Ok(()) };
+        let Some(source) = self.client.state().sources.get(&inode).cloned() else { return Ok(()) };
+        let failed = |source| BlockFsError::Server { path: self.dir.clone(), source };
+        self.client.tell_local(inode, source.as_ref(), 0, source.size()).map_err(failed)
+    }
+
     /// All of a file, by the path that `add` gave, is in its source's local file: reads of it that wait are answered from there, whether
     /// this agent lives or not. A hand-over of its devices waits for the reads under way, in the kernel, where nothing can end it;
     /// if one of them waited for an agent that was just killed, it would never end.
@@ -271,9 +280,10 @@ impl Client {
         len: usize,
     ) -> io::Result<()> {
         let end = offset + len as u64;
+        let local = source.on_disk(offset);
         if unreadable {
             source.unreadable(offset, len);
-        } else if source.on_disk(offset) >= end {
+        } else if local.start == offset && local.end >= end {
             self.tell_local(inode, source.as_ref(), offset, end)?;
             return self.say(Head::new(Kind::InFile, id), &[]);
         }
@@ -293,22 +303,19 @@ impl Client {
         }
     }
 
-    /// Tells the server what of the file, from `offset` to at least `end`, is in the local file: those reads come no more.
+    /// Tells the server what of the file, around `offset` to `end`, is in the local file: those reads come no more.
     fn tell_local(&self, inode: u64, source: &dyn BlockSource, offset: u64, end: u64) -> io::Result<()> {
         // What was fetched lies in chunks around what was asked for.
         const CHUNK: u64 = 256 << 10;
-        let mut at = offset - offset % CHUNK;
-        let end = end.next_multiple_of(CHUNK).min(source.size());
-        while at < end {
+        let (mut at, end) = (offset - offset % CHUNK, end.next_multiple_of(CHUNK));
+        loop {
             let local = source.on_disk(at);
-            if local > at {
-                self.say(Head { a: at, b: local, ..Head::new(Kind::Local, inode) }, &[])?;
-                at = local;
-            } else {
-                at += CHUNK;
+            if local.is_empty() || local.start >= end {
+                return Ok(());
             }
+            self.say(Head { a: local.start, b: local.end, ..Head::new(Kind::Local, inode) }, &[])?;
+            at = local.end;
         }
-        Ok(())
     }
 
     fn expect(&self, id: u64) -> io::Result<Receiver<u64>> {

@@ -1,6 +1,7 @@
 //! What a block file is made of.
 
 use std::fs::File;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -46,10 +47,10 @@ pub trait BlockSource: Send + Sync + std::fmt::Debug {
         None
     }
 
-    /// Where the run of bytes ends that begins at `offset` and is verified and in [`Self::file`] for good; `offset` itself,
-    /// the default, when there is none. Cheap: asked once for each read that was not known to be local.
-    fn on_disk(&self, offset: u64) -> u64 {
-        offset
+    /// The first run of bytes from `offset` on that is verified and in [`Self::file`] for good; empty, the default, when there is none.
+    /// Cheap: asked once for each read that was not known to be local.
+    fn on_disk(&self, offset: u64) -> Range<u64> {
+        offset..offset
     }
 
     /// [`Self::file`] did not give these bytes although they were vouched for. They are asked for after this, and whatever else is

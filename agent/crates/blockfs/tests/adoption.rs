@@ -9,6 +9,7 @@ mod rig;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -124,8 +125,8 @@ impl BlockSource for FillingSource {
         Some(Arc::clone(&self.local))
     }
 
-    fn on_disk(&self, offset: u64) -> u64 {
-        self.filled.load(Ordering::Acquire).max(offset)
+    fn on_disk(&self, offset: u64) -> Range<u64> {
+        offset..self.filled.load(Ordering::Acquire).max(offset)
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use rig::{BLOCK, Mood, Room, attach_all, check, forget, mount_image, runtime, wait_until, ways};
 use sluice_blockfs::{BlockFs, BlockSource, Choice, Device, ImageMount, Options, Way};
 
@@ -450,6 +451,39 @@ fn a_local_file_that_became_short_is_an_error_and_nothing_more_by(way: Way) {
     room.check(image.dir());
     drop(file);
     image.unmount().expect("unmounts");
+    blockfs.unmount().expect("unmounts");
+    room.assert_released();
+}
+
+/// Also where it begins between others.
+#[test]
+fn what_became_local_is_not_asked_for_once_that_is_told() {
+    ways().into_iter().for_each(what_became_local_is_not_asked_for_once_that_is_told_by);
+}
+
+fn what_became_local_is_not_asked_for_once_that_is_told_by(way: Way) {
+    let (runtime, room) = (runtime(), Room::new(&[vec![MIB], vec![MIB]]));
+    let (blockfs, sources) = (room.blockfs(&runtime, way), room.sources());
+    let add = |number: usize| {
+        let source = Arc::clone(&sources[number]) as Arc<dyn BlockSource>;
+        blockfs.add("layer", source).expect("added").remove(0)
+    };
+    let path = add(0);
+    sources[0].set(Mood::Mixed);
+    blockfs.is_local(&path).expect("told");
+    // The server takes one word after the other.
+    add(1);
+    sources[0].set(Mood::Nothing);
+    let (file, local) = (File::open(&path).expect("opens"), fs::read(&room.layers[0]).expect("reads"));
+    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM).expect("no more than is asked for");
+    for (number, block) in local.chunks(BLOCK as usize).enumerate().take(100) {
+        let mut bytes = vec![0; block.len()];
+        let read = file.read_exact_at(&mut bytes, number as u64 * BLOCK);
+        assert_eq!(read.is_ok(), number.is_multiple_of(3), "block {number}: {read:?}");
+        assert!(read.is_err() || bytes == block, "block {number}");
+    }
+    assert_eq!(sources[0].hit.load(Ordering::Relaxed), 0, "the agent was asked");
+    drop(file);
     blockfs.unmount().expect("unmounts");
     room.assert_released();
 }

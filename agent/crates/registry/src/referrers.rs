@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 use crate::artifact::{
-    ArtifactBlob, ArtifactReader, Blobs, CREATED, INDEX_TYPE, Kind, LAYERS, MANIFEST_TYPE, MAX_DOCUMENT, blobs_among,
-    blobs_of,
+    ArtifactBlob, ArtifactReader, Blobs, CREATED, INDEX_TYPE, Kind, LAYERS, MANIFEST_TYPE, MAX_DOCUMENT,
+    blobs_among, blobs_of,
 };
 use crate::client::{Ask, Client, Document, Needs, Target};
 use crate::image::sha256;

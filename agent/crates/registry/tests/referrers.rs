@@ -113,7 +113,10 @@ async fn lists_need_not_wait_for_connections() {
     }
     let peers = |part: &str| fake.seen(part).into_iter().map(|seen| seen.peer).collect::<HashSet<_>>();
     let before = &peers("/manifests/1") | &peers("/v2/");
-    assert!(peers("/referrers/").is_subset(&before) && peers("/blobs/").is_subset(&before), "another connection");
+    assert!(
+        peers("/referrers/").is_subset(&before) && peers("/blobs/").is_subset(&before),
+        "another connection"
+    );
 }
 
 /// A list that repeats an artifact's layers saves the question for its manifest; what makes no sense there is asked for as ever.

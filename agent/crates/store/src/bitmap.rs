@@ -121,6 +121,11 @@ impl Bitmap {
         self.alike(from, true)
     }
 
+    /// The first set bit at or after `from`.
+    pub(crate) fn next(&self, from: u64) -> u64 {
+        self.alike(from, false)
+    }
+
     /// The first bit at or after `from` that is not as `set` says.
     fn alike(&self, from: u64, set: bool) -> u64 {
         let mut at = from.min(self.len);

@@ -163,11 +163,12 @@ impl Layer {
         written
     }
 
-    /// Where the run of bytes ends that begins at `offset` and is verified, on the disk and recorded as such: it may be read from
-    /// the file at [`Self::data_path`] without asking again. `offset` if there is none.
-    pub fn durable_until(&self, offset: u64) -> u64 {
-        let end = self.durable.run(offset / BLOCK_SIZE) * BLOCK_SIZE;
-        end.min(self.size()).max(offset)
+    /// The first run of bytes from `offset` on that is verified, on the disk and recorded as such: it may be read from the file at
+    /// [`Self::data_path`] without asking again. Empty if there is none.
+    pub fn durable_from(&self, offset: u64) -> Range<u64> {
+        let start = self.durable.next(offset / BLOCK_SIZE);
+        let end = self.durable.run(start);
+        (start * BLOCK_SIZE).min(self.size())..(end * BLOCK_SIZE).min(self.size())
     }
 
     /// Whether all of it is verified, on the disk, and recorded as such.

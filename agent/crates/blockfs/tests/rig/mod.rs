@@ -401,12 +401,19 @@ impl BlockSource for MoodySource {
         Some(Arc::clone(&self.file))
     }
 
-    fn on_disk(&self, offset: u64) -> u64 {
+    fn on_disk(&self, offset: u64) -> Range<u64> {
         match *self.mood().borrow() {
-            Mood::OnDisk if self.is_lost(offset, (self.size - offset) as usize) => offset,
-            Mood::OnDisk => self.size,
-            Mood::Mixed if (offset / BLOCK).is_multiple_of(3) => (offset / BLOCK + 1) * BLOCK,
-            _ => offset,
+            Mood::OnDisk if !self.is_lost(offset, (self.size - offset) as usize) => offset..self.size,
+            // Every third block.
+            Mood::Mixed => {
+                let start = if (offset / BLOCK).is_multiple_of(3) {
+                    offset
+                } else {
+                    offset.next_multiple_of(3 * BLOCK)
+                };
+                start.min(self.size)..((start / BLOCK + 1) * BLOCK).min(self.size)
+            }
+            _ => offset..offset,
         }
     }
 
