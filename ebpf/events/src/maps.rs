@@ -67,8 +67,6 @@ pub struct Waiting {
     pub since_ns: u64,
     /// Its control group.
     pub cgroup: u64,
-    /// Where the kernel keeps its namespaces.
-    pub nsproxy: u64,
     /// Device number of the watched file system.
     pub dev: u32,
     /// Its mount namespace.

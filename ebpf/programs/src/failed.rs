@@ -14,7 +14,7 @@ use sluice_events::{
     ABSENT, BASE_DEPTH, Call, Drop, FailedEvent, Kind, NAME_LEN, OVERLAY_MAGIC, PATH_LEN, level,
 };
 
-use crate::kernel::{Pointer, Task, current, open_file, read};
+use crate::kernel::{Pointer, current, open_file, read};
 use crate::maps::{BUDGET, PENDING, WATCHED, lost, offset};
 use crate::record::{head, now_ns, reserve, submit_now};
 
@@ -199,7 +199,7 @@ fn base(pending: &Pending) -> Option<Pointer> {
         first = byte;
     }
     if first != b'/' && pending.old_dir >= 0 {
-        return read(open_file(Task::current()?, pending.old_dir as u32)?, offset!(file_dentry));
+        return read(open_file(pending.old_dir as u32)?, offset!(file_dentry));
     }
     let fs: Pointer = read(current(), offset!(task_fs))?;
     read(fs, if first == b'/' { offset!(fs_root) } else { offset!(fs_pwd) })

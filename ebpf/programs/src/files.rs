@@ -1,12 +1,14 @@
 //! Opens and executions of watched files.
 
+use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel_str;
 use aya_ebpf::macros::{fentry, kprobe, raw_tracepoint, tracepoint};
 use aya_ebpf::programs::{FEntryContext, ProbeContext, RawTracePointContext, TracePointContext};
 use sluice_events::{ExecEvent, Kind, OpenEvent, OpenKey, PATH_LEN, level};
 
 use crate::kernel::{
-    Inode, Pointer, Task, Watched, mount_namespace, nsproxy, open_file, read, under_overlay, watched_file,
+    Inode, Pointer, Watched, mount_namespace, open_file, read, typed, typed_mount_namespace, typed_open_file,
+    typed_watched, under_overlay, watched_file,
 };
 use crate::maps::{OPENED, offset};
 use crate::record::{head, head_in, reserve, submit};
@@ -17,25 +19,38 @@ const EXIT_RESULT: usize = 16;
 
 /// At the exits of `open`, `openat` and `openat2`: the descriptor leads to the file.
 #[tracepoint]
-pub fn exit_open(ctx: TracePointContext) -> u32 {
-    opened_descriptor(&ctx).map_or(0, |()| 0)
+pub fn typed_exit_open(ctx: TracePointContext) -> u32 {
+    descriptor(&ctx).and_then(typed_open_file).and_then(|file| opened_anywhere(file, typed_mount_namespace));
+    0
 }
 
+/// The same on kernels before 5.11.
+#[tracepoint]
+pub fn exit_open(ctx: TracePointContext) -> u32 {
+    descriptor(&ctx).and_then(open_file).and_then(|file| opened_anywhere(file, mount_namespace));
+    0
+}
+
+/// What the call returned, if that is no error.
 #[inline(always)]
-fn opened_descriptor(ctx: &TracePointContext) -> Option<()> {
+fn descriptor(ctx: &TracePointContext) -> Option<u32> {
     // SAFETY: the record of the tracepoint has a long there.
-    let descriptor: i64 = unsafe { ctx.read_at(EXIT_RESULT) }.ok()?;
-    let number = u32::try_from(descriptor).ok()?;
-    let task = Task::current()?;
-    let file = open_file(task, number)?;
+    let result = unsafe { ctx.as_ptr().byte_add(EXIT_RESULT).cast::<i64>().read_volatile() };
+    u32::try_from(result).ok()
+}
+
+/// A file was opened, maybe through an overlay.
+#[inline(always)]
+fn opened_anywhere(file: Pointer, mount_namespace: impl Fn() -> u32) -> Option<()> {
     let inode = Inode::of_file(file)?;
     if !super_block(inode.sb)?.overlay {
-        opened(inode.watched()?, task.nsproxy, level::TRACEPOINT);
+        opened(inode.watched()?, mount_namespace(), level::TRACEPOINT);
         return Some(());
     }
-    let seen = Seen::open_above(&inode, task.nsproxy);
+    let mnt_ns = mount_namespace();
+    let seen = Seen::open_above(&inode, mnt_ns);
     if !seen.is_known() {
-        opened(under_overlay(file)?, task.nsproxy, level::TRACEPOINT);
+        opened(under_overlay(file)?, mnt_ns, level::TRACEPOINT);
         seen.remember();
     }
     Some(())
@@ -44,32 +59,26 @@ fn opened_descriptor(ctx: &TracePointContext) -> Option<()> {
 /// `security_file_open(struct file *)`. An overlay opens the real file too, so that its inode comes by here.
 #[fentry(function = "security_file_open")]
 pub fn fentry_open(ctx: FEntryContext) -> i32 {
-    opened_file(ctx.arg(0), level::FEXIT);
+    if let Some(watched) = typed_watched(typed(ctx.arg(0), offset!(file_inode))) {
+        opened(watched, mount_namespace(), level::FEXIT);
+    }
     0
 }
 
 #[kprobe(function = "security_file_open")]
 pub fn kprobe_open(ctx: ProbeContext) -> u32 {
-    if let Some(file) = ctx.arg(0) {
-        opened_file(file, level::KPROBE);
+    if let Some(watched) = ctx.arg(0).and_then(Inode::of_file).and_then(|inode| inode.watched()) {
+        opened(watched, mount_namespace(), level::KPROBE);
     }
     0
 }
 
 #[inline(always)]
-fn opened_file(file: Pointer, level: u8) {
-    if let Some(watched) = Inode::of_file(file).and_then(|inode| inode.watched()) {
-        opened(watched, nsproxy(), level);
-    }
-}
-
-#[inline(always)]
-fn opened(watched: Watched, nsproxy: u64, level: u8) {
-    let seen = Seen::open(watched, nsproxy);
+fn opened(watched: Watched, mnt_ns: u32, level: u8) {
+    let seen = Seen::open(watched, mnt_ns);
     if seen.is_known() {
         return;
     }
-    let mnt_ns = mount_namespace(nsproxy);
     let key = OpenKey { inode: watched.inode, watch: watched.watch, mnt_ns };
     if OPENED.get_ptr(&key).is_some() {
         return seen.remember();

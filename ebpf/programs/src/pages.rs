@@ -3,13 +3,15 @@
 //! An access is a record, once per page and mount namespace, so it is seen whether the page is in memory or not. What comes
 //! into the page cache (asked for or read ahead, page by page) is only marked in a map that the agent takes out.
 
-use aya_ebpf::macros::{fentry, kprobe, raw_tracepoint};
-use aya_ebpf::programs::{FEntryContext, ProbeContext, RawTracePointContext};
+use aya_ebpf::macros::{btf_tracepoint, fentry, kprobe, raw_tracepoint};
+use aya_ebpf::programs::{BtfTracePointContext, FEntryContext, ProbeContext, RawTracePointContext};
 use sluice_events::{
     ABSENT, AccessEvent, CHUNK_PAGES, CHUNK_SHIFT, Drop, FillKey, FillValue, Kind, Waiting, level,
 };
 
-use crate::kernel::{Inode, Pointer, Watched, Words, mount_namespace, nsproxy, read};
+use crate::kernel::{
+    Inode, Pointer, Watched, Words, mount_namespace, read, typed, typed_mount_namespace, typed_watched,
+};
 use crate::maps::{ACCESSED, FILLED, WAITING, lost, offset};
 use crate::record::{cgroup, head_in, now_ns, pid, reserve, submit};
 use crate::seen::Seen;
@@ -20,54 +22,81 @@ const MAX_CHUNKS: u64 = 8;
 /// A folio of more pages than 2 to this would be larger than any the kernel makes.
 const MAX_ORDER: u32 = 9;
 
+#[btf_tracepoint(function = "mm_filemap_get_pages")]
+pub fn typed_get_pages(ctx: BtfTracePointContext) -> i32 {
+    typed_access(ctx.arg(0), ctx.arg(1), ctx.arg(2), Kind::Read)
+}
+
+#[btf_tracepoint(function = "mm_filemap_fault")]
+pub fn typed_fault(ctx: BtfTracePointContext) -> i32 {
+    let page: u64 = ctx.arg(1);
+    typed_access(ctx.arg(0), page, page, Kind::Fault)
+}
+
+#[btf_tracepoint(function = "mm_filemap_map_pages")]
+pub fn typed_map_pages(ctx: BtfTracePointContext) -> i32 {
+    typed_access(ctx.arg(0), ctx.arg(1), ctx.arg(2), Kind::Around)
+}
+
 #[raw_tracepoint(tracepoint = "mm_filemap_get_pages")]
 pub fn raw_get_pages(ctx: RawTracePointContext) -> i32 {
-    access(ctx.arg(0), ctx.arg(1), ctx.arg(2), Kind::Read, level::TRACEPOINT)
+    access(ctx.arg(0), ctx.arg(1), ctx.arg(2), Kind::Read)
 }
 
 #[raw_tracepoint(tracepoint = "mm_filemap_fault")]
 pub fn raw_fault(ctx: RawTracePointContext) -> i32 {
     let page: u64 = ctx.arg(1);
-    access(ctx.arg(0), page, page, Kind::Fault, level::TRACEPOINT)
+    access(ctx.arg(0), page, page, Kind::Fault)
 }
 
 #[raw_tracepoint(tracepoint = "mm_filemap_map_pages")]
 pub fn raw_map_pages(ctx: RawTracePointContext) -> i32 {
-    access(ctx.arg(0), ctx.arg(1), ctx.arg(2), Kind::Around, level::TRACEPOINT)
+    access(ctx.arg(0), ctx.arg(1), ctx.arg(2), Kind::Around)
 }
 
+/// `filemap_read(struct kiocb *, struct iov_iter *, ...)`.
 #[fentry(function = "filemap_read")]
 pub fn fentry_read(ctx: FEntryContext) -> i32 {
-    read_call(ctx.arg(0), ctx.arg(1), level::FEXIT)
+    let (iocb, iter): (Pointer, Pointer) = (ctx.arg(0), ctx.arg(1));
+    let file: Pointer = typed(iocb, offset!(kiocb_file));
+    if let Some(watched) = typed_watched(typed(file, offset!(file_inode))) {
+        let (position, count) = (typed(iocb, offset!(kiocb_pos)), typed(iter, offset!(iter_count)));
+        read_call(watched, position, count, level::FEXIT);
+    }
+    0
 }
 
 #[kprobe(function = "filemap_read")]
 pub fn kprobe_read(ctx: ProbeContext) -> u32 {
-    match (ctx.arg(0), ctx.arg(1)) {
-        (Some(iocb), Some(iter)) => read_call(iocb, iter, level::KPROBE) as u32,
-        _ => 0,
-    }
+    let call = || {
+        let (iocb, iter): (Pointer, Pointer) = (ctx.arg(0)?, ctx.arg(1)?);
+        let watched = Inode::of_file(read(iocb, offset!(kiocb_file))?)?.watched()?;
+        let (position, count) = (read(iocb, offset!(kiocb_pos))?, read(iter, offset!(iter_count))?);
+        read_call(watched, position, count, level::KPROBE);
+        Some(())
+    };
+    call().map_or(0, |()| 0)
 }
 
 #[fentry(function = "filemap_fault")]
 pub fn fentry_fault(ctx: FEntryContext) -> i32 {
-    fault_call(ctx.arg(0), Kind::Fault, level::FEXIT)
+    typed_fault_call(ctx.arg(0))
 }
 
 #[kprobe(function = "filemap_fault")]
 pub fn kprobe_fault(ctx: ProbeContext) -> u32 {
-    ctx.arg(0).map_or(0, |fault| fault_call(fault, Kind::Fault, level::KPROBE) as u32)
+    ctx.arg(0).and_then(fault_call).map_or(0, |()| 0)
 }
 
 /// The page of the fault itself: exact, unlike the tracepoint of the same name.
 #[fentry(function = "filemap_map_pages")]
 pub fn fentry_map_pages(ctx: FEntryContext) -> i32 {
-    fault_call(ctx.arg(0), Kind::Fault, level::FEXIT)
+    typed_fault_call(ctx.arg(0))
 }
 
 #[kprobe(function = "filemap_map_pages")]
 pub fn kprobe_map_pages(ctx: ProbeContext) -> u32 {
-    ctx.arg(0).map_or(0, |fault| fault_call(fault, Kind::Fault, level::KPROBE) as u32)
+    ctx.arg(0).and_then(fault_call).map_or(0, |()| 0)
 }
 
 #[raw_tracepoint(tracepoint = "mm_filemap_add_to_page_cache")]
@@ -75,75 +104,76 @@ pub fn raw_fill(ctx: RawTracePointContext) -> i32 {
     fill(ctx.arg(0)).map_or(0, |()| 0)
 }
 
-/// `filemap_read(struct kiocb *, struct iov_iter *, ...)`.
 #[inline(always)]
-fn read_call(iocb: Pointer, iter: Pointer, level: u8) -> i32 {
-    let arguments = || {
-        let file: Pointer = read(iocb, offset!(kiocb_file))?;
-        let inode = Inode::of_file(file)?;
-        let watched = inode.watched()?;
-        let position: u64 = read(iocb, offset!(kiocb_pos))?;
-        let count: u64 = read(iter, offset!(iter_count))?;
-        if count == 0 {
-            return None;
-        }
+fn read_call(watched: Watched, position: u64, count: u64, level: u8) {
+    if count > 0 {
         let last = position.saturating_add(count - 1) >> PAGE_SHIFT;
-        touched(inode.size, watched, position >> PAGE_SHIFT, last, Kind::Read, level);
-        Some(())
-    };
-    arguments().map_or(0, |()| 0)
+        touched(watched, position >> PAGE_SHIFT, last, Kind::Read, level, mount_namespace());
+    }
 }
 
 /// `filemap_fault(struct vm_fault *)` and its like.
 #[inline(always)]
-fn fault_call(fault: Pointer, kind: Kind, level: u8) -> i32 {
-    let arguments = || {
-        let vma: Pointer = read(fault, offset!(fault_vma))?;
-        let file: Pointer = read(vma, offset!(vma_file))?;
-        let inode = Inode::of_file(file)?;
-        let watched = inode.watched()?;
-        let page: u64 = read(fault, offset!(fault_pgoff))?;
-        touched(inode.size, watched, page, page, kind, level);
-        Some(())
-    };
-    arguments().map_or(0, |()| 0)
-}
-
-#[inline(always)]
-fn access(mapping: Pointer, first: u64, last: u64, kind: Kind, level: u8) -> i32 {
-    let inode = Inode::of_mapping(mapping);
-    if let Some((size, watched)) = inode.and_then(|inode| Some((inode.size, inode.watched()?))) {
-        touched(size, watched, first, last, kind, level);
+fn typed_fault_call(fault: Pointer) -> i32 {
+    let file: Pointer = typed(typed(fault, offset!(fault_vma)), offset!(vma_file));
+    if let Some(watched) = typed_watched(typed(file, offset!(file_inode))) {
+        let page: u64 = typed(fault, offset!(fault_pgoff));
+        touched(watched, page, page, Kind::Fault, level::FEXIT, mount_namespace());
     }
     0
 }
 
-/// Records pages `first..=last` of a file of that size if one of them was not accessed before from this mount namespace.
+/// The same.
 #[inline(always)]
-fn touched(size: u64, watched: Watched, first: u64, last: u64, kind: Kind, level: u8) {
+fn fault_call(fault: Pointer) -> Option<()> {
+    let file: Pointer = read(read(fault, offset!(fault_vma))?, offset!(vma_file))?;
+    let watched = Inode::of_file(file)?.watched()?;
+    let page: u64 = read(fault, offset!(fault_pgoff))?;
+    touched(watched, page, page, Kind::Fault, level::KPROBE, mount_namespace());
+    Some(())
+}
+
+#[inline(always)]
+fn typed_access(mapping: Pointer, first: u64, last: u64, kind: Kind) -> i32 {
+    if let Some(watched) = typed_watched(typed(mapping, offset!(mapping_host))) {
+        touched(watched, first, last, kind, level::TRACEPOINT, typed_mount_namespace());
+    }
+    0
+}
+
+#[inline(always)]
+fn access(mapping: Pointer, first: u64, last: u64, kind: Kind) -> i32 {
+    if let Some(watched) = Inode::of_mapping(mapping).and_then(|inode| inode.watched()) {
+        touched(watched, first, last, kind, level::TRACEPOINT, mount_namespace());
+    }
+    0
+}
+
+/// Records pages `first..=last` of a file if one of them was not accessed before from this mount namespace.
+#[inline(always)]
+fn touched(watched: Watched, first: u64, last: u64, kind: Kind, level: u8, mnt_ns: u32) {
     // Programs read with large buffers: what is behind the end was not read.
-    let Some(end) = size.checked_sub(1) else { return };
+    let Some(end) = watched.size.checked_sub(1) else { return };
     let last = last.min(end >> PAGE_SHIFT);
     if last < first {
         return;
     }
-    let nsproxy = nsproxy();
     let fault = kind as u16 == Kind::Fault as u16;
     // The tracepoint of reads comes after the waiting, and what is mapped around a fault is not waited for.
     if fault || level > level::TRACEPOINT {
-        asked(watched, first, 0, u32::from(fault), nsproxy);
+        asked(watched, first, 0, u32::from(fault), mnt_ns);
     }
     // What is mapped around a fault is often in two chunks: it is aligned in memory, not in the file.
     let (first_chunk, last_chunk) = (first >> CHUNK_SHIFT, last >> CHUNK_SHIFT);
-    let in_first = part_in(first_chunk, first, last);
-    let in_first = Seen::pages(watched, first_chunk, in_first, nsproxy);
-    let in_last = part_in(last_chunk, first, last);
-    let in_last = Seen::pages(watched, last_chunk, in_last, nsproxy);
+    let in_first = Seen::pages(watched, first_chunk, part_in(first_chunk, first, last), mnt_ns);
+    if first_chunk == last_chunk && in_first.is_known() {
+        return;
+    }
+    let in_last = Seen::pages(watched, last_chunk, part_in(last_chunk, first, last), mnt_ns);
     let few = last_chunk - first_chunk <= 1;
     if few && in_first.is_known() && in_last.is_known() {
         return;
     }
-    let mnt_ns = mount_namespace(nsproxy);
     let new = first_touch(watched, first, last, mnt_ns);
     if few {
         in_first.remember();
@@ -214,13 +244,13 @@ fn mark(key: &FillKey, mask: u32) -> bool {
 
 /// Notes what the running thread asks for, in case it has to sleep for it: `pages` of them are being brought into memory.
 #[inline(always)]
-fn asked(watched: Watched, page: u64, pages: u64, exact: u32, nsproxy: u64) {
+fn asked(watched: Watched, page: u64, pages: u64, exact: u32, mnt_ns: u32) {
     let pid = pid();
     if let Some(waiting) = WAITING.get_ptr_mut(&pid) {
         // SAFETY: the pointer is to the running thread's own entry.
         let waiting = unsafe { &mut *waiting };
-        // Other namespaces or another control group mean that the number may have been given to a new thread.
-        if waiting.cgroup == cgroup() && waiting.nsproxy == nsproxy {
+        // Another namespace or another control group mean that the number may have been given to a new thread.
+        if waiting.cgroup == cgroup() && waiting.mnt_ns == mnt_ns {
             let continues = pages > 0 && (waiting.run_end == page || waiting.exact != 0);
             if !continues || waiting.inode != watched.inode || waiting.dev != watched.dev {
                 (waiting.inode, waiting.page, waiting.dev) = (watched.inode, page, watched.dev);
@@ -230,14 +260,13 @@ fn asked(watched: Watched, page: u64, pages: u64, exact: u32, nsproxy: u64) {
             return;
         }
     }
-    let head = head_in(Kind::Blocked, 0, mount_namespace(nsproxy));
+    let head = head_in(Kind::Blocked, 0, mnt_ns);
     let waiting = Waiting {
         inode: watched.inode,
         page,
         run_end: page + pages,
         since_ns: 0,
         cgroup: head.cgroup,
-        nsproxy,
         dev: watched.dev,
         mnt_ns: head.mnt_ns,
         tgid: head.tgid,
@@ -265,9 +294,8 @@ fn fill(folio: Pointer) -> Option<()> {
     };
     let index = words.get(offset!(folio_index))?;
     let order = order(folio);
-    let nsproxy = nsproxy();
-    asked(watched, index, 1 << order, 0, nsproxy);
-    let mnt_ns = mount_namespace(nsproxy);
+    let mnt_ns = mount_namespace();
+    asked(watched, index, 1 << order, 0, mnt_ns);
     if order <= CHUNK_SHIFT {
         let chunk = index >> CHUNK_SHIFT;
         // A folio's place is a multiple of its size.

@@ -6,7 +6,7 @@ use aya_ebpf::helpers::{
 use aya_ebpf::maps::ring_buf::RingBufEntry;
 use sluice_events::{Drop, Head, Kind, VERSION};
 
-use crate::kernel::{mount_namespace, nsproxy};
+use crate::kernel::mount_namespace;
 use crate::maps::{EVENTS, lost};
 
 /// The agent is woken when this much waits; before, it looks by itself now and then.
@@ -38,7 +38,7 @@ pub fn cgroup() -> u64 {
 /// Says who runs, and when.
 #[inline(always)]
 pub fn head(kind: Kind, level: u8) -> Head {
-    head_in(kind, level, mount_namespace(nsproxy()))
+    head_in(kind, level, mount_namespace())
 }
 
 /// The same where the mount namespace is known.

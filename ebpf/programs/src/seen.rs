@@ -3,7 +3,7 @@
 
 use sluice_events::OVERLAY_MAGIC;
 
-use crate::kernel::{Inode, Pointer, Watched, read};
+use crate::kernel::{Inode, Pointer, Watched, read, typed};
 use crate::maps::{ROUND, SEEN, SUPERS, WATCHED, offset};
 
 pub const SUPER_SLOTS: u32 = 64;
@@ -19,8 +19,9 @@ const OPEN: u64 = u64::MAX;
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Super {
-    at: u64,
-    /// When that was found out: a place that is given out again is that of a file system which nobody watches, or the round is another.
+    /// By what it is known: see [`super_block`] and [`typed_super_block`].
+    by: u64,
+    /// When that was found out: what is given out again is that of a file system which nobody watches, or the round is another.
     round: u32,
     pub dev: u32,
     /// Number of the watch; 0: none.
@@ -31,20 +32,31 @@ pub struct Super {
 /// What the super block at a place is.
 #[inline(always)]
 pub fn super_block(at: Pointer) -> Option<Super> {
+    known_super(at as u64, || Some((read(at, offset!(sb_dev))?, read(at, offset!(sb_magic))?)))
+}
+
+/// The same by [`typed`] reads, which make no number of a place: it is known by its device.
+#[inline(always)]
+pub fn typed_super_block(at: Pointer) -> Option<Super> {
+    let dev: u32 = typed(at, offset!(sb_dev));
+    known_super(u64::from(dev), || Some((dev, typed(at, offset!(sb_magic)))))
+}
+
+/// What is known `by` a number, else what `find` gives: device number and magic.
+#[inline(always)]
+fn known_super(by: u64, find: impl FnOnce() -> Option<(u32, u64)>) -> Option<Super> {
     // Before what it stands for.
     let round = round();
-    let place = at as u64;
-    let slot = SUPERS.get_ptr_mut((place.wrapping_mul(MIX) >> 40) as u32 & (SUPER_SLOTS - 1))?;
+    let slot = SUPERS.get_ptr_mut((by.wrapping_mul(MIX) >> 40) as u32 & (SUPER_SLOTS - 1))?;
     // SAFETY: the pointer is to this processor's entry, and programs are not preempted by others of their kind there.
     let known = unsafe { *slot };
-    if known.at == place && known.round == round {
+    if known.by == by && known.round == round {
         return Some(known);
     }
-    let dev: u32 = read(at, offset!(sb_dev))?;
-    let magic: u64 = read(at, offset!(sb_magic))?;
+    let (dev, magic) = find()?;
     // SAFETY: a number that is exchanged meanwhile is one of two right ones.
     let watch = unsafe { WATCHED.get(&dev) }.copied().unwrap_or(0);
-    let found = Super { at: place, round, dev, watch, overlay: magic == OVERLAY_MAGIC };
+    let found = Super { by, round, dev, watch, overlay: magic == OVERLAY_MAGIC };
     // SAFETY: as above.
     unsafe { *slot = found }
     Some(found)
@@ -57,7 +69,7 @@ pub fn round() -> u32 {
     ROUND.get(0).copied().unwrap_or(0)
 }
 
-/// Pages of a file, or its being open, recorded for whoever has these namespaces: where that is remembered, and as what. 96 bits of a hash
+/// Pages of a file, or its being open, recorded for whoever is in a mount namespace: where that is remembered, and as what. 96 bits of a hash
 /// stand for which.
 pub struct Seen {
     slot: u32,
@@ -83,30 +95,36 @@ fn slot(inode: u64, chunk: u64) -> u32 {
     ((inode >> 1) as u32).wrapping_add((chunk as u32).wrapping_mul(MIX as u32)) & (SEEN_SLOTS - 1)
 }
 
+/// Namespaces' numbers are given out again, but not within one watch: each start begins a new one.
+#[inline(always)]
+fn who(watch: u32, mnt_ns: u32) -> u64 {
+    u64::from(watch) << 32 | u64::from(mnt_ns)
+}
+
 /// The latest two that belong there, the latest first.
 pub type Place = [Remembered; 2];
 
 impl Seen {
     /// Pages of one chunk.
     #[inline(always)]
-    pub fn pages(watched: Watched, chunk: u64, pages: u32, nsproxy: u64) -> Self {
-        Self::new(slot(watched.inode, chunk), [watched.inode, chunk, nsproxy, u64::from(watched.watch)], pages)
+    pub fn pages(watched: Watched, chunk: u64, pages: u32, mnt_ns: u32) -> Self {
+        Self::new(slot(watched.inode, chunk), [watched.inode, chunk, who(watched.watch, mnt_ns)], pages)
     }
 
     /// That a file is open.
     #[inline(always)]
-    pub fn open(watched: Watched, nsproxy: u64) -> Self {
-        Self::new(slot(watched.inode, 0), [watched.inode, OPEN, nsproxy, u64::from(watched.watch)], 1)
+    pub fn open(watched: Watched, mnt_ns: u32) -> Self {
+        Self::new(slot(watched.inode, 0), [watched.inode, OPEN, who(watched.watch, mnt_ns)], 1)
     }
 
     /// The same of an overlay's file, by where its inode is.
     #[inline(always)]
-    pub fn open_above(inode: &Inode, nsproxy: u64) -> Self {
-        Self::new(slot(inode.number, 0), [inode.number, inode.at as u64, nsproxy, u64::from(round())], 1)
+    pub fn open_above(inode: &Inode, mnt_ns: u32) -> Self {
+        Self::new(slot(inode.number, 0), [inode.number, inode.at as u64, who(round(), mnt_ns)], 1)
     }
 
     #[inline(always)]
-    fn new(slot: u32, of: [u64; 4], pages: u32) -> Self {
+    fn new(slot: u32, of: [u64; 3], pages: u32) -> Self {
         let (mut tag, mut check) = (0, 0);
         for one in of {
             tag = (tag ^ one).wrapping_mul(MIX);

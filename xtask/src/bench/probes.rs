@@ -1,6 +1,7 @@
 //! `cargo xtask bench probes`: what recording costs a storm of opens, stats and programs started, in a streamed container and outside:
 //! recorded, with the probes loaded but nothing recorded, and without probes, taking turns.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -9,6 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use serde_json::Value;
 
 use crate::measure::median;
 use crate::run::{output, target};
@@ -26,7 +28,7 @@ pub(crate) struct Args {
     binary: Option<PathBuf>,
 }
 
-/// Prints how long the storm took when all it touches is cached, and how many files a second it opens when it does nothing else.
+/// Prints how long the storm took when all it touches is cached.
 const STORM: &str = r#"
 import os, subprocess, sys, time
 paths = [os.path.join(top, name) for top, _, names in os.walk("/usr/lib") for name in names][:3000]
@@ -45,15 +47,20 @@ storm()
 begin = time.monotonic()
 for _ in range(5):
     storm()
-took = time.monotonic() - begin
+print(time.monotonic() - begin)
+"#;
+/// Prints how many files a second it opens when it does nothing else.
+const FLOOD: &str = r#"
+import os, time
+paths = [os.path.join(top, name) for top, _, names in os.walk("/usr/lib") for name in names][:3000]
 begin = time.monotonic()
-for _ in range(10):
+for _ in range(11):
     for path in paths:
         try:
             os.close(os.open(path, os.O_RDONLY | os.O_NOFOLLOW))
         except OSError:
             pass
-print(took, 10 * len(paths) / (time.monotonic() - begin))
+print(11 * len(paths) / (time.monotonic() - begin))
 "#;
 /// More of its time than this recording may not cost.
 const TARGET_PERCENT: f64 = 2.0;
@@ -83,23 +90,22 @@ pub(crate) fn probes(args: &Args) -> Result<()> {
     let node = Sluice::new(&binary, &target().join("sluice-bench/probes"), &config(Mode::Recording))?;
     let image = registry.image(recipe.name);
     node.run(&["pull", &image])?;
-    let inside = || storm(node.command().args(["run", &image, "python3", "-c", STORM]));
-    let outside = || storm(Command::new("/usr/bin/python3").args(["-c", STORM]));
+    let inside = |script| number(node.command().args(["run", &image, "python3", "-c", script]));
+    let outside = || number(Command::new("/usr/bin/python3").args(["-c", STORM]));
     let mut times = [const { (Vec::new(), Vec::new()) }; MODES.len()];
-    let (mut lost, mut rate) = (0.0, 0.0_f64);
+    let (mut lost, mut rate, mut counted) = (0.0, 0.0_f64, Vec::new());
     for round in 0..args.rounds {
         // Whoever comes first has the colder caches.
         for turn in 0..MODES.len() {
             let which = (round + turn) % MODES.len();
             let mode = MODES[which];
             start(&node, mode)?;
-            let (of_container, opens) = inside()?;
-            let (of_system, _) = outside()?;
-            times[which].0.push(of_container);
-            times[which].1.push(of_system);
+            times[which].0.push(inside(STORM)?);
+            times[which].1.push(outside()?);
             if mode == Mode::Recording {
+                rate = rate.max(inside(FLOOD)?);
+                counted.push(own_percent(&node, || inside(STORM))?);
                 lost += records_lost(&node)?;
-                rate = rate.max(opens);
             }
         }
     }
@@ -114,6 +120,10 @@ pub(crate) fn probes(args: &Args) -> Result<()> {
         "in a streamed container, storms of {:.3} s: {cost:+.1} % when recorded  {} <= {TARGET_PERCENT} %",
         median(loaded.0.clone()),
         verdict(cost <= TARGET_PERCENT)
+    );
+    println!(
+        "by the kernel's count the programs take {:.1} % of all of its run, what is touched for the first time included",
+        median(counted)
     );
     println!(
         "beside a daemon without probes: {:+.1} % when recorded, {:+.1} % when not",
@@ -156,11 +166,41 @@ fn start(node: &Sluice, mode: Mode) -> Result<()> {
     Ok(())
 }
 
-fn storm(command: &mut Command) -> Result<(f64, f64)> {
+fn number(command: &mut Command) -> Result<f64> {
     let said = output(command)?;
-    let mut numbers = said.split_whitespace().map(str::parse::<f64>);
-    let mut next = || numbers.next().and_then(Result::ok).with_context(|| format!("it said `{said}`"));
-    Ok((next()?, next()?))
+    said.trim().parse().with_context(|| format!("it said `{said}`"))
+}
+
+/// How much of the time of `work` the daemon's programs took, as the kernel counts. Counting takes some more.
+fn own_percent(node: &Sluice, work: impl FnOnce() -> Result<f64>) -> Result<f64> {
+    let pid =
+        node.status()?.get("pid").and_then(Value::as_u64).context("the daemon does not tell its process")?;
+    let counts =
+        |on: &str| fs::write("/proc/sys/kernel/bpf_stats_enabled", on).context("the kernel does not count");
+    counts("1")?;
+    let (before, began) = (run_ns(pid)?, Instant::now());
+    let done = work();
+    let (took, after) = (began.elapsed(), run_ns(pid)?);
+    counts("0")?;
+    done.map(|_storm| after.saturating_sub(before) as f64 / took.as_nanos() as f64 * 100.0)
+}
+
+/// Nanoseconds that the programs of a process ran for while the kernel counted.
+fn run_ns(pid: u64) -> Result<u64> {
+    let mut by_program = HashMap::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+        // A descriptor may be gone meanwhile.
+        let Ok(info) = fs::read_to_string(entry?.path()) else { continue };
+        let field = |name: &str| {
+            let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.and_then(|value| value.trim().parse::<u64>().ok())
+        };
+        // Links have the number of their program, and no time.
+        if let (Some(id), Some(ns)) = (field("prog_id"), field("run_time_ns")) {
+            by_program.insert(id, ns);
+        }
+    }
+    Ok(by_program.values().sum())
 }
 
 /// As the daemon's metrics tell, once the trace is written.

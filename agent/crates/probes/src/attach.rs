@@ -4,8 +4,9 @@ use aya::programs::fentry::FEntryLink;
 use aya::programs::fexit::FExitLink;
 use aya::programs::kprobe::KProbeLink;
 use aya::programs::raw_trace_point::RawTracePointLink;
+use aya::programs::tp_btf::BtfTracePointLink;
 use aya::programs::trace_point::TracePointLink;
-use aya::programs::{FEntry, FExit, KProbe, Program, ProgramError, RawTracePoint, TracePoint};
+use aya::programs::{BtfTracePoint, FEntry, FExit, KProbe, Program, ProgramError, RawTracePoint, TracePoint};
 use aya::{Btf, Ebpf};
 
 use crate::hooks::Hook;
@@ -31,6 +32,7 @@ pub(crate) enum AttachError {
 #[expect(dead_code, reason = "held for what dropping them does")]
 pub(crate) enum Link {
     Raw(RawTracePointLink),
+    Typed(BtfTracePointLink),
     Trace(TracePointLink),
     Entry(FEntryLink),
     Exit(FExitLink),
@@ -63,6 +65,10 @@ pub(crate) fn load(bpf: &mut Ebpf, types: Option<&Btf>, hook: Hook) -> Result<()
                 }
             }
             Err(last)
+        }
+        (Program::BtfTracePoint(one), Hook::Typed(_, name)) => {
+            let types = types.ok_or(AttachError::OtherType(program))?;
+            one.load(name, types).map_err(refused)
         }
         (Program::FExit(one), Hook::Exit(_, name)) => {
             let types = types.ok_or(AttachError::OtherType(program))?;
@@ -98,6 +104,7 @@ pub(crate) fn attach(bpf: &mut Ebpf, hook: Hook) -> Result<Vec<Link>, AttachErro
     let found = bpf.program_mut(program).ok_or(AttachError::NoProgram(program))?;
     let links = match (found, hook) {
         (Program::RawTracePoint(one), Hook::Raw(_, name)) => vec![raw(one, name)],
+        (Program::BtfTracePoint(one), _) => vec![typed(one)],
         (Program::FEntry(one), _) => vec![entry(one)],
         (Program::FExit(one), _) => vec![exit(one)],
         // System calls differ between architectures: those that are there.
@@ -131,6 +138,11 @@ pub(crate) fn attach(bpf: &mut Ebpf, hook: Hook) -> Result<Vec<Link>, AttachErro
 fn raw(program: &mut RawTracePoint, name: &str) -> Result<Link, ProgramError> {
     let id = program.attach(name)?;
     program.take_link(id).map(Link::Raw)
+}
+
+fn typed(program: &mut BtfTracePoint) -> Result<Link, ProgramError> {
+    let id = program.attach()?;
+    program.take_link(id).map(Link::Typed)
 }
 
 fn trace(program: &mut TracePoint, name: &str) -> Result<Link, ProgramError> {

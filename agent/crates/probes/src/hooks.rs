@@ -1,6 +1,6 @@
 //! Which hooks give which capability, best first.
 
-use sluice_events::{ABSENT, Offsets};
+use sluice_events::{ABSENT, Offsets, SwitchState};
 use sluice_trace::{Capability, Level};
 
 /// Where a program is attached.
@@ -8,6 +8,8 @@ use sluice_trace::{Capability, Level};
 pub(crate) enum Hook {
     /// A tracepoint with the kernel's own arguments: program, tracepoint.
     Raw(&'static str, &'static str),
+    /// The same for a program that is loaded by the kernel's own types: program, tracepoint.
+    Typed(&'static str, &'static str),
     /// Tracepoints of system calls, those that the architecture has: program, names.
     Syscalls(&'static str, &'static [&'static str]),
     /// The entry of a function: program, names that it has had; the first that exists.
@@ -24,6 +26,7 @@ impl Hook {
     pub(crate) fn program(self) -> &'static str {
         match self {
             Self::Raw(program, _)
+            | Self::Typed(program, _)
             | Self::Exit(program, _)
             | Self::Syscalls(program, _)
             | Self::Entry(program, _)
@@ -44,6 +47,12 @@ pub(crate) struct Way {
 }
 
 impl Way {
+    /// Whether its programs are loaded by the kernel's own types.
+    pub(crate) fn needs_types(&self) -> bool {
+        let typed = |hook: &Hook| matches!(hook, Hook::Typed(..) | Hook::Entry(..) | Hook::Exit(..));
+        self.hooks.iter().any(typed)
+    }
+
     pub(crate) fn is_possible(&self, offsets: &Offsets) -> bool {
         let common = [
             offsets.inode_sb,
@@ -64,6 +73,8 @@ impl Way {
 /// `generic_file_buffered_read` was renamed in 5.12.
 const READ: &[&str] = &["filemap_read", "generic_file_buffered_read"];
 
+const OPENS: &[&str] = &["sys_exit_open", "sys_exit_openat", "sys_exit_openat2"];
+
 /// Best first, per capability.
 ///
 /// *Read* prefers the tracepoint (6.12): it also sees `splice` and `sendfile`, and costs less than a probe. *Fault*
@@ -74,6 +85,12 @@ pub(crate) const WAYS: &[Way] = &[
         level: Level::Tracepoint,
         hooks: &[Hook::Raw("raw_fill", "mm_filemap_add_to_page_cache")],
         needs: |o| vec![o.folio_mapping, o.folio_index, o.mapping_host],
+    },
+    Way {
+        capability: Capability::Read,
+        level: Level::Tracepoint,
+        hooks: &[Hook::Typed("typed_get_pages", "mm_filemap_get_pages")],
+        needs: |o| vec![o.mapping_host],
     },
     Way {
         capability: Capability::Read,
@@ -115,6 +132,15 @@ pub(crate) const WAYS: &[Way] = &[
         capability: Capability::Fault,
         level: Level::Tracepoint,
         hooks: &[
+            Hook::Typed("typed_fault", "mm_filemap_fault"),
+            Hook::Typed("typed_map_pages", "mm_filemap_map_pages"),
+        ],
+        needs: |o| vec![o.mapping_host],
+    },
+    Way {
+        capability: Capability::Fault,
+        level: Level::Tracepoint,
+        hooks: &[
             Hook::Raw("raw_fault", "mm_filemap_fault"),
             Hook::Raw("raw_map_pages", "mm_filemap_map_pages"),
         ],
@@ -135,7 +161,13 @@ pub(crate) const WAYS: &[Way] = &[
     Way {
         capability: Capability::Open,
         level: Level::Tracepoint,
-        hooks: &[Hook::Syscalls("exit_open", &["sys_exit_open", "sys_exit_openat", "sys_exit_openat2"])],
+        hooks: &[Hook::Syscalls("typed_exit_open", OPENS)],
+        needs: |o| vec![o.file_inode, o.file_private, o.task_files, o.files_fdt, o.fdtable_fd],
+    },
+    Way {
+        capability: Capability::Open,
+        level: Level::Tracepoint,
+        hooks: &[Hook::Syscalls("exit_open", OPENS)],
         needs: |o| vec![o.file_inode, o.file_private, o.task_files, o.files_fdt, o.fdtable_fd],
     },
     Way {
@@ -143,6 +175,16 @@ pub(crate) const WAYS: &[Way] = &[
         level: Level::Tracepoint,
         hooks: &[Hook::Raw("raw_exec", "sched_process_exec")],
         needs: |o| vec![o.file_inode, o.file_private, o.bprm_file, o.bprm_filename],
+    },
+    Way {
+        capability: Capability::Blocked,
+        level: Level::Tracepoint,
+        hooks: &[Hook::Typed("typed_switch", "sched_switch")],
+        needs: |o| {
+            // It has no other way to learn the state.
+            let state = if o.switch_state == SwitchState::Argument as u32 { 0 } else { ABSENT };
+            vec![o.task_iowait, o.task_pid, state]
+        },
     },
     Way {
         capability: Capability::Blocked,

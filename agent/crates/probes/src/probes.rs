@@ -389,7 +389,7 @@ fn choose(
     no_trampolines: Option<nix::Error>,
 ) -> Chosen {
     let mut chosen = Chosen::default();
-    // For trampolines, which the kernel knows by its own type numbers. Tens of MiB, not kept.
+    // For programs that the kernel knows by its own type numbers. Tens of MiB, not kept.
     let mut types: Option<KernelTypes> = None;
     for way in WAYS {
         let capability = way.capability;
@@ -403,7 +403,7 @@ fn choose(
         let tried = if let Some(errno) = refused {
             Err(format!("programs at functions are refused: {errno}"))
         } else if way.is_possible(offsets) {
-            if way.level == Level::Fexit && types.is_none() {
+            if way.needs_types() && types.is_none() {
                 types = kernel_types();
             }
             try_hooks(bpf, types.as_ref(), way)
