@@ -69,15 +69,15 @@ impl Node {
         let in_flight = &Semaphore::new(IN_FLIGHT);
         // Looked for only when there is a place for it: what demand took by then is left out.
         let fetches = futures::stream::iter(pieces).map(|piece| async move {
-            if let Some(bytes) = pack.early(&piece.bytes).await {
-                return anyhow::Ok((piece, bytes, None));
+            if pack.comes_early(&piece.bytes).await {
+                return anyhow::Ok((piece, None));
             }
             let _place = in_flight.acquire().await?;
             self.scheduler.prefetch_turn().await;
             pace.wait().await;
             let began = Instant::now();
             let bytes = pack.read(piece.bytes.clone()).await?;
-            Ok((piece, bytes, Some(began)))
+            Ok((piece, Some((bytes, began))))
         });
         let mut fetches = fetches.buffered(EXPECTED);
         let (sender, mut receiver) = mpsc::channel(IN_FLIGHT);
@@ -91,11 +91,16 @@ impl Node {
             anyhow::Ok(())
         };
         let keep = async {
-            while let Some((piece, bytes, began)) = receiver.recv().await {
-                if let Some(began) = began {
-                    self.count_pack(&mut taken, recorded, began, piece.bytes.clone());
-                    pace.spend(bytes.len() as u64);
-                }
+            while let Some((piece, fetched)) = receiver.recv().await {
+                let bytes = match fetched {
+                    Some((bytes, began)) => {
+                        self.count_pack(&mut taken, recorded, began, piece.bytes.clone());
+                        pace.spend(bytes.len() as u64);
+                        bytes
+                    }
+                    // Only now, so that what waits is in memory once.
+                    None => pack.early(&piece.bytes),
+                };
                 let (table, layers, log) = (Arc::clone(&table), layers.clone(), Arc::clone(&self.reads));
                 // Decompression, digests and writes: not on the threads that serve reads.
                 let (kept, twice) =
@@ -139,14 +144,13 @@ impl Node {
         let mut wanted = PACK_HEAD;
         loop {
             let range = beginning.len() as u64..wanted.min(pack.size());
-            let bytes = match pack.early(&range).await {
-                Some(bytes) => bytes,
-                None => {
-                    let began = Instant::now();
-                    let bytes = pack.read(range.clone()).await?;
-                    self.count_pack(taken, recorded, began, range);
-                    bytes
-                }
+            let bytes = if pack.comes_early(&range).await {
+                pack.early(&range)
+            } else {
+                let began = Instant::now();
+                let bytes = pack.read(range.clone()).await?;
+                self.count_pack(taken, recorded, began, range);
+                bytes
             };
             beginning.extend_from_slice(&bytes);
             match PackTable::parse(&beginning, pack.size())? {

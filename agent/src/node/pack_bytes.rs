@@ -60,11 +60,15 @@ impl PackBytes {
         self.early.as_ref().map_or(0, |early| length(&early.pieces.borrow()))
     }
 
-    /// A range that is fetched early, once it is here; none if it is not, or does not come.
-    pub(super) async fn early(&self, range: &Range<u64>) -> Option<Bytes> {
-        let mut pieces = self.early.as_ref().filter(|_| range.end <= MOST_EARLY)?.pieces.clone();
-        let pieces = pieces.wait_for(|pieces| length(pieces) >= range.end).await.ok()?;
-        Some(joined(&pieces, range))
+    /// Whether a range is fetched early: waits until it is here, or does not come.
+    pub(super) async fn comes_early(&self, range: &Range<u64>) -> bool {
+        let Some(early) = self.early.as_ref().filter(|_| range.end <= MOST_EARLY) else { return false };
+        early.pieces.clone().wait_for(|pieces| length(pieces) >= range.end).await.is_ok()
+    }
+
+    /// A range that came early, copied.
+    pub(super) fn early(&self, range: &Range<u64>) -> Bytes {
+        self.early.as_ref().map(|early| joined(&early.pieces.borrow(), range)).unwrap_or_default()
     }
 
     pub(super) async fn read(&self, range: Range<u64>) -> Result<Bytes, RegistryError> {

@@ -29,7 +29,7 @@ pub static SEEN: Array<Place> = Array::with_max_entries(SEEN_SLOTS, 0);
 
 /// Records for the agent. The size is set when loading.
 #[map]
-pub static EVENTS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
+pub static EVENTS: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
 
 /// Pages that were accessed, one bit each. An entry that is pushed out costs a second record, nothing else.
 #[map]
