@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use super::pack::{IN_FLIGHT, PIECE};
 
 /// Bytes fetched before anybody can take them: held in memory.
-const MOST_EARLY: u64 = 12 << 20;
+const MOST_EARLY: u64 = 10 << 20;
 
 /// So long the tables have the link for themselves: where round trips are long it would be idle.
 const TABLES_ALONE: Duration = Duration::from_millis(25);
