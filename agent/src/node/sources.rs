@@ -193,9 +193,9 @@ impl BlockSource for LayerBlocks {
         Some(Arc::clone(&self.local))
     }
 
-    fn on_disk(&self, offset: u64) -> Range<u64> {
+    fn on_disk(&self, range: Range<u64>) -> Range<u64> {
         // Not what is only written: a failed flush may take that back.
-        self.layer.layer().durable_from(offset)
+        self.layer.layer().durable_in(range)
     }
 
     fn unreadable(&self, offset: u64, len: usize) {

@@ -111,8 +111,8 @@ mod tests {
         assert_eq!(size_of::<FillValue>(), 72);
         assert_eq!(offset_of!(FillValue, pages), 40);
         assert_eq!(size_of::<OpenKey>(), 16);
-        assert_eq!(size_of::<Waiting>(), 88);
-        assert_eq!(offset_of!(Waiting, comm), 72);
+        assert_eq!(size_of::<Waiting>(), 80);
+        assert_eq!(offset_of!(Waiting, comm), 64);
         assert_eq!(Drop::TooManyFailures as u32 + 1, DROP_COUNTERS);
     }
 }

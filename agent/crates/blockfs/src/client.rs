@@ -37,6 +37,9 @@ struct Client {
     stream: UnixStream,
     /// Messages must not be mixed.
     writing: Mutex<()>,
+    /// Held from when something is found to be local until that is told, and while a file is given another source: what was lost is not
+    /// told to be local of the new one.
+    telling: Mutex<()>,
     state: Mutex<State>,
     /// True once the server is gone though this side did not part from it.
     lost: watch::Sender<bool>,
@@ -82,7 +85,13 @@ impl BlockFs {
         let reason = lines.next().unwrap_or_default().to_owned();
         let left = lines.filter_map(FileRecord::parse).collect();
         let (lost, _) = watch::channel(false);
-        let client = Arc::new(Client { stream, writing: Mutex::default(), state: Mutex::default(), lost });
+        let client = Arc::new(Client {
+            stream,
+            writing: Mutex::default(),
+            telling: Mutex::default(),
+            state: Mutex::default(),
+            lost,
+        });
         let reader = Arc::clone(&client);
         let read = move || reader.listen(&runtime);
         std::thread::Builder::new().name("block-agent".to_owned()).spawn(read).map_err(failed)?;
@@ -144,10 +153,13 @@ impl BlockFs {
     ) -> Result<PathBuf, BlockFsError> {
         let failed = |source| BlockFsError::Server { path: self.dir.clone(), source };
         let added = self.client.expect(inode).map_err(failed)?;
-        self.client.state().sources.insert(inode, Arc::clone(&source));
         let head = Head { a: source.size(), ..Head::new(Kind::Add, inode) };
         let file = source.file();
-        self.client.say_with(head, name.as_bytes(), file.as_deref().map(AsFd::as_fd)).map_err(failed)?;
+        {
+            let _telling = lock(&self.client.telling);
+            self.client.state().sources.insert(inode, Arc::clone(&source));
+            self.client.say_with(head, name.as_bytes(), file.as_deref().map(AsFd::as_fd)).map_err(failed)?;
+        }
         self.client.tell_local(inode, source.as_ref(), 0, source.size()).map_err(failed)?;
         added.recv().map_err(|_closed| failed(io::ErrorKind::ConnectionAborted.into()))?;
         Ok(self.dir.join(file_name(inode, name)))
@@ -280,10 +292,9 @@ impl Client {
         len: usize,
     ) -> io::Result<()> {
         let end = offset + len as u64;
-        let local = source.on_disk(offset);
         if unreadable {
             source.unreadable(offset, len);
-        } else if local.start == offset && local.end >= end {
+        } else if source.on_disk(offset..end) == (offset..end) {
             self.tell_local(inode, source.as_ref(), offset, end)?;
             return self.say(Head::new(Kind::InFile, id), &[]);
         }
@@ -307,10 +318,11 @@ impl Client {
     fn tell_local(&self, inode: u64, source: &dyn BlockSource, offset: u64, end: u64) -> io::Result<()> {
         // What was fetched lies in chunks around what was asked for.
         const CHUNK: u64 = 256 << 10;
-        let (mut at, end) = (offset - offset % CHUNK, end.next_multiple_of(CHUNK));
+        let (mut at, end) = (offset - offset % CHUNK, end.next_multiple_of(CHUNK).min(source.size()));
         loop {
-            let local = source.on_disk(at);
-            if local.is_empty() || local.start >= end {
+            let _telling = lock(&self.telling);
+            let local = source.on_disk(at..end);
+            if local.is_empty() {
                 return Ok(());
             }
             self.say(Head { a: local.start, b: local.end, ..Head::new(Kind::Local, inode) }, &[])?;

@@ -47,10 +47,10 @@ pub trait BlockSource: Send + Sync + std::fmt::Debug {
         None
     }
 
-    /// The first run of bytes from `offset` on that is verified and in [`Self::file`] for good; empty, the default, when there is none.
-    /// Cheap: asked once for each read that was not known to be local.
-    fn on_disk(&self, offset: u64) -> Range<u64> {
-        offset..offset
+    /// The first run of bytes in a range that is verified and in [`Self::file`] for good; empty, the default, when there is none. Cheap:
+    /// asked once for each read that was not known to be local.
+    fn on_disk(&self, range: Range<u64>) -> Range<u64> {
+        range.start..range.start
     }
 
     /// [`Self::file`] did not give these bytes although they were vouched for. They are asked for after this, and whatever else is

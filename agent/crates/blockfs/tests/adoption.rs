@@ -125,8 +125,8 @@ impl BlockSource for FillingSource {
         Some(Arc::clone(&self.local))
     }
 
-    fn on_disk(&self, offset: u64) -> Range<u64> {
-        offset..self.filled.load(Ordering::Acquire).max(offset)
+    fn on_disk(&self, range: Range<u64>) -> Range<u64> {
+        range.start..self.filled.load(Ordering::Acquire).clamp(range.start, range.end)
     }
 }
 

@@ -95,7 +95,7 @@ impl Bitmap {
     pub(crate) fn clear_runs(&self) -> Vec<Range<u64>> {
         let (mut runs, mut from) = (Vec::new(), self.run(0));
         while from < self.len {
-            let to = self.alike(from, false);
+            let to = self.alike(from..self.len, false);
             runs.push(from..to);
             from = self.run(to);
         }
@@ -118,18 +118,20 @@ impl Bitmap {
 
     /// The first clear bit at or after `from`.
     pub(crate) fn run(&self, from: u64) -> u64 {
-        self.alike(from, true)
+        self.alike(from..self.len, true)
     }
 
-    /// The first set bit at or after `from`.
-    pub(crate) fn next(&self, from: u64) -> u64 {
-        self.alike(from, false)
+    /// The first run of set bits in a range; empty if there is none.
+    pub(crate) fn run_in(&self, range: Range<u64>) -> Range<u64> {
+        let start = self.alike(range.clone(), false);
+        start..self.alike(start..range.end, true)
     }
 
-    /// The first bit at or after `from` that is not as `set` says.
-    fn alike(&self, from: u64, set: bool) -> u64 {
-        let mut at = from.min(self.len);
-        while at < self.len {
+    /// The first bit of a range that is not as `set` says; its end if there is none.
+    fn alike(&self, range: Range<u64>, set: bool) -> u64 {
+        let end = range.end.min(self.len);
+        let mut at = range.start.min(end);
+        while at < end {
             let word = self.words.get((at / 64) as usize).map_or(0, |word| word.load(Ordering::Acquire));
             let word = if set { word } else { !word };
             let ones = u64::from((word >> (at % 64)).trailing_ones());
@@ -138,7 +140,7 @@ impl Bitmap {
                 break;
             }
         }
-        at.min(self.len)
+        at.min(end)
     }
 
     /// How many bits are set.

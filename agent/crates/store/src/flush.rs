@@ -163,12 +163,12 @@ impl Layer {
         written
     }
 
-    /// The first run of bytes from `offset` on that is verified, on the disk and recorded as such: it may be read from the file at
+    /// The first run of whole blocks in a range that is verified, on the disk and recorded as such: it may be read from the file at
     /// [`Self::data_path`] without asking again. Empty if there is none.
-    pub fn durable_from(&self, offset: u64) -> Range<u64> {
-        let start = self.durable.next(offset / BLOCK_SIZE);
-        let end = self.durable.run(start);
-        (start * BLOCK_SIZE).min(self.size())..(end * BLOCK_SIZE).min(self.size())
+    pub fn durable_in(&self, range: Range<u64>) -> Range<u64> {
+        let run = self.durable.run_in(blocks(range.clone()));
+        let at = |block: u64| (block * BLOCK_SIZE).clamp(range.start, range.end.max(range.start));
+        at(run.start)..at(run.end)
     }
 
     /// Whether all of it is verified, on the disk, and recorded as such.

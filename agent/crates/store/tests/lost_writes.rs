@@ -67,7 +67,7 @@ fn drop_cache(path: &Path) {
 
 /// Where the run of durable bytes ends that begins at `offset`.
 fn durable_until(layer: &Layer, offset: u64) -> u64 {
-    let run = layer.durable_from(offset);
+    let run = layer.durable_in(offset..layer.size().max(offset));
     if run.start == offset { run.end } else { offset }
 }
 

@@ -392,7 +392,8 @@ fn parts_are_read_recorded_and_forgotten_when_nothing_proves_them() {
         assert!(read(&layer, part..3 * part) && read(&layer, part + 100..2 * part + 1));
         assert!(read(&layer, last..110_000) && !read(&layer, last - 1..110_000));
         assert!(!read(&layer, part..3 * part + 1) && !read(&layer, 0..1) && read(&layer, 5 * part..6 * part));
-        let runs = [0, part, 3 * part, last].map(|from| layer.durable_from(from as u64));
+        let runs =
+            [0, part, 3 * part, last].map(|from| layer.durable_in(from as u64..last as u64 + part as u64));
         let ends = [part..3 * part, part..3 * part, 5 * part..6 * part, last..last + part];
         let ends = ends.map(|run| run.start as u64..run.end as u64);
         assert!(if durable { runs == ends } else { runs.iter().all(std::ops::Range::is_empty) }, "{runs:?}");

@@ -401,17 +401,15 @@ impl BlockSource for MoodySource {
         Some(Arc::clone(&self.file))
     }
 
-    fn on_disk(&self, offset: u64) -> Range<u64> {
+    fn on_disk(&self, range: Range<u64>) -> Range<u64> {
+        let offset = range.start;
         match *self.mood().borrow() {
-            Mood::OnDisk if !self.is_lost(offset, (self.size - offset) as usize) => offset..self.size,
+            Mood::OnDisk if !self.is_lost(offset, (self.size - offset) as usize) => range,
             // Every third block.
             Mood::Mixed => {
-                let start = if (offset / BLOCK).is_multiple_of(3) {
-                    offset
-                } else {
-                    offset.next_multiple_of(3 * BLOCK)
-                };
-                start.min(self.size)..((start / BLOCK + 1) * BLOCK).min(self.size)
+                let third = (offset / BLOCK).is_multiple_of(3);
+                let start = if third { offset } else { offset.next_multiple_of(3 * BLOCK) };
+                start.min(range.end)..((start / BLOCK + 1) * BLOCK).min(range.end)
             }
             _ => offset..offset,
         }
