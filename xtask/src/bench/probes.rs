@@ -178,11 +178,16 @@ fn own_percent(node: &Sluice, work: impl FnOnce() -> Result<f64>) -> Result<f64>
     let counts =
         |on: &str| fs::write("/proc/sys/kernel/bpf_stats_enabled", on).context("the kernel does not count");
     counts("1")?;
-    let (before, began) = (run_ns(pid)?, Instant::now());
-    let done = work();
-    let (took, after) = (began.elapsed(), run_ns(pid)?);
+    let percent = || {
+        let (before, began) = (run_ns(pid)?, Instant::now());
+        work()?;
+        let took = began.elapsed().as_nanos() as f64;
+        anyhow::Ok(run_ns(pid)?.saturating_sub(before) as f64 / took * 100.0)
+    };
+    let percent = percent();
+    // Also after a failure: all programs of the machine are counted.
     counts("0")?;
-    done.map(|_storm| after.saturating_sub(before) as f64 / took.as_nanos() as f64 * 100.0)
+    percent
 }
 
 /// Nanoseconds that the programs of a process ran for while the kernel counted.
