@@ -42,7 +42,7 @@ impl Node {
         let pull = Pull::begin(&image.reference.whole());
         let digest = image.manifest_digest.clone();
         let mut lookup =
-            request.start.as_ref().map(|start| self.look_up(&image, &image.layers, start, asked));
+            request.start.as_ref().map(|start| self.look_up(&image, &image.layers, Some(start), asked));
         if let Some(recording) = lookup.as_ref().and_then(|lookup| lookup.recording.as_ref()) {
             let looks = std::mem::take(&mut *self.lock(&looks));
             looks.into_iter().for_each(|(began, took)| recording.looked_up(began, took));

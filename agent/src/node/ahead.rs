@@ -17,7 +17,7 @@ use super::Node;
 use super::files::ImageFiles;
 use super::layers::NodeLayer;
 use super::pack_bytes::{PackBytes, TablesAwaited, TablesCome};
-use super::profiles::{self, now};
+use super::profiles::{self, Sought, now};
 use super::reads::{Recording, Step};
 use super::starts::UnderWay;
 use crate::api::StartRequest;
@@ -115,13 +115,13 @@ impl Node {
         self: &Arc<Self>,
         image: &ResolvedImage,
         layers: &[Layer],
-        asked: &StartRequest,
+        asked: Option<&StartRequest>,
         began: Instant,
     ) -> Lookup {
-        let key = ProfileKey {
-            image: image.manifest_digest.clone(),
-            entry: class_of(&String::from_utf8_lossy(&image.config), asked),
-        };
+        let any_class = asked.is_none();
+        let asked = asked.cloned().unwrap_or_default();
+        let config = String::from_utf8_lossy(&image.config);
+        let key = ProfileKey { image: image.manifest_digest.clone(), entry: class_of(&config, &asked) };
         let window = asked.window_ms.map_or(self.config.record_window, Duration::from_millis);
         let layers: Vec<String> = layers.iter().map(|layer| layer.digest.clone()).collect();
         let recording = self.config.record.then(|| self.reads.begin(layers.clone(), began));
@@ -131,16 +131,17 @@ impl Node {
         }
         let (streamed, layers_there) = oneshot::channel::<Streamed>();
         let (tables, tables_come) = mpsc::channel(1);
-        let (node, image, own, recorded) = (Arc::clone(self), image.clone(), key.clone(), recording.clone());
+        let programs = programs_of(&config, &asked);
+        let sought = Sought { key: key.clone(), any_class };
+        let (node, image, recorded) = (Arc::clone(self), image.clone(), recording.clone());
         let digests = layers.clone();
         let (guessing, over) = oneshot::channel();
         let under_way = (self.scheduler.starting(), guessing);
-        let programs = programs_of(&String::from_utf8_lossy(&image.config), asked);
         // The fill waits until what is known has been fetched.
         let before_fill = self.scheduler.prefetching();
         tokio::spawn(async move {
             let began = Instant::now();
-            let known = node.known(&image, &own, tables_come);
+            let known = node.known(&image, &sought, tables_come);
             let learned = observed(looks_of(recorded.clone()), known).await;
             if let Some(recording) = &recorded {
                 recording.step(Step::since(Phase::Profile, began));
@@ -151,17 +152,17 @@ impl Node {
             }
             let learned = match learned {
                 Some(learned) => Some(learned),
-                None => node.inherit(&own, &image, &layers).await.map(Learned::from),
+                None => node.inherit(&sought, &image, &layers).await.map(Learned::from),
             };
             let done = match learned {
-                Some(learned) => node.prefetch(&own, learned, layers, streamed, recorded.as_deref()).await,
+                Some(learned) => node.prefetch(learned, layers, streamed, recorded.as_deref()).await,
                 None => {
                     drop(before_fill);
                     return node.guess(layers, streamed, programs, over).await;
                 }
             };
             if let Err(error) = done {
-                tracing::warn!(entry = own.entry, error = format!("{error:#}"), "cannot prefetch");
+                tracing::warn!(entry = sought.key.entry, error = format!("{error:#}"), "cannot prefetch");
             }
         });
         let (tables, streamed) = (Some(tables), Some(streamed));
@@ -183,11 +184,11 @@ impl Node {
         }
     }
 
-    async fn known(&self, image: &ResolvedImage, key: &ProfileKey, tables: TablesCome) -> Option<Learned> {
+    async fn known(&self, image: &ResolvedImage, sought: &Sought, tables: TablesCome) -> Option<Learned> {
         if !self.config.prefetch {
             return None;
         }
-        match self.profiles.load(key) {
+        match self.profiles.sought(sought) {
             Ok(Some(profile)) => return Some(profile.into()),
             Ok(None) => {}
             Err(error) => tracing::warn!(error = format!("{error:#}"), "the node's profile is not used"),
@@ -197,7 +198,7 @@ impl Node {
         if image.layers.iter().all(|layer| local(&layer.digest)) {
             return None;
         }
-        self.published(image, key, tables).await.unwrap_or_else(|error| {
+        self.published(image, sought, tables).await.unwrap_or_else(|error| {
             let (image, error) = (image.reference.to_string(), format!("{error:#}"));
             tracing::warn!(image, error, "the published profile is not used; the start goes on without it");
             None
@@ -207,41 +208,45 @@ impl Node {
     async fn published(
         &self,
         image: &ResolvedImage,
-        key: &ProfileKey,
+        sought: &Sought,
         tables: TablesCome,
     ) -> Result<Option<Learned>> {
-        let Some(published) = profiles::look(&self.artifacts, image, key).await? else { return Ok(None) };
+        let Some(published) = profiles::look(&self.artifacts, image, sought).await? else { return Ok(None) };
         // Where the link is rationed nothing comes before its turn.
         let early = self.config.prefetch_bytes_per_second.is_none().then(|| self.scheduler.clone());
         let pack = published.pack.clone().map(|pack| PackBytes::new(pack, early, tables));
-        Ok(Some(Learned { profile: published.read(key).await?, pack, packed: published.packed }))
+        Ok(Some(Learned { profile: published.read().await?, pack, packed: published.packed }))
     }
 
     /// What was learned of an earlier version of the image, as far as files are the same.
     async fn inherit(
         self: &Arc<Self>,
-        key: &ProfileKey,
+        sought: &Sought,
         image: &ResolvedImage,
         layers: &[String],
     ) -> Option<Profile> {
         if !self.config.prefetch {
             return None;
         }
-        let (node, own, layers) = (Arc::clone(self), key.clone(), layers.to_vec());
+        let (node, own, layers) = (Arc::clone(self), sought.clone(), layers.to_vec());
         let name = image.reference.whole();
         let inherited = tokio::task::spawn_blocking(move || node.inherited(&own, &name, &layers)).await;
         let profile = inherited.map_err(anyhow::Error::from).flatten().unwrap_or_else(|error| {
             tracing::warn!(error = format!("{error:#}"), "nothing is inherited from an earlier version");
             None
         })?;
-        tracing::info!(entry = key.entry, "a profile is inherited from an earlier version of the image");
+        tracing::info!(
+            entry = profile.key.entry,
+            "a profile is inherited from an earlier version of the image"
+        );
         Some(profile)
     }
 
     /// `name` is that of the image, which may not be recorded yet. Blocks the thread.
-    fn inherited(&self, key: &ProfileKey, name: &str, layers: &[String]) -> Result<Option<Profile>> {
+    fn inherited(&self, sought: &Sought, name: &str, layers: &[String]) -> Result<Option<Profile>> {
+        let Sought { key, any_class } = sought;
         let mut earlier = self.profiles.list()?;
-        earlier.retain(|one| one.key.entry == key.entry && one.key.image != key.image);
+        earlier.retain(|one| (*any_class || one.key.entry == key.entry) && one.key.image != key.image);
         let records = self.store.images()?;
         let repository = |name: &str| Some(Client::parse(name).ok()?.repository().to_owned());
         let repositories = |image: &str| -> HashSet<String> {
@@ -255,17 +260,19 @@ impl Node {
         if earlier.is_empty() {
             return Ok(None);
         }
-        earlier.sort_by_key(|one| std::cmp::Reverse(one.last_used));
+        earlier.sort_by_key(|one| (one.key.entry != key.entry, std::cmp::Reverse(one.last_used)));
         let files = ImageFiles::read(&self.store, layers)?;
         let facts = files.layers.iter().flat_map(|layer| &layer.files).map(|file| &file.facts);
         let by_content: HashMap<ContentKey, &FileFacts> = facts.map(|facts| (facts.content, facts)).collect();
         let find = |content: &ContentKey| by_content.get(content).map(|facts| (*facts).clone());
-        Ok(earlier.iter().find_map(|one| one.inherited_by(key.clone(), find)))
+        Ok(earlier.iter().find_map(|one| {
+            let own = ProfileKey { image: key.image.clone(), entry: one.key.entry.clone() };
+            one.inherited_by(own, find)
+        }))
     }
 
     async fn prefetch(
         self: &Arc<Self>,
-        key: &ProfileKey,
         learned: Learned,
         layers: Vec<String>,
         streamed: Streamed,
@@ -279,7 +286,7 @@ impl Node {
             packed = false;
             let error = format!("{error:#}");
             tracing::warn!(
-                entry = key.entry,
+                entry = learned.key.entry,
                 error,
                 "the start pack is refused; its bytes come from the layers"
             );
@@ -295,12 +302,12 @@ impl Node {
                 bytes_per_second: self.config.prefetch_bytes_per_second,
             };
             let fetched = fetch(read.await??, &streamed, limits, &pace).await;
-            tracing::info!(entry = key.entry, ?fetched, "what the profile says is here");
+            tracing::info!(entry = learned.key.entry, ?fetched, "what the profile says is here");
         }
         self.make_durable(&streamed).await;
-        let (node, key) = (Arc::clone(self), key.clone());
+        let node = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
-            node.profiles.change(&key, |own| {
+            node.profiles.change(&learned.key.clone(), |own| {
                 own.merge(learned)?;
                 own.last_used = now();
                 Ok(())

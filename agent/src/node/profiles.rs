@@ -1,7 +1,7 @@
 //! Profiles: kept on the node, one file per image and class of entry point; published beside the image.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -38,9 +38,19 @@ pub(super) struct Profiles {
     writing: Mutex<()>,
 }
 
+/// The start that a profile is sought for.
+#[derive(Debug, Clone)]
+pub(super) struct Sought {
+    pub(super) key: ProfileKey,
+    /// Nobody said which arguments it will have: `key` is of those of the image's configuration, and where these have no profile,
+    /// another class of the same image is likelier to be right than nothing.
+    pub(super) any_class: bool,
+}
+
 /// Where what is published about a start is to be had.
 #[derive(Debug)]
 pub(super) struct Published {
+    key: ProfileKey,
     profile: ArtifactReader,
     /// Its start pack, if there is one.
     pub(super) pack: Option<ArtifactReader>,
@@ -68,7 +78,11 @@ impl Profiles {
     fn path(&self, key: &ProfileKey) -> PathBuf {
         let class = ring::digest::digest(&ring::digest::SHA256, key.entry.as_bytes());
         let name: String = class.as_ref().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
-        self.dir.join(key.image.trim_start_matches("sha256:")).join(name)
+        self.image_dir(&key.image).join(name)
+    }
+
+    fn image_dir(&self, image: &str) -> PathBuf {
+        self.dir.join(image.trim_start_matches("sha256:"))
     }
 
     pub(super) fn load(&self, key: &ProfileKey) -> Result<Option<Profile>> {
@@ -82,6 +96,17 @@ impl Profiles {
                 Ok(Some(profile).filter(|profile| !profile.is_expired(now(), UNUSED)))
             }
         }
+    }
+
+    /// The profile that serves a start: of classes that may be right, the one that helped or was learned last.
+    pub(super) fn sought(&self, sought: &Sought) -> Result<Option<Profile>> {
+        let exact = self.load(&sought.key)?;
+        if exact.is_some() || !sought.any_class {
+            return Ok(exact);
+        }
+        let mut of_image = Vec::new();
+        list(&self.image_dir(&sought.key.image), &mut of_image)?;
+        Ok(of_image.into_iter().max_by_key(|profile| profile.last_used))
     }
 
     /// Changes a profile; makes an empty one to begin with.
@@ -115,18 +140,7 @@ impl Profiles {
     pub(super) fn list(&self) -> Result<Vec<Profile>> {
         let mut found = Vec::new();
         for dir in read_dir(&self.dir)? {
-            for path in read_dir(&dir)? {
-                let bytes =
-                    std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-                match Profile::decode(&bytes) {
-                    Ok(profile) if !profile.is_expired(now(), UNUSED) => found.push(profile),
-                    Ok(_) => remove(&path)?,
-                    Err(error) => {
-                        tracing::warn!(path = %path.display(), %error, "a damaged profile is removed");
-                        remove(&path)?;
-                    }
-                }
-            }
+            list(&dir, &mut found)?;
         }
         Ok(found)
     }
@@ -136,11 +150,27 @@ impl Profiles {
     }
 }
 
-fn remove(path: &std::path::Path) -> Result<()> {
+/// The profiles of one image; what is damaged or was unused for long is removed.
+fn list(dir: &Path, found: &mut Vec<Profile>) -> Result<()> {
+    for path in read_dir(dir)? {
+        let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        match Profile::decode(&bytes) {
+            Ok(profile) if !profile.is_expired(now(), UNUSED) => found.push(profile),
+            Ok(_) => remove(&path)?,
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "a damaged profile is removed");
+                remove(&path)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn remove(path: &Path) -> Result<()> {
     std::fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))
 }
 
-fn read_dir(dir: &std::path::Path) -> Result<Vec<PathBuf>> {
+fn read_dir(dir: &Path) -> Result<Vec<PathBuf>> {
     match std::fs::read_dir(dir) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
         entries => {
@@ -156,34 +186,43 @@ pub(super) async fn find(
     image: &ResolvedImage,
     key: &ProfileKey,
 ) -> Result<Option<Profile>> {
-    match look(artifacts, image, key).await? {
-        Some(published) => published.read(key).await.map(Some),
+    let sought = Sought { key: key.clone(), any_class: false };
+    match look(artifacts, image, &sought).await? {
+        Some(published) => published.read().await.map(Some),
         None => Ok(None),
     }
 }
 
-/// What is published for a start.
+/// What is published for a start; of classes that may be right, what was published last.
 pub(super) async fn look(
     artifacts: &ArtifactStore,
     image: &ResolvedImage,
-    key: &ProfileKey,
+    sought: &Sought,
 ) -> Result<Option<Published>> {
     let blobs = artifacts.find(image, PROFILE_KIND).await?.unwrap_or_default();
-    let of = |name: &str| blobs.iter().find(|(blob, _)| blob.annotations.get(name) == Some(&key.entry));
-    let Some((blob, reader)) = of(ENTRY) else { return Ok(None) };
+    let of =
+        |name: &str, entry: &String| blobs.iter().find(|(blob, _)| blob.annotations.get(name) == Some(entry));
+    let last = || blobs.iter().rev().find_map(|(blob, _)| blob.annotations.get(ENTRY));
+    let entry = match of(ENTRY, &sought.key.entry) {
+        None if sought.any_class => last(),
+        _ => Some(&sought.key.entry),
+    };
+    let Some(entry) = entry else { return Ok(None) };
+    let Some((blob, reader)) = of(ENTRY, entry) else { return Ok(None) };
     if blob.size > MAX_PROFILE {
         bail!("the published profile is too long: {} bytes", blob.size);
     }
-    let pack = of(PACK);
+    let pack = of(PACK, entry);
     let packed = pack.is_some_and(|(pack, _)| pack.annotations.get(PACK_OF) == Some(&blob.digest));
-    Ok(Some(Published { profile: reader.clone(), pack: pack.map(|(_, reader)| reader.clone()), packed }))
+    let key = ProfileKey { image: sought.key.image.clone(), entry: entry.clone() };
+    Ok(Some(Published { key, profile: reader.clone(), pack: pack.map(|(_, reader)| reader.clone()), packed }))
 }
 
 impl Published {
     /// The profile.
-    pub(super) async fn read(&self, key: &ProfileKey) -> Result<Profile> {
+    pub(super) async fn read(&self) -> Result<Profile> {
         let profile = Profile::decode(&self.profile.read_all(0..self.profile.size()).await?)?;
-        if profile.key != *key {
+        if profile.key != self.key {
             bail!("the published profile is about something else: {:?}", profile.key);
         }
         Ok(profile)
@@ -248,24 +287,67 @@ mod tests {
         profile
     }
 
-    #[tokio::test]
-    async fn a_pack_is_known_to_have_all_of_the_profile_that_it_was_made_of_only() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let url = format!("file://{}", dir.path().display());
-        let artifacts = ArtifactStore::objects(&url, []).expect("opened");
-        let key = ProfileKey { image: format!("sha256:{}", "ab".repeat(32)), entry: "sh".to_owned() };
-        let image = ResolvedImage {
+    fn image(key: &ProfileKey) -> ResolvedImage {
+        ResolvedImage {
             reference: sluice_registry::Client::parse("registry.example/app:1").expect("a reference"),
             manifest_digest: key.image.clone(),
             media_type: String::new(),
             manifest: Bytes::new(),
             config: Bytes::new(),
             layers: Vec::new(),
-        };
+        }
+    }
+
+    fn key(entry: &str) -> ProfileKey {
+        ProfileKey { image: format!("sha256:{}", "ab".repeat(32)), entry: entry.to_owned() }
+    }
+
+    #[tokio::test]
+    async fn where_nobody_says_the_arguments_the_last_class_serves() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let profiles = Profiles::new(dir.path().join("profiles"));
+        let url = format!("file://{}", dir.path().join("objects").display());
+        let artifacts = ArtifactStore::objects(&url, []).expect("opened");
+        for (number, entry) in [(1, "first"), (3, "last"), (2, "second")] {
+            let learned = |own: &mut Profile| {
+                *own = profile(&key(entry), number);
+                own.last_used = now() + u64::from(number);
+                Ok(())
+            };
+            profiles.change(&key(entry), learned).expect("learned");
+            publish(&artifacts, &image(&key(entry)), profile(&key(entry), number), None)
+                .await
+                .expect("published");
+        }
+        for (entry, any_class, own, theirs) in [
+            ("first", true, Some("first"), Some("first")),
+            ("other", true, Some("last"), Some("second")),
+            ("other", false, None, None),
+        ] {
+            let sought = Sought { key: key(entry), any_class };
+            let found = profiles.sought(&sought).expect("read").map(|profile| profile.key.entry);
+            assert_eq!(found.as_deref(), own);
+            let found = look(&artifacts, &image(&sought.key), &sought).await.expect("found");
+            let found = match found {
+                Some(published) => Some(published.read().await.expect("read").key.entry),
+                None => None,
+            };
+            assert_eq!(found.as_deref(), theirs);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_pack_is_known_to_have_all_of_the_profile_that_it_was_made_of_only() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let url = format!("file://{}", dir.path().display());
+        let artifacts = ArtifactStore::objects(&url, []).expect("opened");
+        let key = key("sh");
+        let image = image(&key);
         let pack = |whole| Some(Pack { bytes: Bytes::from_static(b"pack"), whole });
         let publish = |number, pack| publish(&artifacts, &image, profile(&key, number), pack);
         let packed = || async {
-            let published = look(&artifacts, &image, &key).await.expect("found").expect("published");
+            let sought = Sought { key: key.clone(), any_class: false };
+            let published = look(&artifacts, &image, &sought).await.expect("found").expect("published");
             assert!(published.pack.is_some());
             published.packed
         };

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use super::ahead::Lookup;
 use super::starts::Started;
 use super::{Image, Node};
-use crate::api::{Holder, Served, StartRequest};
+use crate::api::{Holder, Served};
 use crate::daemon::EventSender;
 use crate::journal::{Pull, Reason};
 
@@ -143,8 +143,7 @@ impl Node {
         // Asked again for a container that was begun before: no start.
         let known = self.holds(&part.key, &holder);
         let asked = Instant::now();
-        let mut lookup = (!known)
-            .then(|| self.look_up(&part.image, &part.truncated().layers, &StartRequest::default(), asked));
+        let mut lookup = (!known).then(|| self.look_up(&part.image, &part.truncated().layers, None, asked));
         let _needed = self.need(&part.image).await;
         let _turn = self.turn(&part.key).await;
         let fresh = !self.hold(&part.key, &holder)?;

@@ -27,4 +27,12 @@ fn what_a_container_touches_is_learned_under_its_own_arguments() {
     // The pages are in memory now, and the image is in use: the next start is seen all the same.
     assert_eq!(rig.run("sluice", "app", "second", SCRIPT), "the top\n");
     rig.wait("the second start is learned", || profiles().contains("/data/top | cat; sleep #`: 2 starts"));
+    // A node that knows nothing takes what is published, though the image's own command is another.
+    ok(&rig.sluice(&["profile", "push", "--pack", &rig.reference("app")]));
+    ok(&rig.sluice(&["profile", "rm", &rig.reference("app")]));
+    rig.ctr(&["images", "rm", "--sync", &rig.reference("app")]);
+    rig.wait("the image is forgotten", || rig.status()["images"].as_array().unwrap().is_empty());
+    rig.ctr_pull("app");
+    assert_eq!(rig.run("sluice", "app", "third", SCRIPT), "the top\n");
+    rig.wait("the third start is learned", || profiles().contains("/data/top | cat; sleep #`: 3 starts"));
 }
