@@ -87,7 +87,8 @@ pub(crate) struct Traced {
 pub(crate) struct Bench<'a> {
     binary: &'a Path,
     work: PathBuf,
-    registry: Registry,
+    /// Where the image is.
+    pub(crate) registry: Registry,
     containerd: &'a Containerd,
     name: &'a str,
     command: &'a [&'a str],

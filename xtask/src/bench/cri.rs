@@ -1,18 +1,19 @@
-//! `cargo xtask bench cri`: from kubelet's question for an image to the end of its command, by the real CRI: overlayfs with a
-//! full pull, streamed by Sluice, and by the stargz snapshotter if its programs are at hand (image converted for
-//! it), taking turns.
+//! `cargo xtask bench cri`: from kubelet's question for an image to the end of its command, by the real CRI: overlayfs with a full pull,
+//! streamed by Sluice with and without a start pack, and by the stargz snapshotter, if its programs are at hand, from images converted
+//! for it with and without landmarks; taking turns.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use crate::containerd::Containerd;
 use crate::install::make_image;
-use crate::measure::median;
-use crate::run::{output, script, target, top};
-use crate::sluice::{Registry, Sluice};
+use crate::measure::{Bench, median};
+use crate::run::{output, target, top};
+use crate::sluice::Sluice;
 use crate::{image_maker, packages, sluice};
 
 /// Options of the benchmark.
@@ -38,8 +39,27 @@ pub(crate) struct Args {
     stargz: Option<PathBuf>,
 }
 
-/// The first is what the others are compared with.
-const WAYS: [&str; 3] = ["overlayfs", "sluice", "stargz"];
+/// A way to have an image on a node.
+#[derive(Debug)]
+struct Way {
+    name: &'static str,
+    snapshotter: &'static str,
+    /// What is in the image's repository, or what it was converted to.
+    published: &'static str,
+    /// How much faster our way with a start pack is to be.
+    target: Option<f64>,
+}
+
+/// The first is what the others are compared with; those of stargz come last. What one was told is what the command reads.
+const WAYS: [Way; 5] = [
+    Way { name: "overlayfs", snapshotter: "overlayfs", published: "plain", target: None },
+    Way { name: "sluice", snapshotter: "sluice", published: "index", target: None },
+    Way { name: PACK, snapshotter: "sluice", published: "pack", target: None },
+    Way { name: "stargz", snapshotter: "stargz", published: "stargz", target: Some(2.0) },
+    Way { name: "stargz-told", snapshotter: "stargz", published: "stargz-told", target: Some(1.0) },
+];
+/// Our way with a start pack.
+const PACK: &str = "sluice-pack";
 
 /// Times of one start, in seconds from the question, and what the registry sent.
 #[derive(Debug, Clone, Copy)]
@@ -55,64 +75,102 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     packages::install(&packages::TESTS)?;
     let binary = args.binary.clone().map_or_else(sluice::build, Ok)?;
     let client = client()?;
-    let ways = if args.stargz.is_some() { &WAYS[..] } else { &WAYS[..2] };
     if args.stargz.is_none() {
         println!("stargz is LEFT OUT: no --stargz");
     }
     let work = target().join("sluice-bench-cri");
+    let containerd = Containerd::start(&work.join("containerd"))?;
     println!(
-        "{:<8} {:<10} {:>9} {:>9} {:>8} {:>11}",
+        "{:<8} {:<12} {:>9} {:>22} {:>8} {:>11}",
         "image", "way", "pulled s", "ended s", "ratio", "fetched MB"
     );
     for name in &args.images {
         let recipe = image_maker::recipe(name)?;
         let images = image_maker::make(recipe)?;
-        pause(&images)?;
-        let registry = Registry::start(&binary, &images, &args.rate, &args.delay)?;
-        let config = "[prefetch]\nenabled = false\n";
-        let agent = Sluice::new(&binary, &work.join("agent"), config)?;
-        let image = registry.image(recipe.name);
-        agent.run(&["index", &image])?;
-        agent.start_daemon()?;
-        let host = registry.image("");
-        let start = |programs: &PathBuf| Stargz::start(programs, &work.join("stargz-daemon"), &host);
-        let stargz = args.stargz.as_ref().map(start).transpose()?;
-        let socket = |way: &str| match way {
-            "sluice" => Some(work.join("agent/state/snapshotter.sock")),
-            "stargz" => stargz.as_ref().map(|stargz| stargz.socket.clone()),
-            _ => None,
-        };
-        let mut nodes = Vec::new();
-        for way in ways {
-            nodes.push(Node::start(&work.join(way), way, socket(way).as_deref(), &registry.image("pause"))?);
+        let bench = Bench::new(
+            (&binary, work.clone(), &containerd),
+            (&images, recipe.name),
+            (&args.rate, &args.delay),
+            (recipe.command, None),
+        )?;
+        pause(&work.join("layouts"))?;
+        bench.index()?;
+        bench.learn()?;
+        let stargz = args.stargz.as_deref();
+        if let Some(programs) = stargz {
+            let node = Node::start(&work.join("node"), "overlayfs", None, &bench.registry.image("pause"))?;
+            node.convert(&programs.join("ctr-remote"), &bench, recipe.command)?;
         }
-        let converted = registry.image(&format!("{}-stargz", recipe.name));
-        if let (Some(programs), Some(node)) = (&args.stargz, nodes.first()) {
-            node.convert(&programs.join("ctr-remote"), &image, &converted)?;
-        }
-        let mut starts = vec![Vec::new(); ways.len()];
+        let ways = WAYS.iter().filter(|way| stargz.is_some() || way.snapshotter != "stargz");
+        let mut measured: Vec<(&Way, Vec<Start>)> = ways.map(|way| (way, Vec::new())).collect();
         for _ in 0..args.rounds {
-            for ((way, node), measured) in ways.iter().zip(&nodes).zip(&mut starts) {
-                let image = if *way == "stargz" { &converted } else { &image };
-                measured.push(node.measure(&client, &registry, image, recipe.command)?);
+            for (way, starts) in &mut measured {
+                starts.push(start(way, &bench, &work, (&binary, &client, stargz), recipe.command)?);
             }
         }
-        print(name, &starts);
+        print(name, &measured);
     }
     Ok(())
 }
 
-fn print(image: &str, starts: &[Vec<Start>]) {
+/// One start on a new node, with cold caches.
+fn start(
+    way: &Way,
+    bench: &Bench<'_>,
+    work: &Path,
+    (binary, client, stargz): (&Path, &Path, Option<&Path>),
+    command: &[&str],
+) -> Result<Start> {
+    let pause = bench.registry.image("pause");
+    // containerd ends before its snapshotter.
+    let (agent, daemon, socket);
+    match (way.snapshotter, stargz) {
+        ("sluice", _) => {
+            let config = if way.name == PACK { "" } else { "[prefetch]\nenabled = false\n" };
+            agent = Sluice::new(binary, &work.join("agent"), config)?;
+            agent.start_daemon()?;
+            socket = Some(agent.path("state/snapshotter.sock"));
+        }
+        ("stargz", Some(programs)) => {
+            daemon = Stargz::start(programs, &work.join("stargz"), &pause)?;
+            socket = Some(daemon.socket.clone());
+        }
+        _ => socket = None,
+    }
+    let node = Node::start(&work.join("node"), way.snapshotter, socket.as_deref(), &pause)?;
+    bench.cold()?;
+    let said = output(Command::new(client).arg(&node.socket).arg(bench.image(way.published)).args(command))?;
+    let bytes = bench.registry.bytes_sent()?;
+    let times: Value = serde_json::from_str(&said)?;
+    let time = |name: &str| times.get(name).and_then(Value::as_f64).with_context(|| format!("no {name}"));
+    Ok(Start { pulled: time("pulled_s")?, ended: time("ended_s")?, bytes })
+}
+
+fn print(image: &str, measured: &[(&Way, Vec<Start>)]) {
     let middle = |starts: &[Start], of: fn(&Start) -> f64| median(starts.iter().map(of).collect());
-    let full = starts.first().map_or(f64::NAN, |starts| middle(starts, |start| start.ended));
-    for (way, starts) in WAYS.iter().zip(starts) {
+    let full = measured.first().map_or(f64::NAN, |(_, starts)| middle(starts, |start| start.ended));
+    let (mut packed, mut verdicts) = (f64::NAN, Vec::new());
+    for (way, starts) in measured {
         let ended = middle(starts, |start| start.ended);
+        let times = starts.iter().map(|start| start.ended);
+        let (least, most) =
+            times.fold((f64::INFINITY, 0.0_f64), |(least, most), one| (least.min(one), most.max(one)));
         println!(
-            "{image:<8} {way:<10} {:>9.2} {ended:>9.2} {:>7.2}x {:>11.1}",
+            "{image:<8} {:<12} {:>9.2} {:>22} {:>7.2}x {:>11.1}",
+            way.name,
             middle(starts, |start| start.pulled),
+            format!("{ended:.2} [{least:.2} to {most:.2}]"),
             full / ended,
             middle(starts, |start| start.bytes as f64) / 1e6
         );
+        if way.name == PACK {
+            packed = ended;
+        }
+        verdicts.extend(way.target.map(|target| (way.name, ended / packed, target)));
+    }
+    for (name, ratio, target) in verdicts {
+        let met = if ratio >= target { "met:    " } else { "NOT MET:" };
+        println!("{met} {image}, {PACK} beside {name}: {ratio:.2} >= {target}");
     }
 }
 
@@ -126,8 +184,8 @@ fn client() -> Result<PathBuf> {
 }
 
 /// The image of pods' sandboxes: something that sleeps.
-fn pause(images: &Path) -> Result<()> {
-    let layout = images.join("pause");
+fn pause(layouts: &Path) -> Result<()> {
+    let layout = layouts.join("pause");
     if layout.join("index.json").exists() {
         return Ok(());
     }
@@ -146,11 +204,7 @@ struct Node {
 
 impl Node {
     fn start(dir: &Path, snapshotter: &str, proxy: Option<&Path>, pause: &str) -> Result<Self> {
-        if dir.exists() {
-            // Of an earlier run, whose snapshotter has forgotten what this one would find.
-            std::fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))?;
-        }
-        std::fs::create_dir_all(dir)?;
+        anew(dir)?;
         let socket = dir.join("c.sock");
         let proxy = proxy.map_or(String::new(), |address| {
             format!("[proxy_plugins.{snapshotter}]\ntype = \"snapshot\"\naddress = {address:?}\n")
@@ -180,29 +234,25 @@ impl Node {
         output(Command::new("ctr").arg("--address").arg(&self.socket).args(arguments))
     }
 
-    /// The same image for the stargz snapshotter, in the same registry.
-    fn convert(&self, ctr_remote: &Path, image: &str, converted: &str) -> Result<()> {
-        self.ctr(&["images", "pull", "--plain-http", image])?;
-        let remote = |arguments: &[&str]| {
-            output(Command::new(ctr_remote).arg("--address").arg(&self.socket).args(arguments))
-        };
-        remote(&["images", "convert", "--estargz", "--oci", image, converted])?;
-        remote(&["images", "push", "--plain-http", converted])?;
-        self.ctr(&["images", "rm", "--sync", image, converted]).map(|_| ())
-    }
-
-    /// One start, of an image that is not here, with cold caches.
-    fn measure(&self, client: &Path, registry: &Registry, image: &str, command: &[&str]) -> Result<Start> {
-        script("sync; echo 3 > /proc/sys/vm/drop_caches", &[])?;
-        registry.reset()?;
-        let said = output(Command::new(client).arg(&self.socket).arg(image).args(command))?;
-        let bytes = registry.bytes_sent()?;
-        let times: Value = serde_json::from_str(&said)?;
-        let time = |name: &str| times.get(name).and_then(Value::as_f64).with_context(|| format!("no {name}"));
-        let start = Start { pulled: time("pulled_s")?, ended: time("ended_s")?, bytes };
-        // Its contents too, before the next start.
-        self.ctr(&["-n", "k8s.io", "content", "prune", "references"])?;
-        Ok(start)
+    /// The same image for the stargz snapshotter, in the same registry: plain, and told what the command reads.
+    fn convert(&self, ctr_remote: &Path, bench: &Bench<'_>, command: &[&str]) -> Result<()> {
+        let image = bench.image("plain");
+        self.ctr(&["images", "pull", "--plain-http", &image])?;
+        let (entrypoint, arguments) =
+            (json!(command.get(..1)).to_string(), json!(command.get(1..)).to_string());
+        let told = ["optimize", "--oci", "--entrypoint", &entrypoint, "--args", &arguments];
+        for (convert, to) in [(&["convert", "--estargz", "--oci"][..], "stargz"), (&told, "stargz-told")] {
+            let converted = bench.image(to);
+            let remote = |arguments: &[&str]| {
+                output(
+                    Command::new(ctr_remote).arg("--address").arg(&self.socket).arg("images").args(arguments),
+                )
+            };
+            remote(&[convert, &[&image, &converted]].concat())?;
+            remote(&["push", "--plain-http", &converted])?;
+            self.ctr(&["images", "rm", "--sync", &converted])?;
+        }
+        self.ctr(&["images", "rm", "--sync", &image]).map(|_| ())
     }
 }
 
@@ -222,7 +272,7 @@ struct Stargz {
 impl Stargz {
     /// `registry` is its address, with a name behind it.
     fn start(programs: &Path, dir: &Path, registry: &str) -> Result<Self> {
-        std::fs::create_dir_all(dir)?;
+        anew(dir)?;
         let host = registry.split('/').next().unwrap_or_default();
         let config = format!("[[resolver.host.\"{host}\".mirrors]]\nhost = \"{host}\"\ninsecure = true\n");
         std::fs::write(dir.join("config.toml"), config)?;
@@ -253,6 +303,14 @@ fn end(child: &mut Child) {
     if let Err(error) = Command::new("kill").arg(&pid).status().and_then(|_| child.wait()) {
         eprintln!("cannot stop process {pid}: {error}");
     }
+}
+
+/// An empty directory.
+fn anew(dir: &Path) -> Result<()> {
+    if dir.exists() {
+        std::fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+    }
+    std::fs::create_dir_all(dir).map_err(Into::into)
 }
 
 fn until(what: &str, done: impl Fn() -> bool) -> Result<()> {
