@@ -3,10 +3,10 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -20,7 +20,7 @@ use crate::{image_maker, packages, sluice};
 /// Options of the benchmark.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Storms of each kind
+    /// Times the daemon is started again
     #[arg(long, default_value_t = 15)]
     rounds: usize,
     /// An existing binary of sluice instead of a release build of this tree
@@ -28,7 +28,7 @@ pub(crate) struct Args {
     binary: Option<PathBuf>,
 }
 
-/// Prints how long the storm took when all it touches is cached.
+/// For each line that it is told, prints how long a storm takes of three, all that it touches being cached.
 const STORM: &str = r#"
 import os, subprocess, sys, time
 paths = [os.path.join(top, name) for top, _, names in os.walk("/usr/lib") for name in names][:3000]
@@ -44,10 +44,12 @@ def storm():
     for _ in range(20):
         subprocess.run([sys.executable, "-S", "-c", ""])
 storm()
-begin = time.monotonic()
-for _ in range(5):
-    storm()
-print(time.monotonic() - begin)
+print(flush=True)
+for _ in sys.stdin:
+    begin = time.monotonic()
+    for _ in range(3):
+        storm()
+    print((time.monotonic() - begin) / 3, flush=True)
 "#;
 /// Prints how many files a second it opens when it does nothing else.
 const FLOOD: &str = r#"
@@ -68,16 +70,10 @@ const TARGET_PERCENT: f64 = 2.0;
 const OPENS: f64 = 50_000.0;
 const LOADED: &str = "probes are loaded";
 
-/// How a daemon runs.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Mode {
-    Recording,
-    /// Probes are loaded: those for failed calls are attached.
-    Loaded,
-    None,
-}
-
-const MODES: [Mode; 3] = [Mode::Recording, Mode::Loaded, Mode::None];
+/// How often a start is recorded before the daemon is started again.
+const IN_TURN: usize = 5;
+/// In which a recording ends.
+const DETACHED: Duration = Duration::from_millis(300);
 
 /// Runs it.
 pub(crate) fn probes(args: &Args) -> Result<()> {
@@ -87,54 +83,59 @@ pub(crate) fn probes(args: &Args) -> Result<()> {
     let recipe = image_maker::recipe("medium")?;
     let images = image_maker::make(recipe)?;
     let registry = Registry::start(&binary, &images, "10gbit", "0ms")?;
-    let node = Sluice::new(&binary, &target().join("sluice-bench/probes"), &config(Mode::Recording))?;
+    let node = Sluice::new(&binary, &target().join("sluice-bench/probes"), &config(true))?;
     let image = registry.image(recipe.name);
     node.run(&["pull", &image])?;
-    let inside = |script| number(node.command().args(["run", &image, "python3", "-c", script]));
-    let outside = || number(Command::new("/usr/bin/python3").args(["-c", STORM]));
-    let mut times = [const { (Vec::new(), Vec::new()) }; MODES.len()];
-    let (mut lost, mut rate, mut counted) = (0.0, 0.0_f64, Vec::new());
-    for round in 0..args.rounds {
-        // Whoever comes first has the colder caches.
-        for turn in 0..MODES.len() {
-            let which = (round + turn) % MODES.len();
-            let mode = MODES[which];
-            start(&node, mode)?;
-            times[which].0.push(inside(STORM)?);
-            times[which].1.push(outside()?);
-            if mode == Mode::Recording {
-                rate = rate.max(inside(FLOOD)?);
-                counted.push(own_percent(&node, || inside(STORM))?);
-                lost += records_lost(&node)?;
+    // The same processes storm all the time, a moment recorded and a moment not: two that do the same differ by more than what is
+    // measured here, and so does one of them from second to second. A container does not mind that the daemon is started again.
+    start(&node, false)?;
+    let mut inside = Storms::start(node.command().args(["run", &image, "python3", "-c", STORM]))?;
+    let mut outside = Storms::start(Command::new("/usr/bin/python3").args(["-c", STORM]))?;
+    let both = |inside: &mut Storms, outside: &mut Storms| anyhow::Ok([inside.turn()?, outside.turn()?]);
+    // Recorded beside not recorded, and both beside no probes.
+    let (mut recorded, mut recorded_none, mut loaded_none) = <([_; 2], [_; 2], [_; 2])>::default();
+    let (mut lost, mut rate, mut counted, mut storms) = (0.0, 0.0_f64, Vec::new(), Vec::new());
+    for _ in 0..args.rounds {
+        start(&node, false)?;
+        let none = both(&mut inside, &mut outside)?;
+        start(&node, true)?;
+        let mut before = both(&mut inside, &mut outside)?;
+        ratios(&mut loaded_none, before, none, none);
+        for again in 0..IN_TURN {
+            // The start that is recorded is that of another container of the image: what is seen is what the image's files suffer.
+            let script = ["run", &image, "sh", "-c", "echo; read end"];
+            let other = Storms::start(node.command().args(script))?;
+            let during = both(&mut inside, &mut outside)?;
+            if again == 0 {
+                ratios(&mut recorded_none, during, none, none);
+                counted.push(own_percent(&node, || inside.turn())?);
             }
+            other.end()?;
+            std::thread::sleep(DETACHED);
+            let after = both(&mut inside, &mut outside)?;
+            ratios(&mut recorded, during, before, after);
+            storms.push(before[0]);
+            before = after;
         }
+        rate = rate.max(number(node.command().args(["run", &image, "python3", "-c", FLOOD]))?);
+        lost += records_lost(&node)?;
     }
-    let [recording, loaded, none] = times;
-    // Of what was measured one after the other, since the machine is not always as fast.
-    let more = |one: &[f64], than: &[f64]| {
-        (median(one.iter().zip(than).map(|(one, than)| one / than).collect()) - 1.0) * 100.0
-    };
+    inside.end()?;
+    outside.end()?;
+    let [recorded, recorded_outside] = recorded.map(More::of);
     let verdict = |met: bool| if met { "met:" } else { "NOT MET:" };
-    let cost = more(&recording.0, &loaded.0);
     println!(
-        "in a streamed container, storms of {:.3} s: {cost:+.1} % when recorded  {} <= {TARGET_PERCENT} %",
-        median(loaded.0.clone()),
-        verdict(cost <= TARGET_PERCENT)
+        "in a streamed container, storms of {:.3} s: {recorded} when recorded  {} <= {TARGET_PERCENT} %",
+        median(storms),
+        verdict(recorded.percent <= TARGET_PERCENT)
     );
+    println!("outside meanwhile: {recorded_outside}");
+    println!("by the kernel's count the programs take {:.1} % of its time", median(counted));
+    let ([inside, outside], [inside_idle, outside_idle]) =
+        (recorded_none.map(More::of), loaded_none.map(More::of));
+    println!("beside a daemon without probes: {inside} when recorded, {inside_idle} when not");
     println!(
-        "by the kernel's count the programs take {:.1} % of all of its run, what is touched for the first time included",
-        median(counted)
-    );
-    println!(
-        "beside a daemon without probes: {:+.1} % when recorded, {:+.1} % when not",
-        more(&recording.0, &none.0),
-        more(&loaded.0, &none.0)
-    );
-    println!(
-        "outside, beside no probes: {:+.1} % while a container is recorded, {:+.1} % while none is; two runs without probes differ by {:.1} %",
-        more(&recording.1, &none.1),
-        more(&loaded.1, &none.1),
-        median(none.1.windows(2).map(|two| (two[0] / two[1] - 1.0).abs() * 100.0).collect())
+        "outside, beside no probes: {outside} while a container is recorded, {outside_idle} while none is"
     );
     println!(
         "up to {rate:.0} opens a second; records lost: {lost}  {} none at {OPENS:.0}",
@@ -143,21 +144,91 @@ pub(crate) fn probes(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn config(mode: Mode) -> String {
-    let (probes, record) = (mode != Mode::None, mode == Mode::Recording);
-    format!("[probes]\nenabled = {probes}\n[prefetch]\nenabled = false\nrecord = {record}\n")
+/// How much more of something there is.
+#[derive(Debug, Clone, Copy)]
+struct More {
+    percent: f64,
+    /// Standard error of that.
+    error: f64,
 }
 
-/// A daemon, with what it loads loaded.
-fn start(node: &Sluice, mode: Mode) -> Result<()> {
+impl More {
+    /// The median of ratios, whose error is taken from their quartiles as of a normal distribution.
+    fn of(ratios: Vec<f64>) -> Self {
+        let mut more: Vec<f64> = ratios.iter().map(|ratio| (ratio - 1.0) * 100.0).collect();
+        more.sort_by(f64::total_cmp);
+        let quartile = |which: usize| more.get(more.len() * which / 4).copied().unwrap_or(f64::NAN);
+        let deviation = (quartile(3) - quartile(1)) / 1.349;
+        Self { percent: median(more.clone()), error: 1.253 * deviation / (more.len() as f64).sqrt() }
+    }
+}
+
+/// Adds how long the storms `during` something took, inside and outside, beside those before and after it.
+fn ratios(to: &mut [Vec<f64>; 2], during: [f64; 2], before: [f64; 2], after: [f64; 2]) {
+    for (to, ((during, before), after)) in to.iter_mut().zip(during.iter().zip(before).zip(after)) {
+        to.push(2.0 * during / (before + after));
+    }
+}
+
+impl std::fmt::Display for More {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{:+.1} ± {:.1} %", self.percent, self.error)
+    }
+}
+
+/// A process that does something for each line that it is told and says a line then, and one when it has begun.
+#[derive(Debug)]
+struct Storms {
+    child: Child,
+    tell: ChildStdin,
+    said: BufReader<ChildStdout>,
+}
+
+impl Storms {
+    fn start(command: &mut Command) -> Result<Self> {
+        let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().with_context(|| format!("cannot start {command:?}"))?;
+        let (tell, said) = child.stdin.take().zip(child.stdout.take()).context("no pipes")?;
+        let mut storms = Self { child, tell, said: BufReader::new(said) };
+        storms.line().map(|_| storms)
+    }
+
+    fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        if self.said.read_line(&mut line)? == 0 {
+            bail!("a storm ended before its time: {:?}", self.child.wait()?);
+        }
+        Ok(line)
+    }
+
+    /// Seconds that a storm took.
+    fn turn(&mut self) -> Result<f64> {
+        self.tell.write_all(b"\n")?;
+        let said = self.line()?;
+        said.trim().parse().with_context(|| format!("it said `{said}`"))
+    }
+
+    fn end(self) -> Result<()> {
+        let Self { mut child, tell, .. } = self;
+        drop(tell);
+        child.wait().map(|_| ()).context("cannot wait for a storm's end")
+    }
+}
+
+fn config(probes: bool) -> String {
+    format!("[probes]\nenabled = {probes}\n[prefetch]\nenabled = false\n")
+}
+
+/// A daemon with probes, which are loaded then, or without.
+fn start(node: &Sluice, probes: bool) -> Result<()> {
     node.run(&["stop"])?;
-    fs::write(node.path("config.toml"), config(mode))?;
+    fs::write(node.path("config.toml"), config(probes))?;
     let log = node.path("state/daemon.log");
     let loads = || Ok::<_, anyhow::Error>(fs::read_to_string(&log)?.matches(LOADED).count());
     let before = loads()?;
     node.start_daemon()?;
     let began = Instant::now();
-    while mode != Mode::None && loads()? == before {
+    while probes && loads()? == before {
         if began.elapsed() > Duration::from_secs(30) {
             bail!("the probes are not loaded: see {}", log.display());
         }
