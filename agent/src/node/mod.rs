@@ -228,6 +228,10 @@ impl Node {
                 .map_or(0, |since| since.as_millis() as u64),
             config,
         });
+        let starting = Arc::clone(&node);
+        let runtime = tokio::runtime::Handle::current();
+        tokio::task::spawn_blocking(move || starting.recover(runtime)).await??;
+        // To load them takes a processor for a while, and those whose reads wait come first.
         if node.config.probes {
             let watched = Arc::downgrade(&node);
             std::thread::Builder::new()
@@ -235,9 +239,6 @@ impl Node {
                 .spawn(move || probing::watch(&watched))
                 .context("cannot start a thread")?;
         }
-        let starting = Arc::clone(&node);
-        let runtime = tokio::runtime::Handle::current();
-        tokio::task::spawn_blocking(move || starting.recover(runtime)).await??;
         node.scheduler.watch(Arc::clone(&node.reads) as Arc<dyn sluice_stream::Watcher>);
         node.resume_adopted()?;
         node.keep_room();

@@ -129,7 +129,8 @@ impl Store {
     }
 }
 
-/// Allocated bytes at and below `path`, each counted once; what vanishes meanwhile counts nothing.
+/// Allocated bytes at and below `path`, each counted once; what vanishes meanwhile counts nothing, nor does what is mounted there: roots of
+/// containers, in which every file of an image would be looked at.
 pub(crate) fn disk_bytes(path: &Path) -> Result<u64, StoreError> {
     let mut counted = Counted::default();
     let bytes = counted.add(path)?;
@@ -139,6 +140,8 @@ pub(crate) fn disk_bytes(path: &Path) -> Result<u64, StoreError> {
 /// What was seen of a tree so far.
 #[derive(Default)]
 struct Counted {
+    /// The file system that is counted: that of the first path.
+    device: Option<u64>,
     /// Files with several names: device and inode.
     linked: HashSet<(u64, u64)>,
     /// Places on the device that several files have.
@@ -148,6 +151,9 @@ struct Counted {
 impl Counted {
     fn add(&mut self, path: &Path) -> Result<u64, StoreError> {
         let Some(meta) = unless_gone(fs::symlink_metadata(path)).on("stat", path)? else { return Ok(0) };
+        if meta.dev() != *self.device.get_or_insert(meta.dev()) {
+            return Ok(0);
+        }
         if meta.is_file() && meta.nlink() > 1 && !self.linked.insert((meta.dev(), meta.ino())) {
             return Ok(0);
         }

@@ -170,7 +170,10 @@ impl Store {
             }),
         };
         store.remove_leftovers()?;
-        store.measure()?;
+        // Readers wait for this store, and to look at every file takes long.
+        if store.quota_bytes().is_some() {
+            store.measure()?;
+        }
         Ok(store)
     }
 

@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rig::{Sample, noise, sample};
+use rig::{Disk, Sample, noise, sample};
 use sluice_image::records::DigestAlgorithm;
 use sluice_store::{ImageRecord, InUse, Store, StoreError, StoreLimits};
 
@@ -301,6 +301,15 @@ fn the_quota_counts_blocks_and_not_sizes() {
 /// How many chunks of a sample are zeros.
 fn holes(sample: &Sample) -> usize {
     sample.chunks.iter().filter(|chunk| sample.bytes(chunk).iter().all(|byte| *byte == 0)).count()
+}
+
+#[test]
+fn what_is_mounted_in_the_store_is_none_of_its_bytes() {
+    let mounted = Disk::tmpfs(4 << 20);
+    let store = Store::open(mounted.path().parent().expect("a directory"), 1 << 20).expect("store");
+    let before = store.disk_bytes().expect("bytes");
+    fs::write(mounted.path().join("file"), [1; 1 << 20]).expect("written");
+    assert_eq!(store.disk_bytes().expect("bytes"), before);
 }
 
 #[test]
