@@ -168,6 +168,18 @@ fn a_start_is_over_when_the_container_is_ready() {
     node.ok(&["run", "--ready-exec", test, &node.image(), "busybox", "sh", "-c", script]);
     let shown = node.ok(&["profile", "list"]);
     assert!(shown.contains("busybox sh -c cat"), "{shown}");
+    node.ok(&["profile", "rm", &node.image()]);
+    let port = free_port().to_string();
+    let script = format!(
+        "cat /data/many/3 > /dev/null; busybox nc -l -p {port} < /dev/null; sleep 2; cat /data/large > /dev/null"
+    );
+    node.ok(&["run", "--ready-port", &port, &node.image(), "sh", "-c", &script]);
+    let shown = node.ok(&["profile", "show", &node.image()]);
+    assert!(shown.contains("  /data/many/3") && !shown.contains("  /data/large"), "{shown}");
+}
+
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).unwrap().port()
 }
 
 #[test]
