@@ -21,7 +21,7 @@ use crate::{image_maker, packages, sluice};
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Times the daemon is started again
-    #[arg(long, default_value_t = 15)]
+    #[arg(long, default_value_t = 40)]
     rounds: usize,
     /// An existing binary of sluice instead of a release build of this tree
     #[arg(long)]
@@ -70,10 +70,8 @@ const TARGET_PERCENT: f64 = 2.0;
 const OPENS: f64 = 50_000.0;
 const LOADED: &str = "probes are loaded";
 
-/// How often a start is recorded before the daemon is started again.
-const IN_TURN: usize = 5;
-/// In which a recording ends.
-const DETACHED: Duration = Duration::from_millis(300);
+/// Of so many rounds one looks for losses, too.
+const FLOODED: usize = 5;
 
 /// Runs it.
 pub(crate) fn probes(args: &Args) -> Result<()> {
@@ -95,30 +93,26 @@ pub(crate) fn probes(args: &Args) -> Result<()> {
     // Recorded beside not recorded, and both beside no probes.
     let (mut recorded, mut recorded_none, mut loaded_none) = <([_; 2], [_; 2], [_; 2])>::default();
     let (mut lost, mut rate, mut counted, mut storms) = (0.0, 0.0_f64, Vec::new(), Vec::new());
-    for _ in 0..args.rounds {
+    for round in 0..args.rounds {
         start(&node, false)?;
         let none = both(&mut inside, &mut outside)?;
+        // Programs stay attached for a while after a recording: only a new daemon has none.
         start(&node, true)?;
-        let mut before = both(&mut inside, &mut outside)?;
-        ratios(&mut loaded_none, before, none, none);
-        for again in 0..IN_TURN {
-            // The start that is recorded is that of another container of the image: what is seen is what the image's files suffer.
-            let script = ["run", &image, "sh", "-c", "echo; read end"];
-            let other = Storms::start(node.command().args(script))?;
-            let during = both(&mut inside, &mut outside)?;
-            if again == 0 {
-                ratios(&mut recorded_none, during, none, none);
-                counted.push(own_percent(&node, || inside.turn())?);
-            }
-            other.end()?;
-            std::thread::sleep(DETACHED);
-            let after = both(&mut inside, &mut outside)?;
-            ratios(&mut recorded, during, before, after);
-            storms.push(before[0]);
-            before = after;
+        let before = both(&mut inside, &mut outside)?;
+        // The start that is recorded is that of another container of the image: what is seen is what the image's files suffer.
+        let script = ["run", &image, "sh", "-c", "echo; read end"];
+        let other = Storms::start(node.command().args(script))?;
+        let during = both(&mut inside, &mut outside)?;
+        ratios(&mut recorded, during, before);
+        ratios(&mut recorded_none, during, none);
+        ratios(&mut loaded_none, before, none);
+        storms.push(before[0]);
+        if round % FLOODED == 0 {
+            counted.push(own_percent(&node, || inside.turn())?);
+            rate = rate.max(number(node.command().args(["run", &image, "python3", "-c", FLOOD]))?);
+            lost += records_lost(&node)?;
         }
-        rate = rate.max(number(node.command().args(["run", &image, "python3", "-c", FLOOD]))?);
-        lost += records_lost(&node)?;
+        other.end()?;
     }
     inside.end()?;
     outside.end()?;
@@ -163,10 +157,10 @@ impl More {
     }
 }
 
-/// Adds how long the storms `during` something took, inside and outside, beside those before and after it.
-fn ratios(to: &mut [Vec<f64>; 2], during: [f64; 2], before: [f64; 2], after: [f64; 2]) {
-    for (to, ((during, before), after)) in to.iter_mut().zip(during.iter().zip(before).zip(after)) {
-        to.push(2.0 * during / (before + after));
+/// Adds how long the storms `during` something took, inside and outside, beside those `before` it.
+fn ratios(to: &mut [Vec<f64>; 2], during: [f64; 2], before: [f64; 2]) {
+    for (to, (during, before)) in to.iter_mut().zip(during.iter().zip(before)) {
+        to.push(during / before);
     }
 }
 
