@@ -6,7 +6,7 @@
 //! to that of the namespace that an ancestor is in, else to the oldest recording of the mount that has none yet.
 
 use std::collections::HashSet;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -262,7 +262,8 @@ impl State {
 /// Loads the probes, and serves them as long as the node lives. Says in the log why there are none.
 pub(super) fn watch(weak: &Weak<Node>) {
     let began = Instant::now();
-    let ready = match load(weak) {
+    let mut attachments = Attachments::default();
+    let ready = match load(weak, &mut attachments) {
         Ok(ready) => ready,
         Err(error) => {
             tracing::info!(
@@ -276,18 +277,9 @@ pub(super) fn watch(weak: &Weak<Node>) {
         let levels = node.probing.levels().map(|levels| &levels.reached);
         tracing::info!(?levels, took = ?began.elapsed(), "probes are loaded");
     }
-    let mut left = false;
     loop {
         let Some(node) = weak.upgrade() else { return };
-        if !left {
-            left = leave_attached(&node).unwrap_or_else(|error| {
-                tracing::warn!(
-                    error = format!("{error:#}"),
-                    "the daemon's end will wait until its probes are detached"
-                );
-                true
-            });
-        }
+        attachments.leave(&node);
         let busy = node.probing.is_recording();
         drop(node);
         let at_most = PollTimeout::from(if busy { BUSY_MS } else { IDLE_MS });
@@ -306,8 +298,14 @@ pub(super) fn watch(weak: &Weak<Node>) {
 }
 
 /// Gives a descriptor that is readable when there is something to take.
-fn load(node: &Weak<Node>) -> Result<OwnedFd> {
-    let probes = Probes::load(&Options::default());
+fn load(node: &Weak<Node>, attachments: &mut Attachments) -> Result<OwnedFd> {
+    let stays = || {
+        if let Some(node) = node.upgrade() {
+            attachments.find();
+            attachments.leave(&node);
+        }
+    };
+    let probes = Probes::load_and_tell(&Options::default(), stays);
     sluice_kernel::process::trim_heap();
     let probes = probes?;
     let ready = probes.as_fd().try_clone_to_owned().context("cannot copy a descriptor")?;
@@ -320,18 +318,40 @@ fn load(node: &Weak<Node>) -> Result<OwnedFd> {
     Ok(ready)
 }
 
-/// Leaves what keeps the probes attached to the server of block files too: the kernel takes up to 70 ms for each tracepoint of a
-/// system call, one after the other, and the next agent must not wait for that.
-///
-/// `false`: there is no such server (yet).
-fn leave_attached(node: &Node) -> Result<bool> {
-    let blockfs = node.lock(&node.blockfs);
-    let Some(blockfs) = blockfs.as_ref() else { return Ok(false) };
-    let attached = |name: &str| name == "anon_inode:[perf_event]" || name == "anon_inode:bpf_link";
-    for attachment in sluice_kernel::process::copy_descriptors(attached)? {
-        blockfs.hold(attachment)?;
+/// What keeps those probes attached that stay so. The server of block files gets copies: the kernel takes up to 70 ms to detach one
+/// from a system call's tracepoint, one after the other, and the agent's end, and so the next agent, must not wait for that.
+#[derive(Default)]
+struct Attachments {
+    /// Their numbers in this process.
+    found: HashSet<RawFd>,
+    /// Not with the server yet.
+    copies: Vec<OwnedFd>,
+}
+
+impl Attachments {
+    /// Finds those that were attached since. Nothing else may be attached meanwhile.
+    fn find(&mut self) {
+        let Self { found, copies } = self;
+        let is_new = |number, name: &str| {
+            let is_attachment = name == "anon_inode:[perf_event]" || name == "anon_inode:bpf_link";
+            is_attachment && !copies.iter().any(|copy| copy.as_raw_fd() == number) && found.insert(number)
+        };
+        match sluice_kernel::process::copy_descriptors(is_new) {
+            Ok(new) => self.copies.extend(new),
+            Err(error) => tracing::warn!(%error, "the daemon's end will wait until its probes are detached"),
+        }
     }
-    Ok(true)
+
+    /// Leaves them to the server, if there is one (yet).
+    fn leave(&mut self, node: &Node) {
+        let blockfs = node.lock(&node.blockfs);
+        let Some(blockfs) = blockfs.as_ref() else { return };
+        for copy in self.copies.drain(..) {
+            if let Err(error) = blockfs.hold(copy) {
+                tracing::warn!(%error, "the daemon's end will wait until its probes are detached");
+            }
+        }
+    }
 }
 
 /// A process and its ancestors, as far as they are still there.

@@ -50,17 +50,21 @@ pub fn die_with_parent(signal: Signal) -> Result<(), Errno> {
     nix::sys::prctl::set_pdeathsig(Some(signal))
 }
 
-/// Copies of this process's descriptors whose names in `/proc` satisfy `wanted`: `anon_inode:[perf_event]`, say.
-pub fn copy_descriptors(wanted: impl Fn(&str) -> bool) -> io::Result<Vec<OwnedFd>> {
-    let mut copies = Vec::new();
+/// Copies of this process's descriptors whose numbers, and names in `/proc` (`anon_inode:[perf_event]`, say), satisfy `wanted`.
+pub fn copy_descriptors(mut wanted: impl FnMut(RawFd, &str) -> bool) -> io::Result<Vec<OwnedFd>> {
+    let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc/self/fd")? {
         let entry = entry?;
         let number = entry.file_name().to_str().and_then(|name| name.parse::<RawFd>().ok());
         let name = std::fs::read_link(entry.path()).ok();
         let (Some(number), Some(name)) = (number, name) else { continue };
-        if !name.to_str().is_some_and(&wanted) {
-            continue;
+        if name.to_str().is_some_and(|name| wanted(number, name)) {
+            found.push(number);
         }
+    }
+    // Only now: the directory would show the copies too.
+    let mut copies = Vec::with_capacity(found.len());
+    for number in found {
         // SAFETY: F_DUPFD_CLOEXEC takes no pointers; a number that was closed meanwhile gives EBADF.
         match Errno::result(unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 0) }) {
             // SAFETY: the kernel just returned this descriptor to us and nobody else owns it.
@@ -116,5 +120,23 @@ mod tests {
         assert!(!child.wait().expect("waited").success());
         assert_eq!(pidfd_send_signal(&pidfd, Signal::SIGKILL), Err(Errno::ESRCH));
         assert_eq!(pidfd_open(pid).map(drop), Err(Errno::ESRCH));
+    }
+
+    #[test]
+    fn each_descriptor_is_copied_once() {
+        use nix::unistd::{pipe, write};
+        let (reader, writer) = pipe().expect("a pipe");
+        // So many that copies make the kernel enlarge the table of descriptors: only those in the new part would be seen.
+        let writers: Vec<OwnedFd> = (0..300).map(|_| writer.try_clone().expect("a copy")).collect();
+        let numbers: std::collections::HashSet<RawFd> = writers.iter().map(AsRawFd::as_raw_fd).collect();
+        let name = std::fs::read_link(format!("/proc/self/fd/{}", writer.as_raw_fd())).expect("a name");
+        let wanted = |number, found: &str| Some(found) == name.to_str() && number != reader.as_raw_fd();
+        let copies = copy_descriptors(wanted).expect("copied");
+        assert_eq!(copies.len(), numbers.len() + 1);
+        assert!(copies.iter().all(|copy| !numbers.contains(&copy.as_raw_fd())));
+        assert_eq!(
+            copies.iter().map(|copy| write(copy, b"1").expect("written")).sum::<usize>(),
+            copies.len()
+        );
     }
 }

@@ -144,6 +144,12 @@ impl Probes {
     ///
     /// Mounts tracefs at its usual place if it is not there: system-call tracepoints are found through it.
     pub fn load(options: &Options) -> Result<Self, ProbeError> {
+        Self::load_and_tell(options, || {})
+    }
+
+    /// The same, and calls `stays` whenever something was attached that stays so until these probes are dropped. Whoever keeps a copy of
+    /// its descriptor (`anon_inode:bpf_link` or `anon_inode:[perf_event]`) keeps it attached, and takes over the time of detaching.
+    pub fn load_and_tell(options: &Options, mut stays: impl FnMut()) -> Result<Self, ProbeError> {
         let object = OBJECT.ok_or(ProbeError::NotBuiltIn)?;
         let types = Btf::running()?;
         let offsets = offsets::resolve(&types);
@@ -156,7 +162,7 @@ impl Probes {
         mount_tracefs();
         let no_trampolines = trampoline::refused(&types);
         drop(types);
-        let chosen = choose(&mut bpf, options, &offsets, no_trampolines);
+        let chosen = choose(&mut bpf, options, &offsets, no_trampolines, &mut stays);
         Ok(Self {
             watched: map(&mut bpf, "WATCHED")?,
             round: map(&mut bpf, "ROUND")?,
@@ -387,6 +393,7 @@ fn choose(
     options: &Options,
     offsets: &sluice_events::Offsets,
     no_trampolines: Option<nix::Error>,
+    stays: &mut dyn FnMut(),
 ) -> Chosen {
     let mut chosen = Chosen::default();
     // For programs that the kernel knows by its own type numbers. Tens of MiB, not kept.
@@ -406,7 +413,7 @@ fn choose(
             if way.needs_types() && types.is_none() {
                 types = kernel_types();
             }
-            try_hooks(bpf, types.as_ref(), way)
+            try_hooks(bpf, types.as_ref(), way, stays)
         } else {
             Err("the kernel's type information lacks what it needs".to_owned())
         };
@@ -438,23 +445,34 @@ fn is_permanent(capability: Capability) -> bool {
 /// Loads and attaches; returns what is to stay attached.
 ///
 /// What is not to stay is tried all the same, except system-call tracepoints, which take 70 ms each to detach (6.18).
-fn try_hooks(bpf: &mut Ebpf, types: Option<&KernelTypes>, way: &Way) -> Result<Vec<Link>, String> {
+fn try_hooks(
+    bpf: &mut Ebpf,
+    types: Option<&KernelTypes>,
+    way: &Way,
+    stays: &mut dyn FnMut(),
+) -> Result<Vec<Link>, String> {
+    let is_permanent = is_permanent(way.capability);
     for hook in way.hooks {
         attach::load(bpf, types, *hook).map_err(|error| words(&error))?;
     }
     let mut links = Vec::new();
     for hook in way.hooks {
         match hook {
-            Hook::Syscalls(_, names) if !is_permanent(way.capability) => {
+            Hook::Syscalls(_, names) if !is_permanent => {
                 let events = Path::new(TRACEFS).join("events/syscalls");
                 if !names.iter().any(|name| events.join(name).exists()) {
                     return Err(format!("no tracepoint of {names:?}"));
                 }
             }
-            hook => links.extend(attach::attach(bpf, *hook).map_err(|error| words(&error))?),
+            hook => {
+                links.extend(attach::attach(bpf, *hook).map_err(|error| words(&error))?);
+                if is_permanent {
+                    stays();
+                }
+            }
         }
     }
-    Ok(if is_permanent(way.capability) { links } else { Vec::new() })
+    Ok(if is_permanent { links } else { Vec::new() })
 }
 
 fn kernel_types() -> Option<KernelTypes> {

@@ -20,8 +20,13 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::unistd::Pid;
 use sluice_kernel::mount::UnmountOptions;
+use sluice_kernel::process::{pidfd_open, wait_for_end};
 
 use crate::BlockFsError;
 use crate::options::{Choice, Options, Way};
@@ -236,7 +241,7 @@ impl Shared {
             ..Head::new(Kind::Hello, std::process::id().into())
         };
         say(hello, self.introduction().into_bytes())?;
-        let mut held = Held(Vec::new());
+        let mut held = Held::of(stream);
         loop {
             let message = Message::receive(stream)?;
             let (id, a, b) = (message.id, message.a, message.b);
@@ -266,7 +271,7 @@ impl Shared {
                 Kind::Failed => {
                     self.misses.answer(id, |_| Supply::Failed(i32::try_from(a).unwrap_or(0)));
                 }
-                Kind::Hold => held.0.extend(message.descriptor),
+                Kind::Hold => held.descriptors.extend(message.descriptor),
                 Kind::Unmount => {
                     let errno = self.unmount().err().map_or(0, |error| error.raw_os_error().unwrap_or(5));
                     if errno == 0 {
@@ -298,14 +303,36 @@ impl Shared {
 }
 
 /// What an agent left here to be closed after its end, which may take the kernel seconds: no reader waits for it.
-struct Held(Vec<OwnedFd>);
+struct Held {
+    descriptors: Vec<OwnedFd>,
+    /// None if it is gone already, or not to be found from here.
+    agent: Option<OwnedFd>,
+}
+
+/// An agent that goes and stays alive keeps nothing open here for longer.
+const LONGEST_HOLD: Duration = Duration::from_secs(60);
+
+impl Held {
+    fn of(stream: &UnixStream) -> Self {
+        let agent =
+            getsockopt(stream, PeerCredentials).and_then(|peer| pidfd_open(Pid::from_raw(peer.pid())));
+        Self { descriptors: Vec::new(), agent: agent.ok() }
+    }
+}
 
 impl Drop for Held {
     fn drop(&mut self) {
-        let descriptors = std::mem::take(&mut self.0);
-        if !descriptors.is_empty() {
-            std::thread::spawn(move || drop(descriptors));
+        let (descriptors, agent) = (std::mem::take(&mut self.descriptors), self.agent.take());
+        if descriptors.is_empty() {
+            return;
         }
+        std::thread::spawn(move || {
+            // Its connection may be closed before its own copies are.
+            if let Some(Err(error)) = agent.map(|agent| wait_for_end(&agent, Some(LONGEST_HOLD))) {
+                tracing::debug!(%error, "cannot wait for the agent's end");
+            }
+            drop(descriptors);
+        });
     }
 }
 
