@@ -11,7 +11,7 @@ mod offsets;
 mod records;
 
 pub use call::Call;
-pub use maps::{CHUNK_PAGES, CHUNK_SHIFT, DROP_COUNTERS, Drop, FillKey, FillValue, OpenKey, Waiting};
+pub use maps::{CHUNK_PAGES, CHUNK_SHIFT, DROP_COUNTERS, Drop, FillKey, FillValue, Waiting};
 pub use offsets::{ABSENT, Offsets, OverlayFile, SwitchState};
 pub use records::{
     AccessEvent, BASE_DEPTH, BlockedEvent, COMM_LEN, ExecEvent, FailedEvent, Head, Kind, NAME_LEN, OpenEvent,

@@ -41,18 +41,6 @@ pub struct FillValue {
     pub pages: [u8; CHUNK_PAGES],
 }
 
-/// A file that was opened in a mount namespace.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-pub struct OpenKey {
-    /// Inode number in the watched file system.
-    pub inode: u64,
-    /// Number of the watch (not of the device: those are given out again).
-    pub watch: u32,
-    /// Inode number of the mount namespace.
-    pub mnt_ns: u32,
-}
-
 /// What a thread last asked of a watched file system, in case it has to sleep for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -110,7 +98,6 @@ mod tests {
         assert_eq!(offset_of!(FillKey, watch), 16);
         assert_eq!(size_of::<FillValue>(), 72);
         assert_eq!(offset_of!(FillValue, pages), 40);
-        assert_eq!(size_of::<OpenKey>(), 16);
         assert_eq!(size_of::<Waiting>(), 80);
         assert_eq!(offset_of!(Waiting, comm), 64);
         assert_eq!(Drop::TooManyFailures as u32 + 1, DROP_COUNTERS);

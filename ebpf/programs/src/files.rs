@@ -4,13 +4,13 @@ use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel_str;
 use aya_ebpf::macros::{fentry, kprobe, raw_tracepoint, tracepoint};
 use aya_ebpf::programs::{FEntryContext, ProbeContext, RawTracePointContext, TracePointContext};
-use sluice_events::{ExecEvent, Kind, OpenEvent, OpenKey, PATH_LEN, level};
+use sluice_events::{ExecEvent, Kind, OpenEvent, PATH_LEN, level};
 
 use crate::kernel::{
     Inode, Pointer, Watched, mount_namespace, open_file, read, typed, typed_mount_namespace, typed_open_file,
     typed_watched, under_overlay, watched_file,
 };
-use crate::maps::{OPENED, offset};
+use crate::maps::offset;
 use crate::record::{head, head_in, reserve, submit};
 use crate::seen::{Seen, super_block};
 
@@ -75,16 +75,9 @@ pub fn kprobe_open(ctx: ProbeContext) -> u32 {
 
 #[inline(always)]
 fn opened(watched: Watched, mnt_ns: u32, level: u8) {
-    let seen = Seen::open(watched, mnt_ns);
-    if seen.is_known() {
+    if !Seen::open(watched, mnt_ns).remember() {
         return;
     }
-    let key = OpenKey { inode: watched.inode, watch: watched.watch, mnt_ns };
-    if OPENED.get_ptr(&key).is_some() {
-        return seen.remember();
-    }
-    // That there is no memory only means a second record.
-    OPENED.insert(&key, &1, 0).ok();
     let Some(mut entry) = reserve::<OpenEvent>() else { return };
     entry.write(OpenEvent {
         head: head_in(Kind::Open, level, mnt_ns),

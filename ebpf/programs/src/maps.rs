@@ -2,7 +2,7 @@
 
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
-use sluice_events::{DROP_COUNTERS, Drop, FillKey, FillValue, Offsets, OpenKey, Waiting};
+use sluice_events::{DROP_COUNTERS, Drop, FillKey, FillValue, Offsets, Waiting};
 
 use crate::failed::{Budget, Pending};
 use crate::seen::{Place, SEEN_SLOTS, SUPER_SLOTS, Super};
@@ -23,7 +23,7 @@ pub static ROUND: Array<u32> = Array::with_max_entries(1, 0);
 #[map]
 pub static SUPERS: PerCpuArray<Super> = PerCpuArray::with_max_entries(SUPER_SLOTS, 0);
 
-/// What is recorded already.
+/// What is recorded already. An entry that is pushed out costs a second record, nothing else.
 #[map]
 pub static SEEN: Array<Place> = Array::with_max_entries(SEEN_SLOTS, 0);
 
@@ -31,17 +31,9 @@ pub static SEEN: Array<Place> = Array::with_max_entries(SEEN_SLOTS, 0);
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
 
-/// Pages that were accessed, one bit each. An entry that is pushed out costs a second record, nothing else.
-#[map]
-pub static ACCESSED: LruHashMap<FillKey, u32> = LruHashMap::with_max_entries(65_536, 0);
-
 /// Pages that came into the page cache. The agent takes them out.
 #[map]
 pub static FILLED: HashMap<FillKey, FillValue> = HashMap::with_max_entries(65_536, 0);
-
-/// Files that were opened. An entry that is pushed out costs a second record, nothing else.
-#[map]
-pub static OPENED: LruHashMap<OpenKey, u32> = LruHashMap::with_max_entries(65_536, 0);
 
 /// What each thread last asked for.
 #[map]

@@ -12,13 +12,11 @@ use sluice_events::{
 use crate::kernel::{
     Inode, Pointer, Watched, Words, mount_namespace, read, typed, typed_mount_namespace, typed_watched,
 };
-use crate::maps::{ACCESSED, FILLED, WAITING, lost, offset};
+use crate::maps::{FILLED, WAITING, lost, offset};
 use crate::record::{cgroup, head_in, now_ns, pid, reserve, submit};
 use crate::seen::Seen;
 
 const PAGE_SHIFT: u32 = 12;
-/// Most chunks of one access that are looked up: 1 MiB. Larger ones are recorded as they are, maybe again.
-const MAX_CHUNKS: u64 = 8;
 /// A folio of more pages than 2 to this would be larger than any the kernel makes.
 const MAX_ORDER: u32 = 9;
 
@@ -163,23 +161,7 @@ fn touched(watched: Watched, first: u64, last: u64, kind: Kind, level: u8, mnt_n
     if fault || level > level::TRACEPOINT {
         asked(watched, first, 0, u32::from(fault), mnt_ns);
     }
-    // What is mapped around a fault is often in two chunks: it is aligned in memory, not in the file.
-    let (first_chunk, last_chunk) = (first >> CHUNK_SHIFT, last >> CHUNK_SHIFT);
-    let in_first = Seen::pages(watched, first_chunk, part_in(first_chunk, first, last), mnt_ns);
-    if first_chunk == last_chunk && in_first.is_known() {
-        return;
-    }
-    let in_last = Seen::pages(watched, last_chunk, part_in(last_chunk, first, last), mnt_ns);
-    let few = last_chunk - first_chunk <= 1;
-    if few && in_first.is_known() && in_last.is_known() {
-        return;
-    }
-    let new = first_touch(watched, first, last, mnt_ns);
-    if few {
-        in_first.remember();
-        in_last.remember();
-    }
-    let Some((first, last)) = new else { return };
+    let Some((first, last)) = first_touch(watched, first, last, mnt_ns) else { return };
     let Some(mut entry) = reserve::<AccessEvent>() else { return };
     entry.write(AccessEvent {
         head: head_in(kind, level, mnt_ns),
@@ -200,45 +182,25 @@ fn part_in(chunk: u64, first: u64, last: u64) -> u32 {
     (u32::MAX << (from & 31)) & (u32::MAX >> (31 - (to & 31)))
 }
 
-/// The part of `first..=last` that holds all pages not yet marked in [`ACCESSED`]; marks them.
+/// The part of `first..=last` that holds all pages not yet known to be recorded; remembers that they are.
 #[inline(always)]
 fn first_touch(watched: Watched, first: u64, last: u64, mnt_ns: u32) -> Option<(u64, u64)> {
     let (first_chunk, last_chunk) = (first >> CHUNK_SHIFT, last >> CHUNK_SHIFT);
-    if last_chunk - first_chunk >= MAX_CHUNKS {
-        return Some((first, last));
+    if last_chunk - first_chunk > 1 {
+        return Seen::run(watched, first, last, mnt_ns).remember_run().then_some((first, last));
     }
-    let mut new: Option<(u64, u64)> = None;
-    for number in 0..MAX_CHUNKS {
-        let chunk = first_chunk + number;
-        if chunk > last_chunk {
-            break;
-        }
-        let from = first.max(chunk << CHUNK_SHIFT);
-        let to = last.min((chunk << CHUNK_SHIFT) + CHUNK_PAGES as u64 - 1);
-        let key = FillKey { inode: watched.inode, chunk, watch: watched.watch, mnt_ns };
-        if mark(&key, part_in(chunk, first, last)) {
-            new = Some((new.map_or(from, |(first, _)| first), to));
-        }
+    // What is mapped around a fault is often in two chunks: it is aligned in memory, not in the file.
+    let is_new = |chunk| Seen::pages(watched, chunk, part_in(chunk, first, last), mnt_ns).remember();
+    let in_first = is_new(first_chunk);
+    if first_chunk == last_chunk {
+        return in_first.then_some((first, last));
     }
-    new
-}
-
-/// Sets bits; says whether one of them was not set.
-#[inline(always)]
-fn mark(key: &FillKey, mask: u32) -> bool {
-    let Some(bits) = ACCESSED.get_ptr_mut(key) else {
-        // That another processor was first, or that there is no memory, only means a second record.
-        ACCESSED.insert(key, &mask, 0).ok();
-        return true;
-    };
-    // SAFETY: the pointer is to an entry of the map, which stays readable and writable while the program runs. A bit that
-    // is lost to another processor only means a second record.
-    unsafe {
-        let new = mask & !*bits != 0;
-        if new {
-            *bits |= mask;
-        }
-        new
+    let border = last_chunk << CHUNK_SHIFT;
+    match (in_first, is_new(last_chunk)) {
+        (true, true) => Some((first, last)),
+        (true, false) => Some((first, border - 1)),
+        (false, true) => Some((border, last)),
+        (false, false) => None,
     }
 }
 

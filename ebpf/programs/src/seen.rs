@@ -7,8 +7,8 @@ use crate::kernel::{Inode, Pointer, Watched, read, typed};
 use crate::maps::{ROUND, SEEN, SUPERS, WATCHED, offset};
 
 pub const SUPER_SLOTS: u32 = 64;
-/// Of 32 bytes.
-pub const SEEN_SLOTS: u32 = 16_384;
+/// Of 32 bytes: files and chunks of a large start, and of some beside it.
+pub const SEEN_SLOTS: u32 = 65_536;
 /// Odd, and without a pattern: 2^64 by the golden ratio.
 const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
 const CHECK: u64 = 0xffff_ffff_0000_0000;
@@ -87,12 +87,13 @@ pub struct Remembered {
     pages: u64,
 }
 
-/// Where something of a chunk of a file is remembered. Not at random: inodes of files that are used one after the other are often
-/// neighbours, and then so are these, and in the processor's cache.
+/// Where something of a chunk of a file is remembered for whoever is in a mount namespace. Not at random: inodes of files that are used one
+/// after the other are often neighbours, and then so are these, and in the processor's cache.
 #[inline(always)]
-fn slot(inode: u64, chunk: u64) -> u32 {
+fn slot(inode: u64, chunk: u64, mnt_ns: u32) -> u32 {
+    let elsewhere = (chunk as u32 ^ mnt_ns).wrapping_mul(MIX as u32);
     // Most inodes take two numbers or more.
-    ((inode >> 1) as u32).wrapping_add((chunk as u32).wrapping_mul(MIX as u32)) & (SEEN_SLOTS - 1)
+    ((inode >> 1) as u32).wrapping_add(elsewhere) & (SEEN_SLOTS - 1)
 }
 
 /// Namespaces' numbers are given out again, but not within one watch: each start begins a new one.
@@ -108,19 +109,28 @@ impl Seen {
     /// Pages of one chunk.
     #[inline(always)]
     pub fn pages(watched: Watched, chunk: u64, pages: u32, mnt_ns: u32) -> Self {
-        Self::new(slot(watched.inode, chunk), [watched.inode, chunk, who(watched.watch, mnt_ns)], pages)
+        Self::new(slot(watched.inode, chunk, mnt_ns), [watched.inode, chunk, who(watched.watch, mnt_ns)], pages)
+    }
+
+    /// Pages from `first` to `last`, of many chunks: known is from where on, until there. A call that reads them comes by again and again, with
+    /// less before it.
+    #[inline(always)]
+    pub fn run(watched: Watched, first: u64, last: u64, mnt_ns: u32) -> Self {
+        let slot = slot(watched.inode, last, mnt_ns);
+        let from = u32::try_from(first).unwrap_or(u32::MAX);
+        Self::new(slot, [watched.inode, !last, who(watched.watch, mnt_ns)], from)
     }
 
     /// That a file is open.
     #[inline(always)]
     pub fn open(watched: Watched, mnt_ns: u32) -> Self {
-        Self::new(slot(watched.inode, 0), [watched.inode, OPEN, who(watched.watch, mnt_ns)], 1)
+        Self::new(slot(watched.inode, 0, mnt_ns), [watched.inode, OPEN, who(watched.watch, mnt_ns)], 1)
     }
 
     /// The same of an overlay's file, by where its inode is.
     #[inline(always)]
     pub fn open_above(inode: &Inode, mnt_ns: u32) -> Self {
-        Self::new(slot(inode.number, 0), [inode.number, inode.at as u64, who(round(), mnt_ns)], 1)
+        Self::new(slot(inode.number, 0, mnt_ns), [inode.number, inode.at as u64, who(round(), mnt_ns)], 1)
     }
 
     #[inline(always)]
@@ -137,14 +147,29 @@ impl Seen {
     /// Whether it is known to be recorded.
     #[inline(always)]
     pub fn is_known(&self) -> bool {
-        self.known().is_some_and(|pages| self.pages & !pages == 0)
+        self.place().and_then(|place| self.in_place(place)).is_some_and(|pages| self.pages & !pages == 0)
     }
 
-    /// It is recorded.
+    /// It is recorded. Says whether that was new.
     #[inline(always)]
-    pub fn remember(&self) {
-        let Some(place) = self.place() else { return };
-        let pages = self.pages | self.in_place(place).unwrap_or(0);
+    pub fn remember(&self) -> bool {
+        self.put(|known, pages| known | pages)
+    }
+
+    /// The same of [`Self::run`].
+    #[inline(always)]
+    pub fn remember_run(&self) -> bool {
+        self.put(|known, first| if known < first { known } else { first })
+    }
+
+    #[inline(always)]
+    fn put(&self, combine: impl Fn(u64, u64) -> u64) -> bool {
+        let Some(place) = self.place() else { return true };
+        let known = self.in_place(place);
+        let pages = known.map_or(self.pages, |known| combine(known, self.pages));
+        if known == Some(pages) {
+            return false;
+        }
         // SAFETY: the pointer is to a place of the map.
         unsafe {
             let [first, second] = [&raw mut (*place)[0], &raw mut (*place)[1]];
@@ -154,12 +179,7 @@ impl Seen {
             }
             first.write_volatile(Remembered { tag: self.tag, pages: self.check | pages });
         }
-    }
-
-    /// The pages that are.
-    #[inline(always)]
-    fn known(&self) -> Option<u64> {
-        self.in_place(self.place()?)
+        true
     }
 
     #[inline(always)]
@@ -167,12 +187,13 @@ impl Seen {
         SEEN.get_ptr_mut(self.slot)
     }
 
+    /// What is known of it.
     #[inline(always)]
     fn in_place(&self, place: *mut Place) -> Option<u64> {
         for way in 0..2 {
             // SAFETY: the pointer is to a place of the map. What another processor is writing may come in halves, which do not fit.
             let found = unsafe { (&raw const (*place)[way]).read_volatile() };
-            if found.tag == self.tag && found.pages & CHECK == self.check {
+            if (found.tag ^ self.tag) | (found.pages ^ self.check) & CHECK == 0 {
                 return Some(found.pages & !CHECK);
             }
         }

@@ -81,12 +81,12 @@ pub(crate) fn probes(args: &Args) -> Result<()> {
     let recipe = image_maker::recipe("medium")?;
     let images = image_maker::make(recipe)?;
     let registry = Registry::start(&binary, &images, "10gbit", "0ms")?;
-    let node = Sluice::new(&binary, &target().join("sluice-bench/probes"), &config(true))?;
+    let node = Sluice::new(&binary, &target().join("sluice-bench/probes"), &Daemon::Records.config())?;
     let image = registry.image(recipe.name);
     node.run(&["pull", &image])?;
     // The same processes storm all the time, a moment recorded and a moment not: two that do the same differ by more than what is
     // measured here, and so does one of them from second to second. A container does not mind that the daemon is started again.
-    start(&node, false)?;
+    start(&node, Daemon::WithoutProbes)?;
     let mut inside = Storms::start(node.command().args(["run", &image, "python3", "-c", STORM]))?;
     let mut outside = Storms::start(Command::new("/usr/bin/python3").args(["-c", STORM]))?;
     let both = |inside: &mut Storms, outside: &mut Storms| anyhow::Ok([inside.turn()?, outside.turn()?]);
@@ -94,25 +94,30 @@ pub(crate) fn probes(args: &Args) -> Result<()> {
     let (mut recorded, mut recorded_none, mut loaded_none) = <([_; 2], [_; 2], [_; 2])>::default();
     let (mut lost, mut rate, mut counted, mut storms) = (0.0, 0.0_f64, Vec::new(), Vec::new());
     for round in 0..args.rounds {
-        start(&node, false)?;
-        let none = both(&mut inside, &mut outside)?;
-        // Programs stay attached for a while after a recording: only a new daemon has none.
-        start(&node, true)?;
-        let before = both(&mut inside, &mut outside)?;
-        // The start that is recorded is that of another container of the image: what is seen is what the image's files suffer.
-        let script = ["run", &image, "sh", "-c", "echo; read end"];
-        let other = Storms::start(node.command().args(script))?;
-        let during = both(&mut inside, &mut outside)?;
-        ratios(&mut recorded, during, before);
-        ratios(&mut recorded_none, during, none);
-        ratios(&mut loaded_none, before, none);
-        storms.push(before[0]);
-        if round % FLOODED == 0 {
-            counted.push(own_percent(&node, || inside.turn())?);
-            rate = rate.max(number(node.command().args(["run", &image, "python3", "-c", FLOOD]))?);
-            lost += records_lost(&node)?;
+        let mut took = [[0.0; 2]; 3];
+        // Back and forth: the machine's own changes take no side.
+        let mut order = Daemon::ALL;
+        if round % 2 == 1 {
+            order.reverse();
         }
-        other.end()?;
+        for daemon in order {
+            // Programs stay attached for a while after a recording: only a new daemon has none.
+            start(&node, daemon)?;
+            // What is recorded is the start of another container of the image: what is seen is what the image's files suffer.
+            let other = Storms::start(node.command().args(["run", &image, "sh", "-c", "echo; read end"]))?;
+            took[daemon as usize] = both(&mut inside, &mut outside)?;
+            if daemon == Daemon::Records && round % FLOODED == 0 {
+                counted.push(own_percent(&node, || inside.turn())?);
+                rate = rate.max(number(node.command().args(["run", &image, "python3", "-c", FLOOD]))?);
+                lost += records_lost(&node)?;
+            }
+            other.end()?;
+        }
+        let [none, loaded, during] = took;
+        ratios(&mut recorded, during, loaded);
+        ratios(&mut recorded_none, during, none);
+        ratios(&mut loaded_none, loaded, none);
+        storms.push(loaded[0]);
     }
     inside.end()?;
     outside.end()?;
@@ -209,20 +214,33 @@ impl Storms {
     }
 }
 
-fn config(probes: bool) -> String {
-    format!("[probes]\nenabled = {probes}\n[prefetch]\nenabled = false\n")
+/// What the daemon does while storms are measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Daemon {
+    WithoutProbes,
+    RecordsNothing,
+    Records,
 }
 
-/// A daemon with probes, which are loaded then, or without.
-fn start(node: &Sluice, probes: bool) -> Result<()> {
+impl Daemon {
+    const ALL: [Self; 3] = [Self::WithoutProbes, Self::RecordsNothing, Self::Records];
+
+    fn config(self) -> String {
+        let (probes, record) = (self != Self::WithoutProbes, self == Self::Records);
+        format!("[probes]\nenabled = {probes}\n[prefetch]\nenabled = false\nrecord = {record}\n")
+    }
+}
+
+/// Starts another daemon; its probes are loaded then.
+fn start(node: &Sluice, daemon: Daemon) -> Result<()> {
     node.run(&["stop"])?;
-    fs::write(node.path("config.toml"), config(probes))?;
+    fs::write(node.path("config.toml"), daemon.config())?;
     let log = node.path("state/daemon.log");
     let loads = || Ok::<_, anyhow::Error>(fs::read_to_string(&log)?.matches(LOADED).count());
     let before = loads()?;
     node.start_daemon()?;
     let began = Instant::now();
-    while probes && loads()? == before {
+    while daemon != Daemon::WithoutProbes && loads()? == before {
         if began.elapsed() > Duration::from_secs(30) {
             bail!("the probes are not loaded: see {}", log.display());
         }
