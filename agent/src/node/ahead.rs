@@ -325,11 +325,9 @@ impl Node {
         }
         let (node, layers) = (Arc::clone(self), layers.clone());
         let flush = move || -> Result<()> {
-            for (digest, layer) in &layers {
-                node.store.flush(layer.layer())?;
-                let Some(served) = node.lock(&node.layers).get(digest).cloned() else { continue };
-                let Some(blockfs) = &*node.lock(&node.blockfs) else { continue };
-                served.served().iter().try_for_each(|path| blockfs.is_local(path))?;
+            for digest in layers.keys() {
+                let Some(layer) = node.lock(&node.layers).get(digest).cloned() else { continue };
+                node.make_local(&layer)?;
             }
             Ok(())
         };

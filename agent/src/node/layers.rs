@@ -286,6 +286,13 @@ impl Node {
         });
     }
 
+    /// Makes durable what came of a layer; the server of block files reads that by itself from then on. Blocks the thread.
+    pub(super) fn make_local(&self, layer: &NodeLayer) -> Result<()> {
+        self.store.flush(layer.layer())?;
+        let Some(blockfs) = &*self.lock(&self.blockfs) else { return Ok(()) };
+        Ok(layer.served.iter().try_for_each(|path| blockfs.is_local(path))?)
+    }
+
     fn hand_over(&self, layer: &NodeLayer) -> Result<()> {
         if layer.served.is_empty() {
             return Ok(());

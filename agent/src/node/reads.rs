@@ -85,6 +85,11 @@ impl ReadLog {
         (records, lost)
     }
 
+    /// Whether a start is recorded.
+    pub(super) fn is_recording(&self) -> bool {
+        self.active.load(Ordering::Acquire) > 0
+    }
+
     /// A read that came at `asked` was answered, with bytes that were there (`Disk`) or had to be waited for.
     pub(super) fn served(&self, layer: &str, offset: u64, len: usize, asked: Instant, from: Origin) {
         let took = asked.elapsed();

@@ -175,19 +175,27 @@ impl Node {
     }
 
     /// Bytes that only memory has go to the disk as soon as it takes them. Who works on their layer does that too, but may be waiting just
-    /// for somebody who waits for the memory that they take.
+    /// for somebody who waits for the memory that they take. And what came for reads is recorded though nobody works on its layer: the
+    /// server of block files asks the agent for all that is not, and a crash loses it. While a start is recorded by what the agent is asked for
+    /// that stays so.
     pub(super) fn keep_flushing(self: &Arc<Self>) {
         let node: Weak<Self> = Arc::downgrade(self);
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(INTERVAL).await;
                 let Some(node) = node.upgrade() else { return };
-                let held = |layer: &&Arc<NodeLayer>| layer.layer().memory_bytes() > 0;
-                let layers = node.lock(&node.layers).values().filter(held).cloned().collect::<Vec<_>>();
+                let seen = node.probing.sees_memory() || !node.reads.is_recording();
+                let waits = |layer: &&Arc<NodeLayer>| {
+                    layer.layer().memory_bytes() > 0 || seen && layer.layer().is_unrecorded()
+                };
+                let layers = node.lock(&node.layers).values().filter(waits).cloned().collect::<Vec<_>>();
                 for layer in layers {
                     let (node, digest) = (Arc::clone(&node), layer.layer().digest().to_owned());
-                    let flushed = tokio::task::spawn_blocking(move || node.store.flush(layer.layer())).await;
-                    if let Err(error) = flushed.map_err(anyhow::Error::from).and_then(|done| Ok(done?)) {
+                    let flush = move || {
+                        if seen { node.make_local(&layer) } else { Ok(node.store.flush(layer.layer())?) }
+                    };
+                    let flushed = tokio::task::spawn_blocking(flush).await;
+                    if let Err(error) = flushed.map_err(anyhow::Error::from).flatten() {
                         tracing::debug!(
                             digest,
                             error = format!("{error:#}"),

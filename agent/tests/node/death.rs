@@ -266,6 +266,27 @@ fn a_layer_whose_file_was_lost_in_use_is_read_across_daemons() {
     node.ok(&["umount", &dir.to_string_lossy()]);
 }
 
+/// Whether a layer is filled or not: a crash loses nothing of it, and the server of block files reads it without asking the daemon.
+#[test]
+fn what_was_read_is_soon_recorded() {
+    let node = Node::indexed("[stream]\nfill = false\n");
+    let dir = node.room("mount");
+    node.ok(&["mount", &node.image(), &dir.to_string_lossy()]);
+    let asked = || node.status()["reads"]["from_disk"].as_u64().unwrap();
+    wait_until("the daemon is not asked for what was read", || {
+        let path = dir.join("data/large");
+        assert_content(&path, &large());
+        let before = asked();
+        let file = std::fs::File::open(&path).unwrap();
+        let forget = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+        nix::fcntl::posix_fadvise(&file, 0, 0, forget).unwrap();
+        assert_content(&path, &large());
+        asked() == before
+    });
+    assert_eq!(node.status()["images"][0]["state"], "streaming", "the server reads it");
+    node.ok(&["umount", &dir.to_string_lossy()]);
+}
+
 /// Nobody but a reader needs it.
 #[test]
 fn a_killed_daemon_is_followed_by_the_next() {

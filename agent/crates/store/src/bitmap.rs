@@ -166,6 +166,11 @@ impl Bitmap {
         pages
     }
 
+    /// Whether pages were changed since.
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.dirty.iter().any(|dirty| dirty.load(Ordering::Acquire) != 0)
+    }
+
     /// All pages, with their present content.
     pub(crate) fn pages(&self) -> Vec<(u32, Vec<u8>)> {
         let count = self.words.len().div_ceil(WORDS_PER_PAGE) as u32;

@@ -174,6 +174,11 @@ impl Layer {
         self.memory.bytes()
     }
 
+    /// Whether a flush would record something.
+    pub fn is_unrecorded(&self) -> bool {
+        self.verified.is_dirty()
+    }
+
     /// Whether the store has no space.
     pub fn disk_full(&self) -> bool {
         self.space.is_full()
