@@ -85,9 +85,9 @@ impl ReadLog {
         (records, lost)
     }
 
-    /// Whether a start is recorded.
+    /// Whether a start is recorded. Not what is counted: that has those which came to nothing, until the next one.
     pub(super) fn is_recording(&self) -> bool {
-        self.active.load(Ordering::Acquire) > 0
+        lock(&self.recordings).iter().any(|one| one.strong_count() > 0)
     }
 
     /// A read that came at `asked` was answered, with bytes that were there (`Disk`) or had to be waited for.

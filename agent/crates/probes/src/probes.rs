@@ -466,13 +466,18 @@ fn try_hooks(
             }
             hook => {
                 links.extend(attach::attach(bpf, *hook).map_err(|error| words(&error))?);
-                if is_permanent {
+                // These take long to detach, and no other way is tried after theirs. What else is attached goes if its way fails.
+                if is_permanent && matches!(hook, Hook::Syscalls(..)) {
                     stays();
                 }
             }
         }
     }
-    Ok(if is_permanent { links } else { Vec::new() })
+    if !is_permanent {
+        return Ok(Vec::new());
+    }
+    stays();
+    Ok(links)
 }
 
 fn kernel_types() -> Option<KernelTypes> {
