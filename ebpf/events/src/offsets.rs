@@ -87,6 +87,8 @@ pub struct Offsets {
     pub files_fdt: u32,
     /// `struct files_struct`: `fdtab`, the table that `fdt` points to until a process has many descriptors.
     pub files_fdtab: u32,
+    /// `struct files_struct`: `fd_array`, the array of that table.
+    pub files_fd_array: u32,
     /// `struct fdtable`: `fd`.
     pub fdtable_fd: u32,
     /// `struct linux_binprm`: `file`.
@@ -166,6 +168,7 @@ impl Offsets {
         task_iowait_mask: ABSENT,
         files_fdt: ABSENT,
         files_fdtab: ABSENT,
+        files_fd_array: ABSENT,
         fdtable_fd: ABSENT,
         bprm_file: ABSENT,
         bprm_filename: ABSENT,

@@ -7,12 +7,12 @@ use aya_ebpf::programs::{FEntryContext, ProbeContext, RawTracePointContext, Trac
 use sluice_events::{ExecEvent, Kind, OpenEvent, PATH_LEN, level};
 
 use crate::kernel::{
-    Inode, Pointer, Watched, mount_namespace, open_file, read, typed, typed_mount_namespace, typed_open_file,
-    typed_watched, under_overlay, watched_file,
+    Inode, Pointer, TypedFile, Watched, mount_namespace, open_file, read, typed, typed_mount_namespace,
+    typed_open_file, typed_watched, typed_watched_in, under_overlay, watched_file,
 };
 use crate::maps::offset;
 use crate::record::{head, head_in, reserve, submit};
-use crate::seen::{Seen, super_block};
+use crate::seen::{Seen, super_block, typed_super_block};
 
 /// Offset of the result in the record of `syscalls:sys_exit_*`, the same in all kernels since 2.6.
 const EXIT_RESULT: usize = 16;
@@ -20,7 +20,10 @@ const EXIT_RESULT: usize = 16;
 /// At the exits of `open`, `openat` and `openat2`: the descriptor leads to the file.
 #[tracepoint]
 pub fn typed_exit_open(ctx: TracePointContext) -> u32 {
-    descriptor(&ctx).and_then(typed_open_file).and_then(|file| opened_anywhere(file, typed_mount_namespace));
+    descriptor(&ctx).and_then(typed_open_file).and_then(|file| match file {
+        TypedFile::Typed(file) => typed_opened_anywhere(file),
+        TypedFile::Plain(file) => opened_anywhere(file, typed_mount_namespace),
+    });
     0
 }
 
@@ -43,12 +46,31 @@ fn descriptor(ctx: &TracePointContext) -> Option<u32> {
 #[inline(always)]
 fn opened_anywhere(file: Pointer, mount_namespace: impl Fn() -> u32) -> Option<()> {
     let inode = Inode::of_file(file)?;
-    if !super_block(inode.sb)?.overlay {
-        opened(inode.watched()?, mount_namespace(), level::TRACEPOINT);
-        return Some(());
+    let found = super_block(inode.sb)?;
+    if found.overlay {
+        return opened_above(file, found.dev, inode.number, inode.size, mount_namespace());
     }
-    let mnt_ns = mount_namespace();
-    let seen = Seen::open_above(&inode, mnt_ns);
+    opened(inode.watched()?, mount_namespace(), level::TRACEPOINT);
+    Some(())
+}
+
+/// The same by [`typed`] reads.
+#[inline(always)]
+fn typed_opened_anywhere(file: Pointer) -> Option<()> {
+    let inode: Pointer = typed(file, offset!(file_inode));
+    let found = typed_super_block(typed(inode, offset!(inode_sb)))?;
+    if found.overlay {
+        let (number, size) = (typed(inode, offset!(inode_ino)), typed(inode, offset!(inode_size)));
+        return opened_above(file, found.dev, number, size, typed_mount_namespace());
+    }
+    opened(typed_watched_in(found, inode)?, typed_mount_namespace(), level::TRACEPOINT);
+    Some(())
+}
+
+/// An overlay's file was opened.
+#[inline(always)]
+fn opened_above(file: Pointer, dev: u32, inode: u64, size: u64, mnt_ns: u32) -> Option<()> {
+    let seen = Seen::open_above(dev, inode, size, mnt_ns);
     if !seen.is_known() {
         opened(under_overlay(file)?, mnt_ns, level::TRACEPOINT);
         seen.remember();

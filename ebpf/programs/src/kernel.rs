@@ -1,10 +1,12 @@
 //! Reading the kernel's structures, by offsets that the agent found in its type information.
 
+use core::hint::black_box;
+
 use aya_ebpf::helpers::{bpf_get_current_task, bpf_get_current_task_btf, bpf_probe_read_kernel};
 use sluice_events::{ABSENT, EROFS_MAGIC, OverlayFile};
 
 use crate::maps::offset;
-use crate::seen::{super_block, typed_super_block};
+use crate::seen::{Super, super_block, typed_super_block};
 
 /// Some structure of the kernel. It may be null or garbage: every read is checked by the kernel.
 pub type Pointer = *const u8;
@@ -85,12 +87,31 @@ pub fn open_file(descriptor: u32) -> Option<Pointer> {
     file_in(array, descriptor)
 }
 
-/// The same by [`typed`] reads.
+/// An open file that [`typed`] found, and whether it is itself to be read so.
+pub enum TypedFile {
+    Typed(Pointer),
+    Plain(Pointer),
+}
+
+/// The same by [`typed`] reads. Those of an array's elements need constant places: so a file is typed where the process has its first
+/// array of descriptors still, and this is one of the lowest, as that of a file which is opened, read and closed.
 #[inline(always)]
-pub fn typed_open_file(descriptor: u32) -> Option<Pointer> {
+pub fn typed_open_file(descriptor: u32) -> Option<TypedFile> {
     let files: Pointer = typed(typed_current(), offset!(task_files));
     let table: Pointer = typed(files, offset!(files_fdt));
-    file_in(typed(table, offset!(fdtable_fd)), descriptor)
+    let (own, array) = (offset!(files_fdtab), offset!(files_fd_array));
+    if own != ABSENT && array != ABSENT && table == files.wrapping_add(own as usize) {
+        macro_rules! one_of {
+            ($($number:literal)*) => {
+                $(if descriptor == $number {
+                    let place = black_box(array + $number * size_of::<Pointer>() as u32);
+                    return Some(TypedFile::Typed(typed(files, place)));
+                })*
+            };
+        }
+        one_of!(3 4 5 6 7 8);
+    }
+    file_in(typed(table, offset!(fdtable_fd)), descriptor).map(TypedFile::Plain)
 }
 
 #[inline(always)]
@@ -127,10 +148,9 @@ pub fn typed_mount_namespace() -> u32 {
 /// An inode.
 #[derive(Clone, Copy)]
 pub struct Inode {
-    pub at: Pointer,
     pub number: u64,
     /// Bytes.
-    size: u64,
+    pub size: u64,
     pub sb: Pointer,
     mapping: u64,
 }
@@ -141,7 +161,6 @@ impl Inode {
         // From `i_sb` to `i_size` since 3.2.
         let words = Words::<6>::read(at, offset!(inode_sb))?;
         Some(Self {
-            at,
             number: words.get(offset!(inode_ino))?,
             size: words.get(offset!(inode_size))?,
             sb: words.get(offset!(inode_sb))? as Pointer,
@@ -180,7 +199,12 @@ impl Inode {
 /// An inode's numbers, if its file system is watched, by [`typed`] reads.
 #[inline(always)]
 pub fn typed_watched(inode: Pointer) -> Option<Watched> {
-    let found = typed_super_block(typed(inode, offset!(inode_sb)))?;
+    typed_watched_in(typed_super_block(typed(inode, offset!(inode_sb)))?, inode)
+}
+
+/// The same where its super block is known.
+#[inline(always)]
+pub fn typed_watched_in(found: Super, inode: Pointer) -> Option<Watched> {
     if found.watch == 0 {
         return None;
     }

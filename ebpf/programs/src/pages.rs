@@ -156,12 +156,13 @@ fn touched(watched: Watched, first: u64, last: u64, kind: Kind, level: u8, mnt_n
     if last < first {
         return;
     }
+    // Pages that are known and have left the memory are waited for too: their coming back says so.
+    let Some((first, last)) = first_touch(watched, first, last, mnt_ns) else { return };
     let fault = kind as u16 == Kind::Fault as u16;
     // The tracepoint of reads comes after the waiting, and what is mapped around a fault is not waited for.
     if fault || level > level::TRACEPOINT {
         asked(watched, first, 0, u32::from(fault), mnt_ns);
     }
-    let Some((first, last)) = first_touch(watched, first, last, mnt_ns) else { return };
     let Some(mut entry) = reserve::<AccessEvent>() else { return };
     entry.write(AccessEvent {
         head: head_in(kind, level, mnt_ns),

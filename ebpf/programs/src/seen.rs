@@ -3,7 +3,7 @@
 
 use sluice_events::OVERLAY_MAGIC;
 
-use crate::kernel::{Inode, Pointer, Watched, read, typed};
+use crate::kernel::{Pointer, Watched, read, typed};
 use crate::maps::{ROUND, SEEN, SUPERS, WATCHED, offset};
 
 pub const SUPER_SLOTS: u32 = 64;
@@ -127,10 +127,11 @@ impl Seen {
         Self::new(slot(watched.inode, 0, mnt_ns), [watched.inode, OPEN, who(watched.watch, mnt_ns)], 1)
     }
 
-    /// The same of an overlay's file, by where its inode is.
+    /// The same of an overlay's file. Only those of watched files are remembered: another one with the number and the size of one of them is
+    /// not watched, or of another layer that is mounted by itself.
     #[inline(always)]
-    pub fn open_above(inode: &Inode, mnt_ns: u32) -> Self {
-        Self::new(slot(inode.number, 0, mnt_ns), [inode.number, inode.at as u64, who(round(), mnt_ns)], 1)
+    pub fn open_above(dev: u32, inode: u64, size: u64, mnt_ns: u32) -> Self {
+        Self::new(slot(inode, 0, mnt_ns), [inode, size ^ u64::from(dev) << 32, who(round(), mnt_ns)], 1)
     }
 
     #[inline(always)]

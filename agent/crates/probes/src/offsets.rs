@@ -50,6 +50,7 @@ pub(crate) fn resolve(btf: &Btf) -> Offsets {
         task_iowait_mask: iowait_mask,
         files_fdt: at("files_struct", "fdt"),
         files_fdtab: at("files_struct", "fdtab"),
+        files_fd_array: at("files_struct", "fd_array"),
         fdtable_fd: at("fdtable", "fd"),
         bprm_file: at("linux_binprm", "file"),
         bprm_filename: at("linux_binprm", "filename"),
