@@ -72,7 +72,7 @@ fn typed_opened_anywhere(file: Pointer) -> Option<()> {
 fn opened_above(file: Pointer, dev: u32, inode: u64, size: u64, mnt_ns: u32) -> Option<()> {
     let seen = Seen::open_above(dev, inode, size, mnt_ns);
     if !seen.is_known() {
-        opened(under_overlay(file)?, mnt_ns, level::TRACEPOINT);
+        record_open(under_overlay(file)?, mnt_ns, level::TRACEPOINT);
         seen.remember();
     }
     Some(())
@@ -97,9 +97,13 @@ pub fn kprobe_open(ctx: ProbeContext) -> u32 {
 
 #[inline(always)]
 fn opened(watched: Watched, mnt_ns: u32, level: u8) {
-    if !Seen::open(watched, mnt_ns).remember() {
-        return;
+    if Seen::open(watched, mnt_ns).remember() {
+        record_open(watched, mnt_ns, level);
     }
+}
+
+#[inline(always)]
+fn record_open(watched: Watched, mnt_ns: u32, level: u8) {
     let Some(mut entry) = reserve::<OpenEvent>() else { return };
     entry.write(OpenEvent {
         head: head_in(Kind::Open, level, mnt_ns),

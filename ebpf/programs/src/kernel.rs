@@ -230,17 +230,18 @@ pub fn watched_file(file: Pointer) -> Option<Watched> {
 pub fn under_overlay(file: Pointer) -> Option<Watched> {
     let private: Pointer = read(file, offset!(file_private))?;
     let known = offset!(overlay_file);
-    if known != OverlayFile::Structure as u32 {
-        let found = real_file(private);
-        if found.is_some() || known == OverlayFile::Real as u32 {
-            return found;
-        }
+    if known == OverlayFile::Real as u32 {
+        return Inode::of_file(private)?.watched();
     }
-    real_file(read(private, 0)?)
+    let first: Pointer = read(private, 0)?;
+    if known == OverlayFile::Structure as u32 {
+        return Inode::of_file(first)?.watched();
+    }
+    of_erofs(private).or_else(|| of_erofs(first))
 }
 
 #[inline(always)]
-fn real_file(file: Pointer) -> Option<Watched> {
+fn of_erofs(file: Pointer) -> Option<Watched> {
     let inode = Inode::of_file(file)?;
     let magic: u64 = read(inode.sb, offset!(sb_magic))?;
     if magic != EROFS_MAGIC {
