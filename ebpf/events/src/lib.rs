@@ -11,7 +11,10 @@ mod offsets;
 mod records;
 
 pub use call::Call;
-pub use maps::{CHUNK_PAGES, CHUNK_SHIFT, DROP_COUNTERS, Drop, FillKey, FillValue, Waiting};
+pub use maps::{
+    CHUNK_PAGES, CHUNK_SHIFT, DROP_COUNTERS, Drop, FillKey, FillValue, WATCH_BUCKETS, WATCH_WAYS, Waiting,
+    WatchBucket, watch_bucket,
+};
 pub use offsets::{ABSENT, Offsets, OverlayFile, SwitchState};
 pub use records::{
     AccessEvent, BASE_DEPTH, BlockedEvent, COMM_LEN, ExecEvent, FailedEvent, Head, Kind, NAME_LEN, OpenEvent,

@@ -9,6 +9,19 @@ pub const CHUNK_SHIFT: u32 = 5;
 /// Pages that one entry of a map stands for.
 pub const CHUNK_PAGES: usize = 1 << CHUNK_SHIFT;
 
+/// Places of watched file systems: the map has so many buckets of [`WATCH_WAYS`].
+pub const WATCH_BUCKETS: u32 = 512;
+/// Watched file systems that fit in one bucket.
+pub const WATCH_WAYS: usize = 2;
+/// A watched file system: its device number in the upper half, the number of the watch in the lower; 0: none.
+pub type WatchBucket = [u64; WATCH_WAYS];
+
+/// The bucket of a device number. Minor numbers follow one another.
+#[must_use]
+pub const fn watch_bucket(dev: u32) -> u32 {
+    (dev ^ dev >> 20) % WATCH_BUCKETS
+}
+
 /// A stretch of [`CHUNK_PAGES`] pages of a file, as seen from one mount namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

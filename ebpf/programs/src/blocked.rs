@@ -8,7 +8,7 @@ use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
 use sluice_events::{BlockedEvent, Head, Kind, SwitchState, VERSION, Waiting, level};
 
 use crate::kernel::{Pointer, read, typed};
-use crate::maps::{WAITING, WATCHED, offset};
+use crate::maps::{WAITING, offset, watch_of};
 use crate::record::{now_ns, pid, reserve, submit};
 
 const TASK_UNINTERRUPTIBLE: u64 = 2;
@@ -64,8 +64,7 @@ fn goes_to_sleep() {
     // SAFETY: the pointer is to an entry of the map, which stays writable while the program runs.
     let waiting = unsafe { &mut *waiting };
     // Once the watch is over, it sleeps for something else: for the file system's end, for example.
-    // SAFETY: a number that is replaced meanwhile belongs to another watch.
-    if unsafe { WATCHED.get(&waiting.dev) } == Some(&waiting.watch) {
+    if watch_of(waiting.dev) == Some(waiting.watch) {
         waiting.since_ns = now_ns();
     }
 }

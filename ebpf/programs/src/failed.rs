@@ -15,7 +15,7 @@ use sluice_events::{
 };
 
 use crate::kernel::{Pointer, current, open_file, read};
-use crate::maps::{BUDGET, PENDING, WATCHED, lost, offset};
+use crate::maps::{BUDGET, PENDING, lost, offset, watch_of};
 use crate::record::{head, now_ns, reserve, submit_now};
 
 /// Failures recorded per second and processor.
@@ -210,8 +210,7 @@ fn base(pending: &Pending) -> Option<Pointer> {
 fn ours(sb: Pointer) -> Option<(u64, u32)> {
     let magic: u64 = read(sb, offset!(sb_magic))?;
     let dev: u32 = read(sb, offset!(sb_dev))?;
-    // SAFETY: the value is not looked at.
-    if magic != OVERLAY_MAGIC && unsafe { WATCHED.get(&dev) }.is_none() {
+    if magic != OVERLAY_MAGIC && watch_of(dev).is_none() {
         return None;
     }
     Some((magic, dev))

@@ -4,15 +4,15 @@ use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel_str;
 use aya_ebpf::macros::{fentry, kprobe, raw_tracepoint, tracepoint};
 use aya_ebpf::programs::{FEntryContext, ProbeContext, RawTracePointContext, TracePointContext};
-use sluice_events::{ExecEvent, Kind, OpenEvent, PATH_LEN, level};
+use sluice_events::{ExecEvent, Kind, OVERLAY_MAGIC, OpenEvent, PATH_LEN, level};
 
 use crate::kernel::{
     Inode, Pointer, TypedFile, Watched, mount_namespace, open_file, read, typed, typed_mount_namespace,
-    typed_open_file, typed_watched, typed_watched_in, under_overlay, watched_file,
+    typed_open_file, typed_watched, under_overlay, watched_file,
 };
 use crate::maps::offset;
 use crate::record::{head, head_in, reserve, submit};
-use crate::seen::{Seen, super_block, typed_super_block};
+use crate::seen::Seen;
 
 /// Offset of the result in the record of `syscalls:sys_exit_*`, the same in all kernels since 2.6.
 const EXIT_RESULT: usize = 16;
@@ -46,9 +46,9 @@ fn descriptor(ctx: &TracePointContext) -> Option<u32> {
 #[inline(always)]
 fn opened_anywhere(file: Pointer, mount_namespace: impl Fn() -> u32) -> Option<()> {
     let inode = Inode::of_file(file)?;
-    let found = super_block(inode.sb)?;
-    if found.overlay {
-        return opened_above(file, found.dev, inode.number, inode.size, mount_namespace());
+    if inode.is_overlay()? {
+        let dev = read(inode.sb, offset!(sb_dev))?;
+        return opened_above(file, dev, inode.number, inode.size, mount_namespace());
     }
     opened(inode.watched()?, mount_namespace(), level::TRACEPOINT);
     Some(())
@@ -58,21 +58,23 @@ fn opened_anywhere(file: Pointer, mount_namespace: impl Fn() -> u32) -> Option<(
 #[inline(always)]
 fn typed_opened_anywhere(file: Pointer) -> Option<()> {
     let inode: Pointer = typed(file, offset!(file_inode));
-    let found = typed_super_block(typed(inode, offset!(inode_sb)))?;
-    if found.overlay {
+    let sb: Pointer = typed(inode, offset!(inode_sb));
+    if typed::<u64>(sb, offset!(sb_magic)) == OVERLAY_MAGIC {
         let (number, size) = (typed(inode, offset!(inode_ino)), typed(inode, offset!(inode_size)));
-        return opened_above(file, found.dev, number, size, typed_mount_namespace());
+        return opened_above(file, typed(sb, offset!(sb_dev)), number, size, typed_mount_namespace());
     }
-    opened(typed_watched_in(found, inode)?, typed_mount_namespace(), level::TRACEPOINT);
+    opened(typed_watched(inode)?, typed_mount_namespace(), level::TRACEPOINT);
     Some(())
 }
 
-/// An overlay's file was opened.
+/// An overlay's file was opened. That it is none of a watched file is remembered as well: containers that nobody records open files, too.
 #[inline(always)]
 fn opened_above(file: Pointer, dev: u32, inode: u64, size: u64, mnt_ns: u32) -> Option<()> {
     let seen = Seen::open_above(dev, inode, size, mnt_ns);
     if !seen.is_known() {
-        record_open(under_overlay(file)?, mnt_ns, level::TRACEPOINT);
+        if let Some(watched) = under_overlay(file) {
+            record_open(watched, mnt_ns, level::TRACEPOINT);
+        }
         seen.remember();
     }
     Some(())

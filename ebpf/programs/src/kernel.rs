@@ -3,10 +3,9 @@
 use core::hint::black_box;
 
 use aya_ebpf::helpers::{bpf_get_current_task, bpf_get_current_task_btf, bpf_probe_read_kernel};
-use sluice_events::{ABSENT, EROFS_MAGIC, OverlayFile};
+use sluice_events::{ABSENT, EROFS_MAGIC, OVERLAY_MAGIC, OverlayFile};
 
-use crate::maps::offset;
-use crate::seen::{Super, super_block, typed_super_block};
+use crate::maps::{offset, watch_of};
 
 /// Some structure of the kernel. It may be null or garbage: every read is checked by the kernel.
 pub type Pointer = *const u8;
@@ -185,38 +184,35 @@ impl Inode {
         Self::read(read(file, offset!(file_inode))?)
     }
 
+    /// Whether its file system is an overlay.
+    #[inline(always)]
+    pub fn is_overlay(&self) -> Option<bool> {
+        Some(read::<u64>(self.sb, offset!(sb_magic))? == OVERLAY_MAGIC)
+    }
+
     /// Its numbers, if its file system is watched.
     #[inline(always)]
     pub fn watched(&self) -> Option<Watched> {
-        let found = super_block(self.sb)?;
-        if found.watch == 0 {
-            return None;
-        }
-        Some(Watched { dev: found.dev, watch: found.watch, inode: self.number, size: self.size })
+        let dev = read(self.sb, offset!(sb_dev))?;
+        Some(Watched { dev, watch: watch_of(dev)?, inode: self.number, size: self.size })
     }
 }
 
 /// An inode's numbers, if its file system is watched, by [`typed`] reads.
 #[inline(always)]
 pub fn typed_watched(inode: Pointer) -> Option<Watched> {
-    typed_watched_in(typed_super_block(typed(inode, offset!(inode_sb)))?, inode)
-}
-
-/// The same where its super block is known.
-#[inline(always)]
-pub fn typed_watched_in(found: Super, inode: Pointer) -> Option<Watched> {
-    if found.watch == 0 {
-        return None;
-    }
+    let sb: Pointer = typed(inode, offset!(inode_sb));
+    let dev = typed(sb, offset!(sb_dev));
+    let watch = watch_of(dev)?;
     let (inode, size) = (typed(inode, offset!(inode_ino)), typed(inode, offset!(inode_size)));
-    Some(Watched { dev: found.dev, watch: found.watch, inode, size })
+    Some(Watched { dev, watch, inode, size })
 }
 
 /// The watched file that an open file stands for, also through an overlay.
 #[inline(always)]
 pub fn watched_file(file: Pointer) -> Option<Watched> {
     let inode = Inode::of_file(file)?;
-    if super_block(inode.sb)?.overlay {
+    if inode.is_overlay()? {
         return under_overlay(file);
     }
     inode.watched()

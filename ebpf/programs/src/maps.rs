@@ -2,26 +2,22 @@
 
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
-use sluice_events::{DROP_COUNTERS, Drop, FillKey, FillValue, Offsets, Waiting};
+use sluice_events::{DROP_COUNTERS, Drop, FillKey, FillValue, Offsets, WATCH_BUCKETS, WATCH_WAYS, Waiting, WatchBucket, watch_bucket};
 
 use crate::failed::{Budget, Pending};
-use crate::seen::{Place, SEEN_SLOTS, SUPER_SLOTS, Super};
+use crate::seen::{Place, SEEN_SLOTS};
 
 /// Where the running kernel keeps things. Written over before loading.
 #[unsafe(no_mangle)]
 static OFFSETS: Offsets = Offsets::UNKNOWN;
 
-/// Device numbers of the watched file systems, and numbers of the watches.
+/// The watched file systems. An array, whose look-up is no call: every access to a file of the machine asks here.
 #[map]
-pub static WATCHED: HashMap<u32, u32> = HashMap::with_max_entries(4096, 0);
+static WATCHED: Array<WatchBucket> = Array::with_max_entries(WATCH_BUCKETS, 0);
 
 /// A number that changes, afterwards, whenever [`WATCHED`] does.
 #[map]
 pub static ROUND: Array<u32> = Array::with_max_entries(1, 0);
-
-/// What super blocks were found to be, for each processor.
-#[map]
-pub static SUPERS: PerCpuArray<Super> = PerCpuArray::with_max_entries(SUPER_SLOTS, 0);
 
 /// What is recorded already. An entry that is pushed out costs a second record, nothing else.
 #[map]
@@ -64,6 +60,20 @@ pub(crate) use offset;
 #[inline(always)]
 pub fn offsets() -> *const Offsets {
     &raw const OFFSETS
+}
+
+/// Number of the watch of a device; `None`: nobody watches it.
+#[inline(always)]
+pub fn watch_of(dev: u32) -> Option<u32> {
+    let bucket = WATCHED.get_ptr(watch_bucket(dev))?;
+    for way in 0..WATCH_WAYS {
+        // SAFETY: the pointer is to a bucket of the map. A number that is exchanged meanwhile is one of two right ones.
+        let entry = unsafe { (&raw const (*bucket)[way]).read_volatile() };
+        if entry as u32 != 0 && (entry >> 32) as u32 == dev {
+            return Some(entry as u32);
+        }
+    }
+    None
 }
 
 /// Counts a loss.

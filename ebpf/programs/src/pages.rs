@@ -190,19 +190,24 @@ fn first_touch(watched: Watched, first: u64, last: u64, mnt_ns: u32) -> Option<(
     if last_chunk - first_chunk > 1 {
         return Seen::run(watched, first, last, mnt_ns).remember_run().then_some((first, last));
     }
-    // What is mapped around a fault is often in two chunks: it is aligned in memory, not in the file.
-    let is_new = |chunk| Seen::pages(watched, chunk, part_in(chunk, first, last), mnt_ns).remember();
-    let in_first = is_new(first_chunk);
     if first_chunk == last_chunk {
-        return in_first.then_some((first, last));
+        return is_new(watched, first_chunk, first, last, mnt_ns).then_some((first, last));
     }
+    // What is mapped around a fault is often in two chunks: it is aligned in memory, not in the file.
     let border = last_chunk << CHUNK_SHIFT;
-    match (in_first, is_new(last_chunk)) {
+    let in_first = is_new(watched, first_chunk, first, border - 1, mnt_ns);
+    match (in_first, is_new(watched, last_chunk, border, last, mnt_ns)) {
         (true, true) => Some((first, last)),
         (true, false) => Some((first, border - 1)),
         (false, true) => Some((border, last)),
         (false, false) => None,
     }
+}
+
+/// Remembers the part in one chunk. Says whether that was new.
+#[inline(always)]
+fn is_new(watched: Watched, chunk: u64, first: u64, last: u64, mnt_ns: u32) -> bool {
+    Seen::pages(watched, chunk, part_in(chunk, first, last), mnt_ns).remember()
 }
 
 /// Notes what the running thread asks for, in case it has to sleep for it: `pages` of them are being brought into memory.

@@ -9,8 +9,11 @@ use sluice_events::{Drop, Head, Kind, VERSION};
 use crate::kernel::mount_namespace;
 use crate::maps::{EVENTS, lost};
 
-/// The agent is woken when this much waits; before, it looks by itself now and then.
-const WAKE_BYTES: u64 = 64 << 10;
+/// The agent is woken each time that so much more waits; before, it looks by itself now and then. A power of two.
+const WAKE_BYTES: u64 = 256 << 10;
+/// So near behind such a border, at least one record more: several processors hand over what lies there, and each of them might take
+/// another one for the one that crosses it.
+const WAKE_WINDOW: u64 = 1 << 10;
 const QUERY_AVAILABLE: u64 = 0;
 const NO_WAKEUP: u64 = 1;
 const FORCE_WAKEUP: u64 = 2;
@@ -71,7 +74,9 @@ pub fn reserve<T: 'static>() -> Option<RingBufEntry<T>> {
 /// Hands a record over.
 #[inline(always)]
 pub fn submit<T: 'static>(entry: RingBufEntry<T>) {
-    let wake = EVENTS.query(QUERY_AVAILABLE) > WAKE_BYTES;
+    // Each time costs an interrupt, and the other processor's rest.
+    let available = EVENTS.query(QUERY_AVAILABLE);
+    let wake = available >= WAKE_BYTES && available % WAKE_BYTES < WAKE_WINDOW;
     entry.submit(if wake { FORCE_WAKEUP } else { NO_WAKEUP });
 }
 

@@ -1,12 +1,9 @@
 //! What is remembered so that what is recorded already, or concerns nobody, costs little: most of what programs do. These maps are arrays
 //! with one place for each thing, whose look-up is no call, and what they hold may be overwritten at any time.
 
-use sluice_events::OVERLAY_MAGIC;
+use crate::kernel::Watched;
+use crate::maps::{ROUND, SEEN};
 
-use crate::kernel::{Pointer, Watched, read, typed};
-use crate::maps::{ROUND, SEEN, SUPERS, WATCHED, offset};
-
-pub const SUPER_SLOTS: u32 = 64;
 /// Of 32 bytes: files and chunks of a large start, and of some beside it.
 pub const SEEN_SLOTS: u32 = 65_536;
 /// Odd, and without a pattern: 2^64 by the golden ratio.
@@ -14,53 +11,6 @@ const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
 const CHECK: u64 = 0xffff_ffff_0000_0000;
 /// A chunk that no file has.
 const OPEN: u64 = u64::MAX;
-
-/// What a super block is.
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub struct Super {
-    /// By what it is known: see [`super_block`] and [`typed_super_block`].
-    by: u64,
-    /// When that was found out: what is given out again is that of a file system which nobody watches, or the round is another.
-    round: u32,
-    pub dev: u32,
-    /// Number of the watch; 0: none.
-    pub watch: u32,
-    pub overlay: bool,
-}
-
-/// What the super block at a place is.
-#[inline(always)]
-pub fn super_block(at: Pointer) -> Option<Super> {
-    known_super(at as u64, || Some((read(at, offset!(sb_dev))?, read(at, offset!(sb_magic))?)))
-}
-
-/// The same by [`typed`] reads, which make no number of a place: it is known by its device.
-#[inline(always)]
-pub fn typed_super_block(at: Pointer) -> Option<Super> {
-    let dev: u32 = typed(at, offset!(sb_dev));
-    known_super(u64::from(dev), || Some((dev, typed(at, offset!(sb_magic)))))
-}
-
-/// What is known `by` a number, else what `find` gives: device number and magic.
-#[inline(always)]
-fn known_super(by: u64, find: impl FnOnce() -> Option<(u32, u64)>) -> Option<Super> {
-    // Before what it stands for.
-    let round = round();
-    let slot = SUPERS.get_ptr_mut((by.wrapping_mul(MIX) >> 40) as u32 & (SUPER_SLOTS - 1))?;
-    // SAFETY: the pointer is to this processor's entry, and programs are not preempted by others of their kind there.
-    let known = unsafe { *slot };
-    if known.by == by && known.round == round {
-        return Some(known);
-    }
-    let (dev, magic) = find()?;
-    // SAFETY: a number that is exchanged meanwhile is one of two right ones.
-    let watch = unsafe { WATCHED.get(&dev) }.copied().unwrap_or(0);
-    let found = Super { by, round, dev, watch, overlay: magic == OVERLAY_MAGIC };
-    // SAFETY: as above.
-    unsafe { *slot = found }
-    Some(found)
-}
 
 /// The number of the latest change of what is watched.
 #[inline(always)]
@@ -127,8 +77,8 @@ impl Seen {
         Self::new(slot(watched.inode, 0, mnt_ns), [watched.inode, OPEN, who(watched.watch, mnt_ns)], 1)
     }
 
-    /// The same of an overlay's file. Only those of watched files are remembered: another one with the number and the size of one of them is
-    /// not watched, or of another layer that is mounted by itself.
+    /// The same of an overlay's file. Should one of another layer that is mounted by itself have the same number and size, the second is
+    /// not seen.
     #[inline(always)]
     pub fn open_above(dev: u32, inode: u64, size: u64, mnt_ns: u32) -> Self {
         Self::new(slot(inode, 0, mnt_ns), [inode, size ^ u64::from(dev) << 32, who(round(), mnt_ns)], 1)

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use aya::maps::{Array, HashMap as KernelMap, Map, MapData, MapError, PerCpuArray, RingBuf};
 use aya::{Btf as KernelTypes, Ebpf, EbpfLoader};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use sluice_events::{Drop as Lost, FillKey, FillValue};
+use sluice_events::{Drop as Lost, FillKey, FillValue, WatchBucket, watch_bucket};
 use sluice_trace::{Capability, Level, Levels, What};
 use zerocopy::FromBytes;
 
@@ -57,6 +57,9 @@ pub enum ProbeError {
     /// The object's records are of another version.
     #[error("the kernel's records are not understood")]
     Record(#[from] RecordError),
+    /// There is no place left for the device's number among those that are watched.
+    #[error("too many file systems are watched at once")]
+    TooMany,
     /// Waiting failed.
     #[error("cannot wait for records")]
     Wait(#[source] nix::Error),
@@ -115,7 +118,7 @@ pub struct Probes {
     detaching: Option<JoinHandle<()>>,
     /// Attached all the time.
     _always: Vec<Link>,
-    watched: KernelMap<MapData, u32, u32>,
+    watched: Array<MapData, WatchBucket>,
     /// Tells the programs that what is watched has changed.
     round: Array<MapData, u32>,
     /// Device by the number of the watch, as long as its entries may be in the kernel's maps.
@@ -206,7 +209,7 @@ impl Probes {
         self.idle_since = None;
         self.last_watch = self.last_watch.wrapping_add(1);
         let Device(number) = device;
-        self.watched.insert(number, self.last_watch, 0).map_err(used("WATCHED"))?;
+        self.say_watched(number, self.last_watch)?;
         self.begin_round()?;
         self.active.insert(device, self.last_watch);
         // What an earlier watch of the device left in the maps is stale now.
@@ -219,7 +222,7 @@ impl Probes {
     pub fn unwatch(&mut self, device: Device) -> Result<(), ProbeError> {
         if self.active.remove(&device).is_some() {
             let Device(number) = device;
-            self.watched.remove(&number).map_err(used("WATCHED"))?;
+            self.say_watched(number, 0)?;
             self.last_watch = self.last_watch.wrapping_add(1);
             self.begin_round()?;
         }
@@ -227,6 +230,19 @@ impl Probes {
             self.idle_since = Some(Instant::now());
         }
         Ok(())
+    }
+
+    /// Tells the programs the number of the watch of a device; 0: none.
+    fn say_watched(&mut self, device: u32, watch: u32) -> Result<(), ProbeError> {
+        let place = watch_bucket(device);
+        let mut bucket = self.watched.get(&place, 0).map_err(used("WATCHED"))?;
+        let is_its = |entry: &&mut u64| **entry >> 32 == u64::from(device);
+        let entry = match bucket.iter_mut().find(is_its) {
+            Some(entry) => entry,
+            None => bucket.iter_mut().find(|entry| **entry == 0).ok_or(ProbeError::TooMany)?,
+        };
+        *entry = if watch == 0 { 0 } else { u64::from(device) << 32 | u64::from(watch) };
+        self.watched.set(place, bucket, 0).map_err(used("WATCHED"))
     }
 
     /// What programs remember of what is watched does not hold any more.
@@ -261,7 +277,7 @@ impl Probes {
         }
     }
 
-    /// Waits until 64 KiB of records are there, or so long. Fewer do not wake anybody: drain now and then.
+    /// Waits until 256 KiB of records are there, or so long. Fewer do not wake anybody: drain now and then.
     pub fn wait(&self, at_most: Duration) -> Result<(), ProbeError> {
         let timeout = PollTimeout::try_from(at_most).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], timeout) {
@@ -342,7 +358,7 @@ impl Probes {
 }
 
 impl AsFd for Probes {
-    /// Readable when 64 KiB of records are there.
+    /// Wakes when 256 KiB of records are there.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.events.map.fd().as_fd()
     }
