@@ -1,8 +1,9 @@
 //! Agents are killed at random times, one after the other, while an image is read in every way, fills and is handed over. The
 //! server of block files stays. No operation may fail, no byte may be wrong. Needs root.
 //!
-//! This program starts itself again as the server (`server ROOM WAY`) and as agents (`agent ROOM`), therefore it has a `main`
-//! of its own.
+//! This program starts itself again as the server (`server ROOM WAY`), as agents (`agent ROOM`) and as the process that starts and kills those
+//! (`agents ROOM`), therefore it has a `main` of its own. The last cannot be the process that reads: to start another one it maps
+//! memory, for which it would wait until a page fault of its readers has what only that agent brings.
 #![allow(clippy::print_stdout, reason = "it speaks to cargo, and as an agent to its parent")]
 
 mod rig;
@@ -39,6 +40,7 @@ fn main() {
     match arguments.get(1).map(String::as_str) {
         Some("server") => server(Path::new(&arguments[2]), &arguments[3]),
         Some("agent") => agent(Path::new(&arguments[2])),
+        Some("agents") => agents(&arguments[2]),
         // `cargo test -- --list` and filters of other tests' names come here as well.
         Some("--list") => {
             println!("killed_agents_are_not_noticed: test\nreads_fail_when_no_agent_comes: test")
@@ -159,7 +161,6 @@ fn agent(room: &Path) {
     });
     unmount(&image, UnmountOptions::default()).expect("nobody uses it");
     blockfs.unmount().expect("unmounts");
-    println!("unmounted");
 }
 
 fn fill(room: &Path, blockfs: &BlockFs, sources: &[Arc<FillingSource>], paths: &[PathBuf]) {
@@ -178,7 +179,28 @@ fn fill(room: &Path, blockfs: &BlockFs, sources: &[Arc<FillingSource>], paths: &
     }
 }
 
-/// A server or an agent; a test that fails leaves none behind.
+/// Starts an agent; kills it, or starts the next one, as it is told, and says so. At the end of its input the agent unmounts all.
+fn agents(room: &str) {
+    let start = || {
+        let mut agent = Process::start(&["agent", room]);
+        assert_eq!(agent.line(), "serving");
+        println!("serving");
+        agent
+    };
+    let mut agent = start();
+    for line in std::io::stdin().lines() {
+        match line.expect("reads").as_str() {
+            "kill" => {
+                agent.kill();
+                println!("killed");
+            }
+            _ => agent = start(),
+        }
+    }
+    agent.end();
+}
+
+/// A server, an agent, or what starts those; a test that fails leaves none behind: an agent ends with what started it.
 struct Process(Child);
 
 impl Process {
@@ -199,10 +221,19 @@ impl Process {
         self.0.wait().expect("waited");
     }
 
+    fn kill_agent(&mut self) {
+        writeln!(self.0.stdin.as_mut().expect("is piped"), "kill").expect("written");
+        assert_eq!(self.line(), "killed");
+    }
+
+    fn next_agent(&mut self) {
+        writeln!(self.0.stdin.as_mut().expect("is piped"), "start").expect("written");
+        assert_eq!(self.line(), "serving");
+    }
+
     /// Has the agent unmount all.
     fn end(&mut self) {
-        writeln!(self.0.stdin.as_mut().expect("is piped"), "end").expect("written");
-        assert_eq!(self.line(), "unmounted");
+        drop(self.0.stdin.take());
         assert!(self.0.wait().expect("waited").success());
     }
 }
@@ -222,16 +253,16 @@ fn start_server(room: &Room, way: Way) -> Process {
     server
 }
 
-fn start_agent(room: &Room) -> Process {
-    let mut agent = Process::start(&["agent", room.dir.path().to_str().expect("text")]);
-    assert_eq!(agent.line(), "serving");
-    agent
+fn start_agents(room: &Room) -> Process {
+    let mut agents = Process::start(&["agents", room.dir.path().to_str().expect("text")]);
+    assert_eq!(agents.line(), "serving");
+    agents
 }
 
 fn killed_agents_are_not_noticed(way: Way) {
     let room = Room::with_program(&[vec![6 * MIB, 700, 5000], vec![8 * MIB], vec![3, 4096, 4 * MIB]]);
     let mut server = start_server(&room, way);
-    let mut agent = start_agent(&room);
+    let mut agents = start_agents(&room);
     let (root, done, seen) = (room.path("image"), AtomicBool::new(false), Seen::default());
     let mut restarts = Vec::new();
     std::thread::scope(|scope| {
@@ -243,8 +274,8 @@ fn killed_agents_are_not_noticed(way: Way) {
             let lived = u64::from_le_bytes(word(9, number * 8)) % 300;
             std::thread::sleep(Duration::from_millis(20 + lived));
             let start = Instant::now();
-            agent.kill();
-            agent = start_agent(&room);
+            agents.kill_agent();
+            agents.next_agent();
             restarts.push(start.elapsed());
             assert!(!readers.iter().any(|reader| reader.is_finished()), "a reader failed");
         }
@@ -261,7 +292,7 @@ fn killed_agents_are_not_noticed(way: Way) {
     );
     room.forget(&root);
     room.check(&root);
-    agent.end();
+    agents.end();
     assert!(server.0.wait().expect("waited").success());
     room.assert_released();
 }
@@ -272,8 +303,8 @@ fn reads_fail_when_no_agent_comes(way: Way) {
     let mut server = start_server(&room, way);
     let source = FillingSource::open(room.dir.path(), 0);
     (0..4).for_each(|_| source.fill_one());
-    let mut agent = start_agent(&room);
-    agent.kill();
+    let mut agents = start_agents(&room);
+    agents.kill_agent();
     let root = room.path("image");
     rig::check(&root, &room.samples[0]);
     let waiting = File::open(root.join(&room.samples[2].path)).expect("opens");
@@ -283,11 +314,11 @@ fn reads_fail_when_no_agent_comes(way: Way) {
     println!("{way}: without an agent a read failed after {:?}", start.elapsed());
     rig::check(&root, &room.samples[0]);
     // The next agent brings them all the same.
-    let mut agent = start_agent(&room);
+    agents.next_agent();
     room.forget(&root);
     room.check(&root);
     drop(waiting);
-    agent.end();
+    agents.end();
     assert!(server.0.wait().expect("waited").success());
     room.assert_released();
 }
