@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use super::RunArgs;
 
 #[derive(Debug, Subcommand)]
+#[allow(clippy::large_enum_variant, reason = "there is one, for a moment")]
 pub(crate) enum TraceAction {
     /// Run a container, as `sluice run` does, and say what was recorded of its start
     Record(RunArgs),

@@ -6,6 +6,7 @@ pub(crate) mod links;
 use std::path::Path;
 
 use serde::Serialize;
+use sluice_blockfs::Way;
 use sluice_kernel::abilities::{Abilities, Ability, CgroupLayout};
 use sluice_probes::{Options, Probes};
 use sluice_trace::{Capability, Levels};
@@ -50,7 +51,8 @@ impl Diagnosis {
     pub(crate) fn make(config: &Config) -> Self {
         let abilities = Abilities::probe();
         let links = Links::probe(&rooms(config));
-        let checks = checks(&abilities);
+        let mut checks = checks(&abilities);
+        checks.push(way(config, &abilities));
         let links = links_checks(&abilities.release, &links);
         let streaming = checks.iter().chain(&links).all(|check| check.ok || !check.needed);
         Self { kernel: abilities.release.clone(), streaming, checks, probes: seen(config), links }
@@ -72,6 +74,7 @@ fn checks(abilities: &Abilities) -> Vec<Check> {
     let mut all = vec![
         check("FUSE", true, &abilities.fuse),
         check("FUSE over io_uring", false, &abilities.fuse_uring),
+        check("FUSE over io_uring, zero copy", false, &abilities.fuse_zero_copy),
         check("loop devices", true, &abilities.loop_control),
         check("EROFS", true, &abilities.erofs),
         check("EROFS with several devices", false, &abilities.erofs_devices),
@@ -93,6 +96,19 @@ fn checks(abilities: &Abilities) -> Vec<Check> {
         reason: runtime.map_or_else(|error| error.to_string(), |path| path.display().to_string()),
     });
     all
+}
+
+/// The way that a daemon with this configuration serves block files in; `status` tells that of the one that runs.
+fn way(config: &Config, abilities: &Abilities) -> Check {
+    let (io_uring, zero_copy) = (abilities.fuse_uring.available, abilities.fuse_zero_copy.available);
+    let way = config.blocks.choice.way(io_uring, zero_copy);
+    let ok = match way {
+        Way::Classic => true,
+        Way::IoUring => io_uring,
+        Way::ZeroCopy => zero_copy,
+    };
+    let reason = format!("{way}, by the configuration");
+    Check { name: "way of block files".to_owned(), ok, needed: false, reason }
 }
 
 fn seen(config: &Config) -> Vec<Seen> {

@@ -248,7 +248,8 @@ pub(super) async fn publish(
         let mut blobs: Vec<(HashMap<String, String>, Bytes)> = Vec::new();
         for (blob, reader) in artifacts.find(image, PROFILE_KIND).await?.unwrap_or_default() {
             let own = |name: &str| blob.annotations.get(name) == Some(&profile.key.entry);
-            if !own(ENTRY) && !(own(PACK) && pack.is_some()) {
+            let replaced = own(ENTRY) || own(PACK) && pack.is_some();
+            if !replaced {
                 blobs.push((blob.annotations.clone(), reader.read_all(0..blob.size).await?));
             }
         }

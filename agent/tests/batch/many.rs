@@ -18,7 +18,7 @@ fn a_thousand_tasks_leave_nothing_behind() {
         (descriptors, threads) = (descriptors.max(count("fd")), threads.max(count("task")));
         std::thread::sleep(std::time::Duration::from_millis(50));
     }
-    println!(
+    eprintln!(
         "1000 tasks in {:.1} s, at most {descriptors} descriptors and {threads} threads",
         begun.elapsed().as_secs_f64()
     );

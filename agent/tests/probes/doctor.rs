@@ -25,6 +25,10 @@ fn a_healthy_node_can_stream_and_its_probes_have_levels() {
     for name in ["FUSE", "loop devices", "EROFS", "EROFS with several devices", "overlayfs"] {
         assert_eq!(check(&found, "checks", name)["ok"], true, "{found:#}");
     }
+    // Unless it is configured otherwise; whether the kernel has more is said beside it.
+    assert_eq!(check(&found, "checks", "way of block files")["reason"], "classic, by the configuration");
+    let zero_copy = check(&found, "checks", "FUSE over io_uring, zero copy");
+    assert!(!zero_copy["reason"].as_str().unwrap().contains("cannot be asked"), "{found:#}");
     // Every operation on symbolic links and pipes works, on our mounts and where the fault would show.
     for name in ["symbolic links on streamed images", "kernel's handling of symbolic links"] {
         let check = check(&found, "links", name);

@@ -106,6 +106,13 @@ pub(super) fn uring_off(broken: bool) -> Result<()> {
     umount(parameter)?;
     let on = way(Path::new("/var/tmp/on-node"), config)?;
     ensure!(on == "io_uring", "switched on, and served so: {on}");
+    // What may be had is said without serving anything.
+    let node = Node::new(Path::new("/var/tmp/zero-copy-node"), "[blocks]\nway = \"zero_copy\"\n", &[])?;
+    let said = node.ok(&["doctor", "--json"])?;
+    drop(node);
+    let zero_copy =
+        way(Path::new("/var/tmp/zero-copy-way"), "[stream]\nfill = false\n[blocks]\nway = \"zero_copy\"\n")?;
+    ensure!(said.contains(&format!("{zero_copy}, by the configuration")), "served by {zero_copy}: {said}");
     Ok(())
 }
 

@@ -290,8 +290,7 @@ impl Sockets {
 
     /// Takes both lines and reads them in threads of their own.
     fn listen(&self, child: &mut Child, words: &Sender<Word>) -> Result<()> {
-        let lines: [(&UnixListener, fn(String) -> Word); 2] =
-            [(&self.console, Word::Kernel), (&self.results, Word::Guest)];
+        let lines = [(&self.console, Word::Kernel as fn(String) -> Word), (&self.results, Word::Guest)];
         for (listener, word) in lines {
             listener.set_nonblocking(true)?;
             let begin = Instant::now();

@@ -36,6 +36,18 @@ pub enum Choice {
     Only(Way),
 }
 
+impl Choice {
+    /// The way that comes of it on a node that has io_uring and zero copy, or has not.
+    pub fn way(self, io_uring: bool, zero_copy: bool) -> Way {
+        match self {
+            Self::Only(way) => way,
+            Self::ZeroCopy if zero_copy => Way::ZeroCopy,
+            Self::ZeroCopy | Self::Auto if io_uring => Way::IoUring,
+            Self::ZeroCopy | Self::Auto => Way::Classic,
+        }
+    }
+}
+
 /// How a server of block files works.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {

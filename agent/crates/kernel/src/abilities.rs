@@ -9,7 +9,7 @@ use std::path::Path;
 use nix::errno::Errno;
 
 use crate::fsopen::Context;
-use crate::fuse::URING_PARAMETER;
+use crate::fuse::{self, URING_PARAMETER};
 
 /// One thing the kernel can or cannot do, and how we know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,6 +80,8 @@ pub struct Abilities {
     pub fuse: Ability,
     /// FUSE over io_uring (Linux 6.14; the module's switch is turned on when it is used).
     pub fuse_uring: Ability,
+    /// The same with zero copy (Linux 7.3).
+    pub fuse_zero_copy: Ability,
     /// EROFS can be mounted.
     pub erofs: Ability,
     /// EROFS with extra devices (Linux 5.16).
@@ -104,8 +106,10 @@ impl Abilities {
         let version = KernelVersion::parse(&release);
         let fuse = openable("/dev/fuse", "modprobe fuse");
         let erofs = file_system(c"erofs", "erofs");
+        let fuse_uring = fuse_uring(&fuse);
         Self {
-            fuse_uring: fuse_uring(&fuse),
+            fuse_zero_copy: fuse_zero_copy(&fuse_uring),
+            fuse_uring,
             erofs_devices: erofs_devices(&erofs, version, &release),
             loop_control: openable("/dev/loop-control", "modprobe loop"),
             overlay: file_system(c"overlay", "overlay"),
@@ -141,6 +145,22 @@ fn fuse_uring(fuse: &Ability) -> Ability {
         "Y" | "1" => Ability::yes(format!("{URING_PARAMETER} is Y")),
         // Whoever mounts writes it; that needs root and a sysfs that is not read-only.
         other => Ability::yes(format!("{URING_PARAMETER} is {other}, and is set to Y when it is first used")),
+    }
+}
+
+fn fuse_zero_copy(fuse_uring: &Ability) -> Ability {
+    if !fuse_uring.available {
+        return Ability::no(fuse_uring.reason.clone());
+    }
+    match fuse::offered() {
+        Ok(flags) if flags & fuse::IO_URING_BUFPOOL != 0 => {
+            Ability::yes("the kernel offers FUSE_HAS_IO_URING_BUFPOOL")
+        }
+        Ok(flags) if flags & fuse::OVER_IO_URING == 0 => {
+            Ability::no(format!("not known until {URING_PARAMETER} is Y; Linux 7.3 has it"))
+        }
+        Ok(_) => Ability::no("the kernel does not offer FUSE_HAS_IO_URING_BUFPOOL; Linux 7.3 has it"),
+        Err(error) => Ability::no(format!("the kernel cannot be asked: {error}")),
     }
 }
 
@@ -220,6 +240,7 @@ mod tests {
         for ability in [
             &found.fuse,
             &found.fuse_uring,
+            &found.fuse_zero_copy,
             &found.erofs,
             &found.erofs_devices,
             &found.loop_control,

@@ -1,5 +1,7 @@
 //! What is found, and how seldom nothing is taken for something: over many comparisons of starts with noise.
 
+#![allow(clippy::print_stdout, reason = "how often is worth knowing")]
+
 use std::collections::BTreeSet;
 
 use sluice_regress::{Kind, Limits, Report, Start, compare, junit};

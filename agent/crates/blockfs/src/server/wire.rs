@@ -3,6 +3,7 @@
 //!
 //! Requests come from the kernel, yet nothing here trusts their lengths.
 
+use sluice_kernel::fuse::{IO_URING_BUFPOOL, OVER_IO_URING};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::files::{Files, ROOT, Read, VALID_SECONDS, file_name};
@@ -43,8 +44,6 @@ const ASYNC_DIO: u64 = 1 << 15;
 const PARALLEL_DIROPS: u64 = 1 << 18;
 const MAX_PAGES: u64 = 1 << 22;
 const INIT_EXT: u64 = 1 << 30;
-const OVER_IO_URING: u64 = 1 << 41;
-const IO_URING_BUFPOOL: u64 = 1 << 43;
 
 /// `struct fuse_in_header`.
 #[derive(Debug, Clone, Copy, FromBytes, Immutable, KnownLayout)]
