@@ -22,7 +22,7 @@ pub use records::{
 };
 
 /// Version of everything in this crate. Any change of a layout or of a meaning raises it.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 
 /// `EROFS_SUPER_MAGIC_V1`, `linux/magic.h`.
 pub const EROFS_MAGIC: u64 = 0xE0F5_E1E2;

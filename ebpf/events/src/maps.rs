@@ -115,4 +115,14 @@ mod tests {
         assert_eq!(offset_of!(Waiting, comm), 64);
         assert_eq!(Drop::TooManyFailures as u32 + 1, DROP_COUNTERS);
     }
+
+    #[test]
+    fn devices_that_follow_one_another_share_no_bucket() {
+        // Major numbers 7 (loop) and 0 (anonymous), as `dev_t` has them in the kernel.
+        for major in [0, 7 << 20] {
+            let buckets: [u32; 3] = core::array::from_fn(|minor| watch_bucket(major + minor as u32));
+            assert!(buckets.iter().all(|bucket| *bucket < WATCH_BUCKETS));
+            assert!(buckets[0] != buckets[1] && buckets[1] != buckets[2]);
+        }
+    }
 }

@@ -204,6 +204,6 @@ mod tests {
 
     #[test]
     fn it_is_an_array_of_words() {
-        assert_eq!(size_of::<Offsets>(), 50 * 4);
+        assert_eq!(size_of::<Offsets>(), 51 * 4);
     }
 }
