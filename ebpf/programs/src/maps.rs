@@ -2,7 +2,10 @@
 
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
-use sluice_events::{DROP_COUNTERS, Drop, FillKey, FillValue, Offsets, WATCH_BUCKETS, WATCH_WAYS, Waiting, WatchBucket, watch_bucket};
+use sluice_events::{
+    DROP_COUNTERS, Drop, FillKey, FillValue, Offsets, WATCH_BUCKETS, WATCH_WAYS, Waiting, WatchBucket,
+    watch_bucket,
+};
 
 use crate::failed::{Budget, Pending};
 use crate::seen::{Place, SEEN_SLOTS};

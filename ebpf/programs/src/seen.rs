@@ -59,7 +59,11 @@ impl Seen {
     /// Pages of one chunk.
     #[inline(always)]
     pub fn pages(watched: Watched, chunk: u64, pages: u32, mnt_ns: u32) -> Self {
-        Self::new(slot(watched.inode, chunk, mnt_ns), [watched.inode, chunk, who(watched.watch, mnt_ns)], pages)
+        Self::new(
+            slot(watched.inode, chunk, mnt_ns),
+            [watched.inode, chunk, who(watched.watch, mnt_ns)],
+            pages,
+        )
     }
 
     /// Pages from `first` to `last`, of many chunks: known is from where on, until there. A call that reads them comes by again and again, with
