@@ -6,8 +6,8 @@ pub(crate) mod links;
 use std::path::Path;
 
 use serde::Serialize;
-use sluice_blockfs::Way;
-use sluice_kernel::abilities::{Abilities, Ability, CgroupLayout};
+use sluice_blockfs::{Choice, Way};
+use sluice_kernel::abilities::{Abilities, Ability, CgroupLayout, fuse_zero_copy};
 use sluice_probes::{Options, Probes};
 use sluice_trace::{Capability, Levels};
 
@@ -51,8 +51,9 @@ impl Diagnosis {
     pub(crate) fn make(config: &Config) -> Self {
         let abilities = Abilities::probe();
         let links = Links::probe(&rooms(config));
-        let mut checks = checks(&abilities);
-        checks.push(way(config, &abilities));
+        let zero_copy = fuse_zero_copy(&abilities.fuse_uring);
+        let mut checks = checks(&abilities, &zero_copy);
+        checks.push(way(config.blocks.choice, &abilities.fuse_uring, &zero_copy));
         let links = links_checks(&abilities.release, &links);
         let streaming = checks.iter().chain(&links).all(|check| check.ok || !check.needed);
         Self { kernel: abilities.release.clone(), streaming, checks, probes: seen(config), links }
@@ -64,7 +65,7 @@ pub(crate) fn rooms(config: &Config) -> [&Path; 5] {
     [&config.state, &config.root, Path::new("/var/tmp"), Path::new("/tmp"), Path::new("/dev/shm")]
 }
 
-fn checks(abilities: &Abilities) -> Vec<Check> {
+fn checks(abilities: &Abilities, zero_copy: &Ability) -> Vec<Check> {
     let check = |name: &str, needed, ability: &Ability| Check {
         name: name.to_owned(),
         ok: ability.available,
@@ -74,7 +75,7 @@ fn checks(abilities: &Abilities) -> Vec<Check> {
     let mut all = vec![
         check("FUSE", true, &abilities.fuse),
         check("FUSE over io_uring", false, &abilities.fuse_uring),
-        check("FUSE over io_uring, zero copy", false, &abilities.fuse_zero_copy),
+        check("FUSE over io_uring, zero copy", false, zero_copy),
         check("loop devices", true, &abilities.loop_control),
         check("EROFS", true, &abilities.erofs),
         check("EROFS with several devices", false, &abilities.erofs_devices),
@@ -99,15 +100,17 @@ fn checks(abilities: &Abilities) -> Vec<Check> {
 }
 
 /// The way that a daemon with this configuration serves block files in; `status` tells that of the one that runs.
-fn way(config: &Config, abilities: &Abilities) -> Check {
-    let (io_uring, zero_copy) = (abilities.fuse_uring.available, abilities.fuse_zero_copy.available);
-    let way = config.blocks.choice.way(io_uring, zero_copy);
+fn way(choice: Choice, io_uring: &Ability, zero_copy: &Ability) -> Check {
+    let way = choice.way(io_uring.available, zero_copy.available);
     let ok = match way {
         Way::Classic => true,
-        Way::IoUring => io_uring,
-        Way::ZeroCopy => zero_copy,
+        Way::IoUring => io_uring.available,
+        Way::ZeroCopy => zero_copy.available,
     };
-    let reason = format!("{way}, by the configuration");
+    let mut reason = format!("{way}, by the configuration");
+    if choice == Choice::ZeroCopy && !zero_copy.available {
+        reason.push_str(&format!("; zero copy: {}", zero_copy.reason));
+    }
     Check { name: "way of block files".to_owned(), ok, needed: false, reason }
 }
 

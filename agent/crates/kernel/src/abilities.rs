@@ -80,8 +80,6 @@ pub struct Abilities {
     pub fuse: Ability,
     /// FUSE over io_uring (Linux 6.14; the module's switch is turned on when it is used).
     pub fuse_uring: Ability,
-    /// The same with zero copy (Linux 7.3).
-    pub fuse_zero_copy: Ability,
     /// EROFS can be mounted.
     pub erofs: Ability,
     /// EROFS with extra devices (Linux 5.16).
@@ -106,10 +104,8 @@ impl Abilities {
         let version = KernelVersion::parse(&release);
         let fuse = openable("/dev/fuse", "modprobe fuse");
         let erofs = file_system(c"erofs", "erofs");
-        let fuse_uring = fuse_uring(&fuse);
         Self {
-            fuse_zero_copy: fuse_zero_copy(&fuse_uring),
-            fuse_uring,
+            fuse_uring: fuse_uring(&fuse),
             erofs_devices: erofs_devices(&erofs, version, &release),
             loop_control: openable("/dev/loop-control", "modprobe loop"),
             overlay: file_system(c"overlay", "overlay"),
@@ -148,7 +144,9 @@ fn fuse_uring(fuse: &Ability) -> Ability {
     }
 }
 
-fn fuse_zero_copy(fuse_uring: &Ability) -> Ability {
+/// FUSE over io_uring with zero copy (Linux 7.3), where io_uring is as in [`Abilities::fuse_uring`]. Makes a FUSE file system to ask, and is
+/// therefore no part of what a daemon's start waits for.
+pub fn fuse_zero_copy(fuse_uring: &Ability) -> Ability {
     if !fuse_uring.available {
         return Ability::no(fuse_uring.reason.clone());
     }
@@ -240,7 +238,7 @@ mod tests {
         for ability in [
             &found.fuse,
             &found.fuse_uring,
-            &found.fuse_zero_copy,
+            &fuse_zero_copy(&found.fuse_uring),
             &found.erofs,
             &found.erofs_devices,
             &found.loop_control,
