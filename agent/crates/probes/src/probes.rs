@@ -206,11 +206,11 @@ impl Probes {
     /// touched. The first watch attaches the programs.
     pub fn watch(&mut self, device: Device) -> Result<(), ProbeError> {
         self.prepare()?;
-        self.idle_since = None;
         self.last_watch = self.last_watch.wrapping_add(1);
         let Device(number) = device;
         self.say_watched(number, self.last_watch)?;
         self.begin_round()?;
+        self.idle_since = None;
         self.active.insert(device, self.last_watch);
         // What an earlier watch of the device left in the maps is stale now.
         self.watches.retain(|_, watched| *watched != device);
@@ -549,6 +549,23 @@ mod tests {
     use aya::programs::Program;
 
     use super::*;
+
+    #[test]
+    fn what_finds_no_place_is_not_watched_and_leaves_the_others() {
+        let mut probes = Probes::load(&Options::default()).expect("loads");
+        let devices = [1, 2, 3].map(|number| Device(number * sluice_events::WATCH_BUCKETS));
+        let [first, second, third] = devices;
+        probes.watch(first).expect("watched");
+        probes.watch(second).expect("watched");
+        probes.watch(first).expect("anew, in its own place");
+        assert!(matches!(probes.watch(third), Err(ProbeError::TooMany)));
+        probes.unwatch(first).expect("unwatched");
+        probes.watch(third).expect("in the place that is free now");
+        probes.unwatch(second).expect("unwatched");
+        probes.unwatch(third).expect("unwatched");
+        assert_eq!(probes.watched.get(&0, 0).expect("read"), [0; 2]);
+        assert!(matches!(probes.watch(first), Ok(())) && probes.idle_since.is_none());
+    }
 
     /// As is done on 5.10, where a program at a function cannot be attached twice.
     #[test]
