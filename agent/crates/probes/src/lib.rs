@@ -10,6 +10,7 @@
 
 mod attach;
 mod btf;
+mod choose;
 mod decode;
 mod hooks;
 mod offsets;
